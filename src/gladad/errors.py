@@ -1,0 +1,30 @@
+"""Errors meant for the user: one sentence that names what is wrong and says what to do."""
+
+from __future__ import annotations
+
+
+class GladError(Exception):
+    """Base of every error that is the input's fault, not the program's. The CLI prints it in one line."""
+
+
+class DataError(GladError):
+    """An image, folder or data set cannot be used as given."""
+
+
+class ConfigError(GladError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class ModelFormatError(GladError):
+    """A folder is not a model, or its files do not fit together."""
+
+
+class NotFittedError(GladError):
+    """The detector has to be fitted (or loaded) first."""
+
+
+class MissingExtraError(GladError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, feature: str, requirement: str):
+        super().__init__(f"{feature} needs a package that is not installed; run: pip install {requirement}")
