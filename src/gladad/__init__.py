@@ -1,0 +1,68 @@
+"""Unsupervised visual anomaly detection with diffusion models.
+
+The public names are loaded on first use, so that ``import gladad`` and ``gladad --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gladad.algorithm import ReconstructionConfig as ReconstructionConfig
+    from gladad.algorithm import ScoringConfig as ScoringConfig
+    from gladad.algorithm import anomaly_map as anomaly_map
+    from gladad.algorithm import reconstruct as reconstruct
+    from gladad.detector import FitSettings as FitSettings
+    from gladad.detector import Glad as Glad
+    from gladad.errors import GladError as GladError
+    from gladad.pipeline import GladPipeline as GladPipeline
+    from gladad.types import Prediction as Prediction
+    from gladad.types import Region as Region
+    from gladad.types import Report as Report
+    from gladad.types import Sample as Sample
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FitSettings": "detector",
+    "Glad": "detector",
+    "GladError": "errors",
+    "GladPipeline": "pipeline",
+    "Prediction": "types",
+    "ReconstructionConfig": "algorithm",
+    "Region": "types",
+    "Report": "types",
+    "Sample": "types",
+    "ScoringConfig": "algorithm",
+    "anomaly_map": "algorithm",
+    "reconstruct": "algorithm",
+}
+
+__all__ = [  # noqa: RUF022, RUF100 (by meaning: the detector first)
+    "Glad",
+    "FitSettings",
+    "Prediction",
+    "Region",
+    "Report",
+    "Sample",
+    "GladPipeline",
+    "ReconstructionConfig",
+    "ScoringConfig",
+    "reconstruct",
+    "anomaly_map",
+    "GladError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"gladad.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

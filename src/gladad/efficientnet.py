@@ -84,7 +84,9 @@ class EfficientNetLite0(nn.Module):
         Returns:
             ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``.
         """
-        x = self.stem((image * 255.0 - 127.0) / 128.0)
+        # normalised in float32 before the network's own dtype: bfloat16 would round neighbouring grey levels together
+        x = ((image.float() * 255.0 - 127.0) / 128.0).to(self.stem.conv.weight.dtype)
+        x = self.stem(x.to(memory_format=torch.channels_last))
         taps = []
         for index, block in enumerate(self.blocks):
             x = block(x)

@@ -193,6 +193,33 @@ def flat_colour(pixels: Pixels, draw: Draw) -> Pixels:
     return (colour + grain).clip(0, 255).astype(np.uint8)
 
 
+def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
+    """A random texture without any texture images: two colours blended by stripes, cells, grain or clouds of random scale.
+
+    Args:
+        size: ``(H, W)``.
+        draw: Random numbers.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+    """
+    high = max(1, int(math.log2(min(size))) - 1)
+    cells = (2 ** draw.integer(1, high), 2 ** draw.integer(1, high))
+    pattern = perlin_noise(size, cells, draw)
+    kind = draw.integer(0, 3)
+    if kind == 0:  # stripes, bent by the noise
+        angle, period = draw.uniform(0, math.pi), draw.uniform(3, min(size) / 4)
+        y, x = np.arange(size[0])[:, None], np.arange(size[1])[None, :]
+        pattern = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period) + 2 * pattern)
+    elif kind == 1:  # hard-edged patches
+        pattern = np.sign(pattern - draw.uniform(-0.3, 0.3))
+    elif kind == 2:  # grain
+        pattern = 0.5 * pattern + 0.5 * draw.rng.normal(size=size)
+    first, second = draw.rng.uniform(0, 255, (2, 3)) if draw.uniform(0, 1) < 0.5 else draw.rng.uniform(0, 255, (2, 1)).repeat(3, axis=1)
+    share = (0.5 + 0.5 * pattern).clip(0, 1)[..., None]
+    return np.rint(share * first + (1 - share) * second).astype(np.uint8)
+
+
 def synthesise(
     pixels: Pixels,
     draw: Draw,
@@ -206,7 +233,7 @@ def synthesise(
         pixels: ``[H, W, 3]`` uint8 normal image.
         draw: The sample's random numbers.
         config: The recipe.
-        textures: ``[H, W, 3]`` images of the same size to take content from; without any, the image's own content is used.
+        textures: ``[H, W, 3]`` images of the same size to take content from; without any, textures are generated.
         foreground: Where anomalies may appear.
 
     Returns:
@@ -226,12 +253,10 @@ def synthesise(
         mask[size[0] // 2, size[1] // 2] = True
 
     weights = np.array(config.source_weights, dtype=np.float64)
-    if not len(textures):
-        weights[0] = 0
-        weights = weights if weights.sum() else np.array([0.0, 1.0, 0.0, 0.0])
     kind = int(draw.rng.choice(4, p=weights / weights.sum()))
     if kind == 0:
-        source = augment(textures[draw.integer(0, len(textures) - 1)], config.augmentations, draw)
+        texture = textures[draw.integer(0, len(textures) - 1)] if len(textures) else procedural_texture(size, draw)
+        source = augment(texture, config.augmentations, draw)
     elif kind == 1:
         source = augment(shuffled_tiles(pixels, draw), config.augmentations, draw)
     elif kind == 2:

@@ -40,6 +40,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What a base says about one image, in its own units; `gladad.detector` turns it into a `Prediction`.
+
+    Attributes:
+        map: ``[h, w]`` float32 raw anomaly map at the base's own size.
+        score: Raw image score, higher is more anomalous.
+        step: Diffusion timestep chosen for this image.
+        latent: The rebuilt latent (a tensor ``[1, C, h', w']``), for `picture`.
+    """
+
+    map: NDArray[np.float32]
+    score: float
+    step: int
+    latent: Any
+
+
+@dataclass(frozen=True)
 class Region:
     """One connected area of the predicted mask, in pixels of the inspected image.
 

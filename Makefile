@@ -1,0 +1,48 @@
+# make setup | demo | test | check | bench | clean. Everything goes into .venv; PYTHON=... chooses the interpreter.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3
+
+help:
+	@echo "make setup  install into .venv (done by the others when needed)"
+	@echo "make demo   train on real solar cells, find the broken ones, write demo/index.html"
+	@echo "make test   run the tests"
+	@echo "make check  formatting, lint and types"
+	@echo "make bench  measure the numbers of the README"
+	@echo "make clean  remove what these made, but not .venv"
+
+setup: $(STAMP)
+
+# The stamp is written last: an installation that was cut off is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || for python in $(CANDIDATES); do \
+	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then echo "$$python -m venv $(VENV)"; $$python -m venv --clear $(VENV) && break; fi; done; \
+	test -x $(BIN)/python || { echo "error: no Python 3.11 or newer with venv found; install one or call make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/gladad demo -o demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache
+	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +

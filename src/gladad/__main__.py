@@ -1,0 +1,9 @@
+"""``python -m gladad``."""
+
+from __future__ import annotations
+
+import sys
+
+from gladad.cli import main
+
+sys.exit(main())

@@ -1,0 +1,424 @@
+"""The ``lite`` base: GLAD in feature space, trained from scratch in minutes on a laptop.
+
+What diffuses here is not an autoencoder's latent but the standardised, partly whitened principal components of frozen EfficientNet-Lite0
+features. Such a latent is already what one wants to compare, so ``latent_features`` is the identity, the step search costs almost
+nothing, and no pixels are generated. The contract is the one of every base (`gladad.algorithm.Networks`).
+
+A denoiser call rebuilds the normal latent; the residual, normalised by what is usual on normal images, pooled at several scales, is the
+anomaly map. The decoder serves people only: it shows what the model thinks the part should look like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gladad.algorithm import (
+    OneCallConfig,
+    Reconstruction,
+    Schedule,
+    gaussian_blur,
+    image_noise,
+    reconstruct_one_call,
+    top_k_mean,
+    velocity_to_noise,
+)
+from gladad.config import from_json, to_json
+from gladad.efficientnet import CHANNELS, EfficientNetLite0
+from gladad.errors import ConfigError, ModelFormatError
+from gladad.images import resize_pixels, to_pixels, to_tensor
+from gladad.storage import load_tensors, save_tensors
+from gladad.types import Inspection
+
+Pixels = NDArray[np.uint8]
+Network = TypeVar("Network", bound=nn.Module)
+WEIGHTS_FILE = "lite.safetensors"
+CELL = 8
+"""Pixels per side of a grid cell."""
+SIDE_MULTIPLE = 32
+"""Image sides are multiples of this: the trunk's stride at half size."""
+FEATURE_CHANNELS = sum(CHANNELS) + CHANNELS[-1]
+"""Channels of the stacked features: strides 4, 8, 16 of the image, and stride 16 of the image at half size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiteConfig:
+    """Shape and scoring of a ``lite`` model. Training settings are in `gladad.lite_training`."""
+
+    image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to; multiples of 32
+    dimensions: int = 64  # principal components kept as the latent
+    whitening: float = 0.5  # exponent: 0 = PCA, 1 = full whitening
+    widths: tuple[int, ...] = (160, 256, 256)  # channels of the denoiser's levels
+    reconstruction: OneCallConfig = field(default_factory=OneCallConfig)
+    seed: int = 0  # of the noise added at inspection, the same for every image
+    scales: tuple[int, ...] = (1, 3, 5)  # odd pooling windows of the residual, in grid cells
+    outside_weight: float | None = None  # weight of the energy outside the principal subspace; None = set by training
+    position_share: float | None = None  # share of the per-position normal energy in the normalisation; None = set by training
+    blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
+    top_k: int = 250  # pixels averaged into the image score
+
+    def __post_init__(self) -> None:
+        if any(side % SIDE_MULTIPLE or side < 64 for side in self.image_size):
+            raise ConfigError(f"image_size must be two multiples of {SIDE_MULTIPLE}, each at least 64, not {self.image_size}")
+        if not 1 <= self.dimensions < FEATURE_CHANNELS:
+            raise ConfigError(f"dimensions must be from 1 to {FEATURE_CHANNELS - 1}, not {self.dimensions}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(h, w)`` of the latent: one cell per 8x8 pixels."""
+        return self.image_size[0] // CELL, self.image_size[1] // CELL
+
+
+def size_for_aspect(aspect: float, side: int) -> tuple[int, int]:
+    """The ``(H, W)`` in multiples of 32 with about ``side**2`` pixels, never more, that best keeps a width-to-height ratio."""
+    best, found = math.inf, (SIDE_MULTIPLE * 2, SIDE_MULTIPLE * 2)
+    sides = range(2 * SIDE_MULTIPLE, 8 * side, SIDE_MULTIPLE)
+    for height in sides:
+        for width in sides:
+            if height * width <= side * side:
+                error = abs(math.log(width / height / aspect)) + 0.5 * math.log(side * side / (height * width))
+                if error < best - 1e-9:
+                    best, found = error, (height, width)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- features to latent
+
+
+def stack_features(trunk: EfficientNetLite0, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Features of three strides and two image sizes on one grid.
+
+    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part.
+
+    Args:
+        trunk: The frozen network, any dtype.
+        images: ``[B, 3, H, W]`` in [0, 1].
+        grid: ``(h, w)``.
+
+    Returns:
+        ``[B, 288, h, w]`` float32.
+    """
+    half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    levels = [*trunk(images), trunk(half)[-1]]
+    pooled = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in levels]
+    return torch.cat([_to_grid(level, grid) for level in pooled], dim=1)
+
+
+def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    if x.shape[-1] > grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
+
+
+class FeatureSpace(nn.Module):
+    """The affine map between stacked features and the latent: standardise, project, whiten.
+
+    Buffers:
+        mean, std: ``[1, C, 1, 1]`` of the features on normal images.
+        basis: ``[C, C]`` principal directions of the standardised features, rows by falling variance.
+        spread: ``[C]`` standard deviation along each.
+        unit: scalar, brings the latent to unit variance.
+    """
+
+    mean: Tensor
+    std: Tensor
+    basis: Tensor
+    spread: Tensor
+    unit: Tensor
+
+    def __init__(self, dimensions: int, whitening: float):
+        super().__init__()
+        self.dimensions, self.whitening = dimensions, whitening
+        channels = FEATURE_CHANNELS
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+        self.register_buffer("basis", torch.eye(channels))
+        self.register_buffer("spread", torch.ones(channels))
+        self.register_buffer("unit", torch.ones(()))
+
+    def fit(self, features: Iterable[Tensor]) -> None:
+        """Fit on feature batches ``[B, C, h, w]`` of normal images (one pass, double precision)."""
+        count, total = 0, torch.zeros(FEATURE_CHANNELS, dtype=torch.float64)
+        second = torch.zeros(FEATURE_CHANNELS, FEATURE_CHANNELS, dtype=torch.float64)
+        for batch in features:
+            rows = batch.float().permute(0, 2, 3, 1).reshape(-1, FEATURE_CHANNELS)
+            count += len(rows)
+            total += rows.double().sum(0)
+            second += (rows.T @ rows).double()
+        mean = total / count
+        covariance = second / count - torch.outer(mean, mean)
+        std = covariance.diagonal().clamp_min(0).sqrt() + 1e-5
+        eigenvalues, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
+        basis = vectors.flip(1).T
+        # an eigenvector's sign is arbitrary: fix it, so that the same data give the same model
+        signs = torch.sign(basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)))
+        self.mean.copy_(mean.view(1, -1, 1, 1))
+        self.std.copy_(std.view(1, -1, 1, 1))
+        self.basis.copy_(basis * signs)
+        self.spread.copy_(eigenvalues.flip(0).clamp_min(1e-10).sqrt())
+        variance = (self.spread[: self.dimensions] ** (2 - 2 * self.whitening)).mean()
+        self.unit.copy_(variance.sqrt())
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, C, h, w]`` -> latent ``[B, D, h, w]`` and the energy ``[B, 1, h, w]`` that the subspace cannot hold."""
+        rotated = F.conv2d((features - self.mean) / self.std, self.basis[:, :, None, None])
+        inside, rest = rotated[:, : self.dimensions], rotated[:, self.dimensions :]
+        scale = self.spread[: self.dimensions] ** self.whitening * self.unit
+        floor = 0.2 * self.spread[self.dimensions]
+        outside = (rest / self.spread[self.dimensions :].clamp_min(float(floor)).view(1, -1, 1, 1)).square().mean(1, keepdim=True)
+        return inside / scale.view(1, -1, 1, 1), outside
+
+
+# -------------------------------------------------------------------------------------------------------- denoiser
+
+
+class LatentDenoiser(nn.Module):
+    """A small UNet over the 2x2 space-to-depth of the latent, with position channels; predicts the velocity."""
+
+    position: Tensor
+
+    def __init__(self, dimensions: int, grid: tuple[int, int], widths: Sequence[int]):
+        super().__init__()
+        height, width = grid[0] // 2, grid[1] // 2
+        y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+        x = torch.linspace(-1, 1, width)[None, :].expand(height, width)
+        waves = [wave(math.pi * c) for c in (y, x) for wave in (torch.sin, torch.cos)]
+        self.register_buffer("position", torch.stack([y, x, *waves])[None], persistent=False)
+        levels = len(widths)
+        multiple = 2 ** (levels - 1)
+        self.pad = (0, -width % multiple, 0, -height % multiple)
+        self.unet = UNet2DModel(
+            sample_size=(height, width),
+            in_channels=4 * dimensions + self.position.shape[1],
+            out_channels=4 * dimensions,
+            block_out_channels=tuple(widths),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+            norm_num_groups=16,
+            attention_head_dim=32,
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``."""
+        packed = F.pixel_unshuffle(x_t, 2)
+        packed = torch.cat([packed, self.position.to(packed.dtype).expand(len(packed), -1, -1, -1)], dim=1)
+        if any(self.pad):
+            packed = F.pad(packed, self.pad, mode="replicate")
+        out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep).sample
+        height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+        return F.pixel_shuffle(out[..., :height, :width].contiguous(), 2).float()
+
+
+class LatentDecoder(nn.Module):
+    """Latent -> RGB picture at four times the grid's side, for people."""
+
+    def __init__(self, dimensions: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(dimensions, 96, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(96, 4 * 32, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
+            nn.Conv2d(32, 4 * 16, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
+            nn.Conv2d(16, 3, 3, padding=1), nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """``[B, D, h, w]`` -> ``[B, 3, 4h, 4w]`` in [0, 1]."""
+        picture: Tensor = self.net(latent)
+        return picture
+
+
+# ------------------------------------------------------------------------------------------------------------ base
+
+
+class LiteBase(nn.Module):
+    """A ``lite`` model: the four callables, the normal statistics of its residuals, and inspection.
+
+    Buffers:
+        residual_scale: ``[1, D, 1, 1]`` root mean square of the residual on normal images.
+        scale_energy: ``[len(scales), D]`` mean squared pooled residual on normal images, per scale and channel.
+        outside_energy: scalar, mean energy outside the subspace on normal images.
+        position_energy: ``[1, 1, h, w]`` mean normalised energy per position, 1 on average.
+    """
+
+    kind = "lite"
+    residual_scale: Tensor
+    scale_energy: Tensor
+    outside_energy: Tensor
+    position_energy: Tensor
+
+    def __init__(self, config: LiteConfig, trunk: EfficientNetLite0):
+        super().__init__()
+        self.config = config
+        self.schedule = Schedule.scaled_linear()
+        self.trunk = trunk
+        self.space = FeatureSpace(config.dimensions, config.whitening)
+        self.denoiser = LatentDenoiser(config.dimensions, config.grid, config.widths)
+        self.decoder = LatentDecoder(config.dimensions)
+        self.register_buffer("residual_scale", torch.ones(1, config.dimensions, 1, 1))
+        self.register_buffer("scale_energy", torch.ones(len(config.scales), config.dimensions))
+        self.register_buffer("outside_energy", torch.ones(()))
+        self.register_buffer("position_energy", torch.ones(1, 1, *config.grid))
+        self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def features(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> stacked features ``[B, 288, h, w]``."""
+        return stack_features(self._fast_networks()[0], image, self.config.grid)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> latent ``[B, D, h, w]``."""
+        latent: Tensor = self.space(self.features(image))[0]
+        return latent
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent -> ``[B, 3, H, W]`` picture in [0, 1]."""
+        picture = self.decoder(latent)
+        return F.interpolate(picture, self.config.image_size, mode="bilinear", align_corners=False).clamp(0, 1)
+
+    def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """Noise implied by the denoiser's velocity."""
+        velocity = self._fast_networks()[1](latent.to(torch.bfloat16), timestep)
+        return velocity_to_noise(latent, velocity, self.schedule.alpha_bar(timestep))
+
+    def latent_features(self, latent: Tensor) -> Tensor:
+        """The latent itself."""
+        return latent
+
+    def refresh(self) -> None:
+        """Drop the fast copies of the networks; to be called after their weights changed."""
+        self._fast.clear()
+
+    def _fast_networks(self) -> tuple[EfficientNetLite0, LatentDenoiser]:
+        if not self._fast:
+            config = self.config
+            self._fast.append(_bfloat16_copy(self.trunk, EfficientNetLite0()))
+            self._fast.append(_bfloat16_copy(self.denoiser, LatentDenoiser(config.dimensions, config.grid, config.widths)))
+        trunk, denoiser = self._fast
+        return cast(EfficientNetLite0, trunk), cast(LatentDenoiser, denoiser)
+
+    # -- inspection ---------------------------------------------------------------------------------------------
+
+    def noise(self) -> Tensor:
+        """``[K, D, h, w]``: the noise of every image's probes."""
+        config = self.config
+        return image_noise((config.dimensions, *config.grid), config.seed, len(config.reconstruction.timesteps))
+
+    def rebuild(self, latent: Tensor) -> Reconstruction:
+        """Anomaly-free latents of ``[B, D, h, w]``."""
+        noise = self.noise()[None].expand(len(latent), -1, -1, -1, -1)
+        return reconstruct_one_call(self, latent, noise, self.schedule, self.config.reconstruction, self.residual_scale)
+
+    def energy(self, residual: Tensor, outside: Tensor) -> Tensor:
+        """Evidence per grid cell: residual energy relative to normal images, averaged over pooling scales.
+
+        Args:
+            residual: ``[B, D, h, w]`` latent minus its reconstruction.
+            outside: ``[B, 1, h, w]`` energy outside the subspace.
+
+        Returns:
+            ``[B, 1, h, w]`` >= 0, about 1 on average on normal images (before the position normalisation).
+        """
+        total = torch.zeros_like(outside)
+        for window, usual in zip(self.config.scales, self.scale_energy, strict=True):
+            pooled = pool(residual, window)
+            total = total + (pooled.square() / usual.view(1, -1, 1, 1)).mean(1, keepdim=True)
+        total = total / len(self.config.scales)
+        if self.config.outside_weight:
+            total = total + self.config.outside_weight * pool(outside, 3) / self.outside_energy
+        return total
+
+    def anomaly_map(self, energy: Tensor) -> Tensor:
+        """Energy per cell -> map ``[B, 1, H, W]``: position-normalised, square root, upsampled, blurred."""
+        share, sigma = self.config.position_share or 0.0, self.config.blur_sigma
+        expected = share * self.position_energy + (1 - share)
+        raw = (energy / expected).sqrt()
+        upsampled = F.interpolate(raw, self.config.image_size, mode="bilinear", align_corners=False)
+        return gaussian_blur(upsampled, sigma, 2 * math.ceil(4 * sigma) + 1)
+
+    @torch.inference_mode()
+    def inspect(self, pixels: Pixels) -> Inspection:
+        """Inspect one image.
+
+        Images go through the networks one at a time: their shapes, and so the bits of the result, do not depend on the batch.
+
+        Args:
+            pixels: ``[H, W, 3]`` uint8 of any size.
+
+        Returns:
+            Map and score in the model's own units, and what is needed for a picture of the reconstruction.
+        """
+        image = self.prepare(pixels)[None]
+        latent, outside = self.space(self.features(image))
+        rebuilt = self.rebuild(latent)
+        maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
+        score = float(top_k_mean(maps, self.config.top_k))
+        return Inspection(map=maps[0, 0].numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
+
+    def prepare(self, pixels: Pixels) -> Tensor:
+        """``uint8 [H, W, 3]`` -> ``[3, H, W]`` in [0, 1]."""
+        return to_tensor(resize_pixels(pixels, self.config.image_size))
+
+    @torch.inference_mode()
+    def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
+        """The part as the model thinks it should be: decoded where the map is near or above its threshold, the input elsewhere.
+
+        Args:
+            inspection: Of these pixels.
+            pixels: ``[H, W, 3]`` uint8.
+            threshold: Map value of the pixel threshold.
+
+        Returns:
+            ``[H, W, 3]`` uint8.
+        """
+        size = (pixels.shape[0], pixels.shape[1])
+        decoded = resize_pixels(to_pixels(self.decode(inspection.latent.clone())[0]), size)
+        maps = torch.from_numpy(inspection.map)[None, None]
+        weight = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0, 0] / threshold
+        share = ((weight - 0.6) / 0.4).clamp(0, 1).numpy()[..., None]
+        return np.rint(share * decoded + (1 - share) * pixels).astype(np.uint8)
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the weights into a folder; returns the JSON-ready config for the model file."""
+        save_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        return to_json(self.config)
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> LiteBase:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelFormatError: Config or weights do not fit.
+        """
+        try:
+            base = cls(from_json(LiteConfig, config), EfficientNetLite0())
+            base.load_state_dict(load_tensors(folder / WEIGHTS_FILE))
+        except (TypeError, KeyError, RuntimeError, ConfigError) as error:
+            raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
+        return base.eval().requires_grad_(False)
+
+
+def pool(x: Tensor, window: int) -> Tensor:
+    """Mean over ``window`` x ``window`` cells, borders counted by what is there."""
+    return x if window == 1 else F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+
+
+def _bfloat16_copy(network: Network, copy: Network) -> Network:
+    """A bfloat16 copy for inference: about half the time of autocast, which converts the weights at every call."""
+    copy.load_state_dict(network.state_dict())
+    for parameter in (*copy.parameters(), *copy.buffers()):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return copy.to(memory_format=torch.channels_last).eval().requires_grad_(False)
