@@ -145,7 +145,7 @@ class Glad:
             paths = [paths[i] for i in sorted(order.tolist())]
         if len(paths) < 2 + MIN_HELD_OUT:
             raise DataError(f"at least {2 + MIN_HELD_OUT} good images are needed, there are {len(paths)}; add good images")
-        size = self._choose_size(paths)
+        size = self.working_size(paths)
         pixels = []
         for path in paths:
             pixels.append(resize_pixels(load_image(path), size))
@@ -181,7 +181,7 @@ class Glad:
         }
         return self
 
-    def _choose_size(self, paths: Sequence[Path]) -> tuple[int, int]:
+    def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
         """``(H, W)`` the model works at: for ``lite`` with the median proportions of the images, for other bases square."""
         if self.base != "lite":
             side = self.settings.image_size or 512

@@ -47,8 +47,12 @@ CELL = 8
 """Pixels per side of a grid cell."""
 SIDE_MULTIPLE = 32
 """Image sides are multiples of this: the trunk's stride at half size."""
-FEATURE_CHANNELS = sum(CHANNELS) + CHANNELS[-1]
-"""Channels of the stacked features: strides 4, 8, 16 of the image, and stride 16 of the image at half size."""
+FEATURE_CHANNELS = sum(CHANNELS) + sum(CHANNELS[1:])
+"""Channels of the stacked features: strides 4, 8, 16 of the image, and strides 8, 16 of the image at half size."""
+POOLING = (1, 3, 5, 7)
+"""Odd windows, in grid cells, over which residuals are pooled; training chooses among them."""
+OUTSIDE_WINDOW = 3
+"""Window over which the energy outside the principal subspace is pooled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,12 @@ class LiteConfig:
     """Shape and scoring of a ``lite`` model. Training settings are in `gladad.lite_training`."""
 
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to; multiples of 32
-    dimensions: int = 64  # principal components kept as the latent
+    dimensions: int = 80  # principal components kept as the latent
     whitening: float = 0.5  # exponent: 0 = PCA, 1 = full whitening
     widths: tuple[int, ...] = (160, 256, 256)  # channels of the denoiser's levels
     reconstruction: OneCallConfig = field(default_factory=OneCallConfig)
     seed: int = 0  # of the noise added at inspection, the same for every image
-    scales: tuple[int, ...] = (1, 3, 5)  # odd pooling windows of the residual, in grid cells
+    scales: tuple[int, ...] = ()  # pooling windows of the residual, out of POOLING; () = set by training
     outside_weight: float | None = None  # weight of the energy outside the principal subspace; None = set by training
     position_share: float | None = None  # share of the per-position normal energy in the normalisation; None = set by training
     blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
@@ -72,6 +76,9 @@ class LiteConfig:
             raise ConfigError(f"image_size must be two multiples of {SIDE_MULTIPLE}, each at least 64, not {self.image_size}")
         if not 1 <= self.dimensions < FEATURE_CHANNELS:
             raise ConfigError(f"dimensions must be from 1 to {FEATURE_CHANNELS - 1}, not {self.dimensions}")
+
+        if not set(self.scales) <= set(POOLING):
+            raise ConfigError(f"scales must be out of {POOLING}, not {self.scales}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -106,10 +113,10 @@ def stack_features(trunk: EfficientNetLite0, images: Tensor, grid: tuple[int, in
         grid: ``(h, w)``.
 
     Returns:
-        ``[B, 288, h, w]`` float32.
+        ``[B, 328, h, w]`` float32.
     """
     half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
-    levels = [*trunk(images), trunk(half)[-1]]
+    levels = [*trunk(images), *trunk(half)[1:]]
     pooled = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in levels]
     return torch.cat([_to_grid(level, grid) for level in pooled], dim=1)
 
@@ -246,7 +253,7 @@ class LiteBase(nn.Module):
 
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual on normal images.
-        scale_energy: ``[len(scales), D]`` mean squared pooled residual on normal images, per scale and channel.
+        scale_energy: ``[len(POOLING), D]`` mean squared pooled residual on normal images, per window and channel.
         outside_energy: scalar, mean energy outside the subspace on normal images.
         position_energy: ``[1, 1, h, w]`` mean normalised energy per position, 1 on average.
     """
@@ -266,7 +273,7 @@ class LiteBase(nn.Module):
         self.denoiser = LatentDenoiser(config.dimensions, config.grid, config.widths)
         self.decoder = LatentDecoder(config.dimensions)
         self.register_buffer("residual_scale", torch.ones(1, config.dimensions, 1, 1))
-        self.register_buffer("scale_energy", torch.ones(len(config.scales), config.dimensions))
+        self.register_buffer("scale_energy", torch.ones(len(POOLING), config.dimensions))
         self.register_buffer("outside_energy", torch.ones(()))
         self.register_buffer("position_energy", torch.ones(1, 1, *config.grid))
         self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
@@ -274,7 +281,7 @@ class LiteBase(nn.Module):
     # -- the contract -------------------------------------------------------------------------------------------
 
     def features(self, image: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> stacked features ``[B, 288, h, w]``."""
+        """``[B, 3, H, W]`` in [0, 1] -> stacked features ``[B, 328, h, w]``."""
         return stack_features(self._fast_networks()[0], image, self.config.grid)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -330,13 +337,13 @@ class LiteBase(nn.Module):
         Returns:
             ``[B, 1, h, w]`` >= 0, about 1 on average on normal images (before the position normalisation).
         """
+        scales = self.config.scales or (1,)
         total = torch.zeros_like(outside)
-        for window, usual in zip(self.config.scales, self.scale_energy, strict=True):
-            pooled = pool(residual, window)
-            total = total + (pooled.square() / usual.view(1, -1, 1, 1)).mean(1, keepdim=True)
-        total = total / len(self.config.scales)
+        for window in scales:
+            usual = self.scale_energy[POOLING.index(window)].view(1, -1, 1, 1)
+            total = total + (pool(residual, window).square() / usual).mean(1, keepdim=True) / len(scales)
         if self.config.outside_weight:
-            total = total + self.config.outside_weight * pool(outside, 3) / self.outside_energy
+            total = total + self.config.outside_weight * pool(outside, OUTSIDE_WINDOW) / self.outside_energy
         return total
 
     def anomaly_map(self, energy: Tensor) -> Tensor:

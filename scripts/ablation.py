@@ -1,0 +1,77 @@
+"""Ablation of the method's parts on the ``lite`` base: what each of them adds, on real images.
+
+    python scripts/ablation.py CATEGORY [CATEGORY ...]
+
+Two denoisers are trained per category, with and without anomaly-oriented training (ATP); every inspection variant runs on both or on the
+one it belongs to. Deltas, scales and masks are set anew for every variant, on training images, as ``gladad fit`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gladad.algorithm import OneCallConfig
+from gladad.data import category_samples, good_images
+from gladad.detector import FitSettings, Glad
+from gladad.evaluation import EVALUATION_SIZE
+from gladad.images import load_image, load_mask, resize_pixels
+from gladad.lite import LiteBase, LiteConfig
+from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
+from gladad.metrics import image_metrics, pixel_metrics
+from gladad.types import no_progress
+
+LADDER = OneCallConfig().timesteps
+FIXED = replace(OneCallConfig(), adaptive=False, fusion="none")
+VARIANTS = {
+    **{f"fixed step t={t}": replace(FIXED, timesteps=(t,)) for t in (100, *reversed(LADDER), 500)},
+    "mean of the ladder": FIXED,
+    "+ ADS": replace(FIXED, adaptive=True),
+    "+ ADS + SAFF": replace(FIXED, adaptive=True, fusion="calibrated"),
+    "mean of the ladder + SAFF": replace(FIXED, fusion="calibrated"),
+}
+
+
+def judge(base: LiteBase, category: Path) -> tuple[float, float | None]:
+    """Image and pixel AUROC of a base on the test images."""
+    samples = category_samples(category)
+    scores, maps, masks = [], [], []
+    for sample in samples:
+        inspection = base.inspect(load_image(sample.image_path))
+        scores.append(inspection.score)
+        if sample.gt_label == 0 or sample.mask_path is not None:
+            raw = torch.from_numpy(inspection.map)[None, None]
+            maps.append(F.interpolate(raw, EVALUATION_SIZE, mode="bilinear", align_corners=False)[0, 0].numpy())
+            masks.append(np.zeros(EVALUATION_SIZE, bool) if sample.mask_path is None else load_mask(sample.mask_path, EVALUATION_SIZE))
+    image = image_metrics(np.array(scores), np.array([s.gt_label for s in samples]))["image_auroc"]
+    return image, pixel_metrics(np.stack(maps), np.stack(masks))["pixel_auroc"] if np.any(masks) else None
+
+
+def main() -> None:
+    """Train, vary, print a table per category."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("categories", type=Path, nargs="+")
+    parser.add_argument("--steps", type=int, default=LiteTrainingConfig().steps)
+    arguments = parser.parse_args()
+    for category in arguments.categories:
+        paths = good_images(category)[: FitSettings().max_images]
+        size = Glad.from_base("lite").working_size(paths)
+        images = [resize_pixels(load_image(path), size) for path in paths]
+        print(f"\n{category.name}\n| denoiser | inspection | image AUROC | pixel AUROC |\n|---|---|---|---|", flush=True)
+        for name, oriented in (("plain", False), ("ATP", True)):
+            training = LiteTrainingConfig(steps=arguments.steps, anomaly_oriented=oriented)
+            base = fit_lite(images, LiteConfig(image_size=size), training)
+            for variant, reconstruction in VARIANTS.items():
+                base.config = replace(LiteConfig(image_size=size), reconstruction=reconstruction)
+                measure_residuals(base, images, training, (), "all", no_progress)
+                image, pixel = judge(base, category)
+                print(f"| {name} | {variant} | {image:.4f} | {'–' if pixel is None else f'{pixel:.4f}'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""The ``gladad`` command: fit, predict, evaluate, info, demo.
+
+Results go to standard output, progress and errors to standard error. A mistake of the user is one line and exit status 1. Heavy imports
+are inside the commands, so that ``gladad --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from gladad import __version__
+from gladad.console import bars, waiting
+from gladad.errors import DataError, GladError
+
+if TYPE_CHECKING:
+    from gladad.detector import Glad
+    from gladad.types import Report
+
+P = ParamSpec("P")
+DEBUG = "GLADAD_DEBUG"
+
+app = typer.Typer(
+    help="Unsupervised visual anomaly detection with diffusion models: learn from good parts, find bad ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Foreground(StrEnum):
+    """Where synthetic anomalies may appear."""
+
+    all = "all"
+    bright = "bright"
+    dark = "dark"
+
+
+class CalibrationWay(StrEnum):
+    """Where the scores that the threshold is made from come from."""
+
+    auto = "auto"
+    held_out = "held-out"
+    cross_fit = "cross-fit"
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Model = Annotated[Path, typer.Argument(help="Folder that 'gladad fit' wrote.", show_default=False)]
+Rate = Annotated[float | None, typer.Option(min=0.0, max=0.5, help="Another false-reject rate than the model's.", show_default=False)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0 done, 1 the input's fault, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="gladad")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what goes wrong in a command into one line and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        debug = bool(os.environ.get(DEBUG))
+        try:
+            with warnings.catch_warnings():
+                if not debug:
+                    warnings.simplefilter("ignore")
+                command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _complain("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            _complain(f"error: {_describe(error)}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, GladError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "not enough memory; use smaller images (--image-size) or fewer (--max-images)"
+    return f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 to see where)"
+
+
+def _complain(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gladad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def fit(
+    images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
+    base: Annotated[str, typer.Option(help="'lite', or folder or Hub id of a Stable Diffusion in diffusers form.")] = "lite",
+    minutes: Annotated[float | None, typer.Option(help="Time budget of the training (lite).", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps instead of a time budget.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    false_reject_rate: Annotated[float, typer.Option(help="Share of good parts that may be rejected.")] = 0.01,
+    textures: Annotated[Path | None, typer.Option(help="Folder of images to make defects from.", show_default=False)] = None,
+    foreground: Annotated[Foreground, typer.Option(help="Part of the image where defects are made.")] = Foreground.all,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels to work at [256 for lite].", show_default=False)] = None,
+    max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
+    features: Annotated[str | None, typer.Option(help="Extractor of other bases: folder or Hub id.", show_default=False)] = None,
+    calibration: Annotated[CalibrationWay, typer.Option(help="Images the threshold is made from.")] = CalibrationWay.auto,
+    quiet: Quiet = False,
+) -> None:
+    """Learn from good images and write a model."""
+    from gladad.data import good_images
+    from gladad.storage import check_target
+
+    paths = good_images(images)
+    check_target(output)
+    with waiting("starting", quiet):
+        from gladad.detector import FitSettings, Glad
+
+        _hush(downloads=base != "lite" and not quiet)
+
+    settings = FitSettings(
+        seed=seed,
+        steps=steps,
+        minutes=minutes,
+        false_reject_rate=false_reject_rate,
+        image_size=image_size,
+        max_images=max_images,
+        textures=None if textures is None else str(textures),
+        foreground=foreground.value,
+        features=features,
+        calibration=calibration.value,
+    )
+    started = time.monotonic()
+    with bars(quiet) as progress:
+        detector = Glad.from_base(base, settings=settings).fit(paths, progress=progress)
+    detector.save_pretrained(output)
+    if not quiet:
+        print(f"{output}: fitted on {min(len(paths), max_images)} good images in {_duration(time.monotonic() - started)}")
+        print(detector.calibration_.threshold.statement)
+
+
+@app.command()
+@guarded
+def predict(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", show_default=False)],
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Write overlays and masks.")] = True,
+    false_reject_rate: Rate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
+    from gladad.data import expand_paths
+    from gladad.images import load_image
+    from gladad.results import PredictionWriter, check_output, output_folder, picture_names
+
+    own = output.resolve()  # the overlays of an earlier run are not to be inspected
+    images = [image for image in expand_paths(paths) if not image.resolve().is_relative_to(own)]
+    if not images:
+        raise DataError(f"{paths[0]}: no images but the results of an earlier run")
+    check_output(output)
+    detector = _load(model, false_reject_rate, quiet)
+    rejected, seconds = 0, []
+    with bars(quiet) as progress, output_folder(output) as folder:
+        writer = PredictionWriter(folder, pictures=pictures)
+        for done, (image, name) in enumerate(zip(images, picture_names(images), strict=True), start=1):
+            try:
+                pixels = load_image(image)
+                prediction = detector.inspect(pixels, reconstruct=False)
+            except DataError as error:
+                _complain(f"skipped: {error}")
+                writer.fail(image, error)
+            else:
+                writer.add(prediction, image, pixels, name)
+                rejected += prediction.pred_label
+                seconds.append(prediction.seconds)
+            progress("inspecting", done, len(images))
+        if not seconds:
+            raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
+        writer.close()
+    skipped = len(images) - len(seconds)
+    if not quiet:
+        each = f"{median(seconds):.3f} s each (median)"
+        print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")
+        print(f"results in {output}")
+
+
+@app.command()
+@guarded
+def evaluate(
+    model: Model,
+    dataset: Annotated[Path, typer.Argument(help="Category with test/good/ and test/<defect>/.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.", show_default=False)],
+    false_reject_rate: Rate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on labelled images: report.json, predictions.csv and index.html."""
+    from gladad.data import category_samples
+    from gladad.evaluation import evaluate as measure
+    from gladad.evaluation import write_report
+    from gladad.gallery import GalleryItem
+    from gladad.results import check_output
+
+    samples = category_samples(dataset)
+    check_output(output)
+    detector = _load(model, false_reject_rate, quiet)
+    items: list[GalleryItem] = []
+    with bars(quiet) as progress:
+        report = measure(detector, samples, collect=items.append, progress=progress)
+    for row in report.rows:
+        if "error" in row:
+            _complain(f"skipped: {row['error']}")
+    page = write_report(report, items, output, title=f"{samples[0].category}: evaluation")
+    if not quiet:
+        show_report(report)
+        print(f"report: {page}")
+
+
+@app.command()
+@guarded
+def info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what a model was made from and how it decides."""
+    description = _load(model, None, quiet=as_json).describe()
+    if as_json:
+        print(json.dumps(description, indent=2, sort_keys=True))
+        return
+    table = Table("", Column(overflow="fold"), show_header=False, box=None)
+    for key, value in _flat(description):
+        table.add_row(Text(key), Text(str(value)))
+    Console().print(table)
+
+
+@app.command()
+@guarded
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page of pictures.")] = Path("demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Learn from real solar cells that work, find the broken ones, and show it on a page."""
+    with waiting("starting", quiet):
+        from gladad.demo import run
+
+        _hush()
+
+    started = time.monotonic()
+    with bars(quiet) as progress:
+        report, page = run(output, progress=progress)
+    if not quiet:
+        show_report(report)
+        print(f"done in {_duration(time.monotonic() - started)}; open it in a browser: {page}")
+
+
+def show_report(report: Report) -> None:
+    """Print the numbers of an evaluation as a table."""
+    from gladad.evaluation import cell, summary
+
+    table = Table("metric", "value", "95 % interval")
+    intervals = report.details["intervals_95"]
+    for name, value in summary(report):
+        low, high = intervals.get(name, (None, None))
+        table.add_row(name.replace("_", " "), cell(name, value), "" if low is None else f"{low:.1%} to {high:.1%}")
+    Console().print(table)
+    print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in report.counts.items()))
+    for note in [*report.details["notes"], report.details["guarantee"]]:
+        print(note)
+
+
+def _hush(downloads: bool = False) -> None:
+    """Keep libraries off standard error, but for the bars of downloads where they are wanted and someone looks."""
+    for library in ("diffusers", "transformers"):
+        if module := sys.modules.get(f"{library}.utils.logging"):
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+    if downloads and sys.stderr.isatty() and (hub := sys.modules.get("huggingface_hub.utils")):
+        hub.enable_progress_bars()
+
+
+def _load(model: Path, false_reject_rate: float | None, quiet: bool) -> Glad:
+    with waiting("loading the model", quiet):
+        from gladad.detector import Glad
+
+        _hush()
+        detector = Glad.from_pretrained(model)
+    if false_reject_rate is not None:
+        detector.set_false_reject_rate(false_reject_rate)
+    return detector
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names; settings that are not set are left out."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{key}.")
+        elif item is not None:
+            yield prefix + key, item
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

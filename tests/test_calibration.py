@@ -1,0 +1,134 @@
+"""The promise of the threshold, by simulation, and the arithmetic behind it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gladad.calibration import Calibration, Threshold, calibrate, conformal_threshold, required_images
+from gladad.errors import ConfigError, DataError, ModelFormatError
+
+
+@pytest.mark.parametrize("draw", ["lognormal", "standard_cauchy", "integers"])
+@pytest.mark.parametrize(("rate", "count"), [(0.1, 9), (0.1, 40), (0.05, 19), (0.2, 7)])
+def test_good_parts_are_rejected_no_more_often_than_asked_for(draw, rate, count):
+    rng = np.random.default_rng(7)
+    trials = 4000
+    make = {
+        "lognormal": lambda: rng.lognormal(size=(trials, count + 1)),
+        "standard_cauchy": lambda: rng.standard_cauchy(size=(trials, count + 1)),
+        "integers": lambda: rng.integers(0, 5, size=(trials, count + 1)).astype(float),  # ties
+    }[draw]()
+    thresholds = [conformal_threshold(row[:-1], rate) for row in make]
+    assert {threshold.method for threshold in thresholds} == {"conformal"}
+    rejected = np.mean([row[-1] > threshold.value for row, threshold in zip(make, thresholds, strict=True)])
+    assert rejected <= rate + 4 * math.sqrt(rate * (1 - rate) / trials)
+    if draw != "integers":  # without ties the rate is known, and the threshold wastes no more than it must
+        exact = 1 - math.ceil((count + 1) * (1 - rate) - 1e-9) / (count + 1)
+        assert rejected == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / trials))
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "rank"),
+    [(99, 0.01, 99), (100, 0.01, 100), (199, 0.01, 198), (9, 0.1, 9), (19, 0.1, 18), (120, 0.05, 115), (10, 0.5, 6)],
+)
+def test_the_threshold_is_the_score_of_the_conformal_rank(count, rate, rank):
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
+    threshold = conformal_threshold(scores, rate)
+    assert (threshold.value, threshold.method, threshold.n) == (rank, "conformal", count)
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.01, 99), (0.05, 19), (0.1, 9), (0.2, 4), (0.5, 1), (0.001, 999), (0.03, 33)])
+def test_needed_images(rate, needed):
+    assert required_images(rate) == needed
+    enough = max(needed, 4)
+    assert conformal_threshold(np.arange(1.0, enough + 1), rate).method == "conformal"
+    if needed > 4:
+        assert conformal_threshold(np.arange(1.0, needed), rate).method == "extrapolated"
+
+
+def test_too_few_images_claim_nothing():
+    scores = np.random.default_rng(0).lognormal(0, 0.1, 20)
+    threshold = conformal_threshold(scores, 0.01)
+    assert threshold.method == "extrapolated"
+    assert threshold.value >= scores.max()
+    assert threshold.value < 2 * scores.max()
+    assert threshold.needed == 99
+    assert "no guarantee" in threshold.statement and "99" in threshold.statement and "20" in threshold.statement
+    assert "guarantee" in conformal_threshold(np.arange(1.0, 100), 0.01).statement
+
+
+def test_scores_that_do_not_vary():
+    assert conformal_threshold([2.0] * 10, 0.01).value == pytest.approx(2.0)
+
+
+def test_a_lower_rate_never_lowers_the_threshold():
+    scores = np.random.default_rng(3).lognormal(size=150)
+    values = [conformal_threshold(scores, rate).value for rate in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.001)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 0.51, 1.0, math.nan])
+def test_rates_that_make_no_sense(rate):
+    with pytest.raises(ConfigError, match="false_reject_rate"):
+        conformal_threshold([1.0, 2.0, 3.0, 4.0], rate)
+
+
+def test_too_few_scores():
+    with pytest.raises(DataError, match="at least 4 held-out"):
+        conformal_threshold([1.0, 2.0, 3.0], 0.1)
+
+
+def test_p_values():
+    calibration = calibrate([3.0, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0], 0.2)
+    assert calibration.scores == (1.0, 2.0, 2.0, 3.0)
+    for score, expected in [(0.0, 1.0), (1.0, 1.0), (1.5, 4 / 5), (2.0, 4 / 5), (2.1, 2 / 5), (3.0, 2 / 5), (3.1, 1 / 5)]:
+        assert calibration.p_value(score) == pytest.approx(expected)
+
+
+def test_p_values_are_in_range_and_valid():
+    rng = np.random.default_rng(11)
+    scores = rng.lognormal(size=(3000, 31))
+    values = np.array([calibrate(row[:-1], row[:-1], 0.1).p_value(row[-1]) for row in scores])
+    assert values.min() > 0 and values.max() <= 1
+    for level in (0.05, 0.1, 0.3, 0.7):
+        assert np.mean(values <= level) <= level + 4 * math.sqrt(level * (1 - level) / len(values))
+
+
+def test_threshold_and_p_value_agree():
+    scores = np.random.default_rng(5).lognormal(size=199)
+    calibration = calibrate(scores, scores, 0.01)
+    for score in [*scores, calibration.threshold.value + 1e-9]:
+        assert (score > calibration.threshold.value) == (calibration.p_value(score) <= 0.01)
+
+
+def test_json_round_trip():
+    calibration = calibrate([1.0, 2.0, 3.0, 5.0, 4.0], [2.0, 3.0, 1.0, 4.0, 6.0], 0.25, cross_fitted=True)
+    stored = json.loads(json.dumps(calibration.to_json()))
+    assert Calibration.from_json(stored) == calibration
+    assert stored["statement"] == calibration.threshold.statement
+    assert calibration.pixel_threshold == 6.0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"scores": None}, {"threshold": {"value": 1.0}}, {"pixel_threshold": "high"}, {"scores": ["a"]}, {"threshold": 3}],
+)
+def test_damaged_json(damage):
+    stored = calibrate([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], 0.2).to_json() | damage
+    with pytest.raises(ModelFormatError, match=r"calibration\.json"):
+        Calibration.from_json(stored)
+
+
+def test_missing_key():
+    stored = calibrate([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], 0.2).to_json()
+    del stored["scores"]
+    with pytest.raises(ModelFormatError, match="scores"):
+        Calibration.from_json(stored)
+
+
+def test_thresholds_are_values():
+    assert Threshold(1.0, 0.1, 9, "conformal", 9) == conformal_threshold([1.0] * 9, 0.1)

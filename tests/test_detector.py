@@ -1,0 +1,185 @@
+"""The detector: fit, calibrate, predict, save, load; on the lite base and on a tiny base in the paper's form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_part
+from PIL import Image
+from tiny_base import build_base
+
+from gladad import detector as detector_module
+from gladad.detector import FitSettings, Glad, find_regions
+from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
+from gladad.lite import LiteConfig
+from gladad.lite_training import LiteTrainingConfig
+from gladad.storage import WriteError
+
+
+def quick_settings(**changes: object) -> FitSettings:
+    return replace(FitSettings(steps=4, image_size=64, seed=1), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def small_lite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lite base that trains in a second; everything else as shipped."""
+    monkeypatch.setattr(
+        detector_module, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6)
+    )
+    monkeypatch.setattr(detector_module, "LiteConfig", lambda **given: LiteConfig(**{"dimensions": 8, "widths": (32, 32)} | given))
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for index in range(30):
+        draw_part(index)[0].save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_fit_predict_save_load(good: Path, tmp_path: Path) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    assert fitted.provenance_["images"] == 30 and fitted.provenance_["held_out"] == 6
+    fitted.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    defect = np.asarray(draw_part(99)[0]).copy()
+    defect[8:20, 30:44] = (255, 0, 255)
+    for image in (good / "003.png", defect, draw_part(5)[0]):
+        one, two = fitted.inspect(image), loaded.inspect(image)
+        assert one.pred_score == two.pred_score and one.step == two.step
+        assert np.array_equal(one.anomaly_map, two.anomaly_map)
+    found = loaded.inspect(defect)
+    assert found.anomaly_map.shape == found.pred_mask.shape == found.image_size == defect.shape[:2]
+    assert found.reconstruction is not None and found.reconstruction.shape == defect.shape
+    assert 0 < found.p_value <= 1
+    assert found.pred_label == (found.pred_score > 1)
+    assert np.array_equal(found.pred_mask, found.anomaly_map > 1)
+    assert loaded.describe() == fitted.describe()
+
+
+def test_two_fits_write_the_same_bytes(good: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Glad.from_base("lite", settings=quick_settings()).fit(good).save_pretrained(tmp_path / name)
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert files
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_order_and_company_do_not_matter(good: Path) -> None:
+    detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    paths = sorted(good.iterdir())[:7]
+    together = {p.image_path: p.pred_score for p in detector.predict(paths[::-1], reconstruct=False)}
+    assert together == {path: detector.inspect(path, reconstruct=False).pred_score for path in paths}
+
+
+def test_held_out_images_are_not_trained_on(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    train = detector_module.fit_lite
+    monkeypatch.setattr(detector_module, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    assert seen == [24] and len(detector.calibration_.scores) == 6
+
+
+def test_few_images_are_cross_fitted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    train = detector_module.fit_lite
+    monkeypatch.setattr(detector_module, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    detector = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
+    assert seen == [12, 6, 6]
+    assert len(detector.calibration_.scores) == 12 and detector.calibration_.cross_fitted
+
+
+def test_another_false_reject_rate_moves_the_threshold_only(good: Path) -> None:
+    detector = Glad.from_base("lite", settings=quick_settings(false_reject_rate=0.5)).fit(good)
+    loose = detector.inspect(draw_part(50)[0], reconstruct=False)
+    detector.set_false_reject_rate(0.2)
+    strict = detector.inspect(draw_part(50)[0], reconstruct=False)
+    assert strict.pred_score < loose.pred_score and strict.p_value == loose.p_value
+
+
+def test_too_few_images(good: Path) -> None:
+    with pytest.raises(DataError, match="at least 6 good images"):
+        Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:5])
+
+
+def test_an_unreadable_image_is_named(good: Path) -> None:
+    (good / "011.png").write_bytes((good / "011.png").read_bytes()[:200])
+    with pytest.raises(DataError, match="011.png"):
+        Glad.from_base("lite", settings=quick_settings()).fit(good)
+
+
+def test_max_images_is_a_seeded_choice(good: Path) -> None:
+    counts = [Glad.from_base("lite", settings=quick_settings(max_images=26)).fit(good).provenance_ for _ in range(2)]
+    assert counts[0] == counts[1] and counts[0]["images"] == 26
+
+
+def test_textures_are_used(good: Path, tmp_path: Path) -> None:
+    textures = tmp_path / "textures"
+    textures.mkdir()
+    with pytest.raises(DataError, match="textures"):
+        Glad.from_base("lite", settings=quick_settings(textures=str(textures))).fit(good)
+    Image.effect_noise((80, 80), 90).convert("RGB").save(textures / "noise.png")
+    Glad.from_base("lite", settings=quick_settings(textures=str(textures))).fit(good)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"minutes": -1.0}, {"steps": 3, "minutes": 1.0}, {"false_reject_rate": 0}, {"image_size": 10}, {"max_images": 1}]
+)
+def test_impossible_settings(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        FitSettings(**bad)  # type: ignore[arg-type]
+
+
+def test_unfitted(tmp_path: Path) -> None:
+    with pytest.raises(NotFittedError):
+        Glad().inspect(draw_part(0)[0])
+    with pytest.raises(NotFittedError):
+        Glad().save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_model_is_named(good: Path, tmp_path: Path) -> None:
+    Glad.from_base("lite", settings=quick_settings()).fit(good).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "calibration.json").unlink()
+    with pytest.raises(ModelFormatError, match=r"calibration\.json"):
+        Glad.from_pretrained(tmp_path / "model")
+    with pytest.raises(ModelFormatError, match="no such folder"):
+        Glad.from_pretrained(tmp_path / "absent")
+    with pytest.raises(ModelFormatError, match="not a gladad model"):
+        Glad.from_pretrained(good)
+
+
+def test_a_foreign_folder_is_not_overwritten(good: Path) -> None:
+    detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    before = sorted(good.iterdir())
+    with pytest.raises(WriteError, match="will not be overwritten"):
+        detector.save_pretrained(good)
+    assert sorted(good.iterdir()) == before
+
+
+def test_regions() -> None:
+    maps = np.zeros((12, 20), np.float32)
+    maps[2:4, 3:8] = 1.5
+    maps[8, 10], maps[9, 11] = 3.0, 2.0  # touch at a corner: one region
+    first, second = find_regions(maps > 1, maps)
+    assert (first.box, first.area, first.peak) == ((10, 8, 12, 10), 2, 3.0)
+    assert (second.box, second.area, second.peak) == ((3, 2, 8, 4), 10, 1.5)
+    assert find_regions(maps > 9, maps) == ()
+
+
+def test_a_base_in_the_papers_form(good: Path, tmp_path: Path) -> None:
+    folder = build_base(tmp_path / "tiny")
+    settings = quick_settings(steps=2)
+    detector = Glad.from_base(str(folder), settings=settings).fit(sorted(good.iterdir())[:26])
+    detector.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    one, two = detector.inspect(draw_part(60)[0]), loaded.inspect(draw_part(60)[0])
+    assert one.pred_score == two.pred_score and one.step == two.step > 0
+    assert loaded.describe()["base"] == "diffusers"
+    assert detector.base_.config.reconstruction.step_threshold > 0  # calibrated, not the paper's constant
+    assert detector.base_.config.guidance_scale == 1.0

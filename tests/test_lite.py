@@ -1,0 +1,358 @@
+"""The lite base: its features, latent, one-call reconstruction, training and files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, reconstruct_one_call
+from gladad.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
+from gladad.errors import ConfigError, DataError, ModelFormatError
+from gladad.lite import FEATURE_CHANNELS, POOLING, FeatureSpace, LatentDenoiser, LiteBase, LiteConfig, pool, size_for_aspect, stack_features
+from gladad.lite_training import LiteTrainingConfig, _choose_evidence, _Residuals, fit_lite
+
+SCHEDULE = Schedule.scaled_linear()
+SMALL = LiteConfig(image_size=(64, 96), dimensions=8, widths=(32, 32), seed=3)
+QUICK = LiteTrainingConfig(steps=6, batch_size=4, pool=16, decoder_steps=3, statistics=6)
+
+
+def parts(count: int, size: tuple[int, int] = (64, 96)) -> list[np.ndarray]:
+    """Normal images: a bright disc on a gradient, with grain."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    disc = np.hypot(y - size[0] / 2, x - size[1] / 2) < size[0] / 4
+    images = []
+    for index in range(count):
+        grain = np.random.default_rng(index).normal(0, 4, (*size, 3))
+        images.append((60 + x[..., None] * 0.5 + 100 * disc[..., None] + grain).clip(0, 255).astype(np.uint8))
+    return images
+
+
+@pytest.fixture(scope="module")
+def base() -> LiteBase:
+    return fit_lite(parts(12), SMALL, QUICK)
+
+
+# ------------------------------------------------------------------------------------------------------- features
+
+
+def reference_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random weights in the naming of the published files."""
+    state: dict[str, torch.Tensor] = {}
+
+    def layer(conv: str, norm: str, outputs: int, inputs: int, kernel: int) -> None:
+        state[conv + ".weight"] = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (inputs * kernel**2) ** 0.5
+        state[norm + ".weight"] = torch.rand(outputs, generator=generator) + 0.5
+        state[norm + ".bias"] = torch.randn(outputs, generator=generator) * 0.1
+        state[norm + ".running_mean"] = torch.randn(outputs, generator=generator) * 0.1
+        state[norm + ".running_var"] = torch.rand(outputs, generator=generator) + 0.5
+
+    layer("_conv_stem", "_bn0", 32, 3, 3)
+    index, inputs = 0, 32
+    for expansion, outputs, repeats, _, kernel in STAGES:
+        for _ in range(repeats):
+            wide, prefix = inputs * expansion, f"_blocks.{index}."
+            if expansion != 1:
+                layer(prefix + "_expand_conv", prefix + "_bn0", wide, inputs, 1)
+            layer(prefix + "_depthwise_conv", prefix + "_bn1", wide, 1, kernel)
+            layer(prefix + "_project_conv", prefix + "_bn2", outputs, wide, 1)
+            index, inputs = index + 1, outputs
+    return state
+
+
+def plain_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> list[torch.Tensor]:
+    """The network as published: convolutions and batch norms apart, TensorFlow padding computed from the sizes."""
+
+    def conv(x: torch.Tensor, name: str, norm: str, stride: int = 1, groups: int = 1, relu: bool = True) -> torch.Tensor:
+        weight = state[name + ".weight"]
+        kernel = weight.shape[-1]
+        pads = []
+        for side in (x.shape[3], x.shape[2]):
+            total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            pads += [total // 2, total - total // 2]
+        x = F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+        x = F.batch_norm(
+            x,
+            state[norm + ".running_mean"],
+            state[norm + ".running_var"],
+            state[norm + ".weight"],
+            state[norm + ".bias"],
+            eps=BATCH_NORM_EPS,
+        )
+        return x.clamp(0, 6) if relu else x
+
+    x = conv((image * 255 - 127) / 128, "_conv_stem", "_bn0", 2)
+    taps, index, inputs = [], 0, 32
+    for expansion, outputs, repeats, stride, _ in STAGES:
+        for repeat in range(repeats):
+            prefix, step = f"_blocks.{index}.", stride if repeat == 0 else 1
+            y = x if expansion == 1 else conv(x, prefix + "_expand_conv", prefix + "_bn0")
+            y = conv(y, prefix + "_depthwise_conv", prefix + "_bn1", step, groups=y.shape[1])
+            y = conv(y, prefix + "_project_conv", prefix + "_bn2", relu=False)
+            x = y + x if step == 1 and inputs == outputs else y
+            if index in TAPS:
+                taps.append(x)
+            index, inputs = index + 1, outputs
+    return taps
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_the_folded_network_equals_the_published_one(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = reference_state(generator)
+    image = torch.rand(2, 3, *size, generator=generator)
+    for ours, theirs, channels, stride in zip(
+        from_reference_state(state, "test")(image), plain_forward(state, image), CHANNELS, TAPS.values(), strict=True
+    ):
+        assert ours.shape == (2, channels, size[0] // stride, size[1] // stride)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    state = reference_state(torch.Generator().manual_seed(0))
+    del state["_blocks.3._bn1.bias"]
+    with pytest.raises(ModelFormatError, match="_blocks.3"):
+        from_reference_state(state, "odd.pth")
+
+
+def test_stacked_features_have_one_grid() -> None:
+    features = stack_features(pretrained(), torch.rand(2, 3, 64, 128), (8, 16))
+    assert features.shape == (2, FEATURE_CHANNELS, 8, 16)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("aspect", [0.3, 0.75, 1.0, 1.33, 2.46, 6.0])
+def test_working_size_keeps_proportions_and_budget(aspect: float) -> None:
+    height, width = size_for_aspect(aspect, 256)
+    assert height % 32 == 0 and width % 32 == 0
+    assert 0.6 * 256**2 <= height * width <= 256**2
+    assert abs(np.log(width / height / aspect)) < 0.3
+    assert size_for_aspect(1.0, 256) == (256, 256)
+
+
+def test_feature_space_is_standardised_and_orthogonal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(FEATURE_CHANNELS, FEATURE_CHANNELS, generator=generator)
+    features = F.conv2d(torch.randn(6, FEATURE_CHANNELS, 16, 16, generator=generator), mixing[:, :, None, None]) + 3
+    space = FeatureSpace(20, 0.5)
+    space.fit(features.split(2))
+    latent, outside = space(features)
+    assert latent.shape == (6, 20, 16, 16) and outside.shape == (6, 1, 16, 16)
+    assert float(latent.square().mean()) == pytest.approx(1, abs=0.02)
+    correlation = torch.corrcoef(latent.permute(1, 0, 2, 3).flatten(1))
+    assert float((correlation - torch.eye(20)).abs().max()) < 0.02
+    assert bool((outside >= 0).all())
+
+
+def test_half_whitening_lies_between_none_and_full() -> None:
+    features = torch.randn(4, FEATURE_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(1))
+    features = features * torch.linspace(1, 3, 8).view(1, 1, 8, 1)
+
+    def ratio(whitening: float) -> float:
+        space = FeatureSpace(10, whitening)
+        space.fit([features])
+        deviation = space(features)[0].std((0, 2, 3))
+        return float(deviation[0] / deviation[-1])
+
+    assert ratio(1.0) == pytest.approx(1, abs=0.05)
+    assert ratio(1.0) < ratio(0.5) < ratio(0.0)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (12, 8), (20, 52)])
+def test_denoiser_takes_any_even_grid(grid: tuple[int, int]) -> None:
+    denoiser = LatentDenoiser(4, grid, (32, 32, 32)).eval()
+    with torch.no_grad():
+        assert denoiser(torch.randn(2, 4, *grid), torch.tensor([5, 900])).shape == (2, 4, *grid)
+
+
+def test_pooling_keeps_constants_up_to_the_border() -> None:
+    assert torch.equal(pool(torch.ones(1, 1, 6, 9), 5), torch.ones(1, 1, 6, 9))
+
+
+# ------------------------------------------------------------------------------------------ one-call reconstruction
+
+
+class Oracle:
+    """A perfect denoiser: whatever comes in, the clean latent it implies is ``normal``, plus ``bias`` times the timestep."""
+
+    def __init__(self, normal: torch.Tensor, bias: float = 0.0):
+        self.normal, self.bias = normal, bias
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent
+
+    def latent_features(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent
+
+    def predict_noise(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        alpha_bar = SCHEDULE.alpha_bar(timestep)
+        clean = self.normal + self.bias * timestep.view(-1, 1, 1, 1)
+        return (latent - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+
+
+def one_call(latent: torch.Tensor, normal: torch.Tensor, bias: float = 0.0, **options: object):
+    config = replace(OneCallConfig(timesteps=(500, 300, 100), adaptive=False), **options)  # type: ignore[arg-type]
+    noise = image_noise(latent.shape[1:], 0, 3)[None].expand(len(latent), -1, -1, -1, -1)
+    return reconstruct_one_call(Oracle(normal, bias), latent, noise, SCHEDULE, config, torch.ones(1, latent.shape[1], 1, 1))
+
+
+@pytest.fixture
+def latents() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    normal = torch.randn(1, 4, 6, 6, generator=generator)
+    latent = normal.repeat(3, 1, 1, 1)
+    latent[1, :, 2, 3] += 5  # a strong local anomaly
+    latent[2] += 0.3  # a weak global one
+    return latent, normal
+
+
+def test_a_perfect_denoiser_gives_the_normal_latent(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+    found = one_call(latent, normal)
+    torch.testing.assert_close(found.latent, normal.expand_as(latent), atol=1e-4, rtol=0)
+    assert found.trace.shape == (3, 3) and found.probes == 9
+    assert found.gap_score[0] < 1e-6 < found.gap_score[2] < found.gap_score[1]
+
+
+def test_the_step_search_stops_at_the_first_clear_difference(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+    found = one_call(latent, normal, adaptive=True, step_thresholds=(1.0, 0.05, 0.05))
+    assert found.step.tolist() == [100, 500, 300]  # nothing seen; clear at once; clear at the second look
+
+
+def test_the_estimate_averages_the_probes_visited(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+    never = one_call(latent, normal, bias=1e-3, adaptive=True, step_thresholds=(1e9, 1e9, 1e9))
+    at_once = one_call(latent, normal, bias=1e-3, adaptive=True, step_thresholds=(-1.0, 0.0, 0.0))
+    torch.testing.assert_close(never.latent - normal, torch.full_like(latent, 0.3), atol=1e-3, rtol=0)  # mean of .5 .3 .1
+    torch.testing.assert_close(at_once.latent - normal, torch.full_like(latent, 0.5), atol=1e-3, rtol=0)
+
+
+def test_calibrated_fusion_keeps_the_input_where_it_is_normal(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+    noisy = latent + 0.01
+    fused = one_call(noisy, normal, fusion="calibrated", fusion_center=1.0, fusion_width=0.05).latent
+    torch.testing.assert_close(fused[1, :, 0, 0], noisy[1, :, 0, 0], atol=1e-4, rtol=0)  # the input's own content
+    torch.testing.assert_close(fused[1, :, 2, 3], normal[0, :, 2, 3], atol=1e-3, rtol=0)  # the model's
+
+
+def test_one_call_results_do_not_depend_on_the_batch(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+    options = {"adaptive": True, "step_thresholds": (1.0, 0.05, 0.05), "bias": 1e-3}
+    together = one_call(latent.flip(0), normal, **options)
+    for index in range(3):
+        alone = one_call(latent[index : index + 1], normal, **options)
+        assert torch.equal(alone.latent[0], together.latent[2 - index])
+        assert alone.step[0] == together.step[2 - index]
+
+
+# ------------------------------------------------------------------------------------------------ training and use
+
+
+def test_the_training_target_implies_the_normal_latent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal, anomalous, noise = torch.randn(3, 2, 4, 8, 8, generator=generator).unbind(0)
+    alpha_bar = SCHEDULE.alpha_bar(torch.tensor([120, 650]))
+    x_t = add_noise(anomalous, noise, alpha_bar)
+    velocity = (alpha_bar.sqrt() * x_t - normal) / (1 - alpha_bar).sqrt()
+    torch.testing.assert_close(alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * velocity, normal, atol=1e-5, rtol=0)
+
+
+def test_an_image_has_the_same_score_alone_and_among_others(base: LiteBase) -> None:
+    images = parts(7)
+    alone = [base.inspect(image) for image in images]
+    order = [4, 0, 6, 2, 1, 5, 3]
+    for index, found in zip(order, [base.inspect(images[i]) for i in order], strict=True):
+        assert found.score == alone[index].score
+        assert np.array_equal(found.map, alone[index].map)
+
+
+def test_the_same_seed_gives_the_same_weights(base: LiteBase) -> None:
+    again = fit_lite(parts(12), SMALL, QUICK)
+    other = fit_lite(parts(12), replace(SMALL, seed=4), QUICK)
+    assert again.config == base.config
+    for name, value in base.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(other.denoiser.unet.conv_in.weight, base.denoiser.unet.conv_in.weight)
+
+
+def test_training_reaches_the_normal_latent() -> None:
+    """After a short training a defect's residual energy stands above the rest of the image."""
+    trained = fit_lite(parts(16), SMALL, replace(QUICK, steps=60, batch_size=8, pool=64))
+    bad = parts(17)[16]
+    bad[20:34, 60:74] = (250, 10, 10)
+    found = trained.inspect(bad)
+    assert found.map[20:34, 60:74].max() > 2 * np.median(found.map)
+    assert found.score > max(trained.inspect(image).score for image in parts(24)[18:])
+
+
+def test_training_without_anomalies_is_plain_diffusion() -> None:
+    plain = fit_lite(parts(6), SMALL, replace(QUICK, anomaly_oriented=False, weighting="velocity"))
+    assert np.isfinite(plain.inspect(parts(1)[0]).score)
+
+
+def test_a_time_budget_sets_the_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    fit_lite(
+        parts(4),
+        SMALL,
+        replace(QUICK, steps=10_000, minutes=0.02),
+        progress=lambda s, d, n: seen.append((d, n)) if s == "denoiser" else None,
+    )
+    assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 10_000
+
+
+def test_settings_follow_what_synthetic_defects_show(base: LiteBase) -> None:
+    """Energy outside the subspace gets weight exactly where defects show in it."""
+    generator = torch.Generator().manual_seed(0)
+    residual = torch.randn(12, 8, 8, 12, generator=generator)
+    quiet, loud = torch.rand(2, 12, 1, 8, 12, generator=generator).unbind(0)
+    loud[:, :, 3:5, 3:5] += 40
+    before = base.config
+    try:
+        start = replace(before, scales=(), outside_weight=None, position_share=None)
+        shown = _choose_evidence(base, _Residuals(residual, quiet), _Residuals(residual.flip(0), loud), start)
+        hidden = _choose_evidence(base, _Residuals(residual, quiet), _Residuals(residual + 2.0, quiet), start)
+    finally:
+        base.config = before
+    assert shown.outside_weight and shown.outside_weight > 0
+    assert hidden.scales in {(window,) for window in POOLING}
+
+
+def test_the_picture_is_the_input_where_the_part_is_normal(base: LiteBase) -> None:
+    pixels = parts(1, (80, 120))[0]
+    found = base.inspect(pixels)
+    assert np.array_equal(base.picture(found, pixels, threshold=1e9), pixels)
+    assert not np.array_equal(base.picture(found, pixels, threshold=1e-9), pixels)
+
+
+def test_save_and_load(base: LiteBase, tmp_path) -> None:
+    config = base.save(tmp_path)
+    loaded = LiteBase.load(tmp_path, config)
+    image = parts(1)[0]
+    assert loaded.config == base.config
+    assert loaded.inspect(image).score == base.inspect(image).score
+    with pytest.raises(ModelFormatError, match="fit together"):
+        LiteBase.load(tmp_path, config | {"dimensions": 9})
+    with pytest.raises(ModelFormatError, match="unknown setting"):
+        LiteBase.load(tmp_path, config | {"colour": 9})
+    (tmp_path / "lite.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ModelFormatError, match="damaged"):
+        LiteBase.load(tmp_path, config)
+
+
+@pytest.mark.parametrize("bad", [{"image_size": (60, 64)}, {"dimensions": 0}, {"scales": (2,)}])
+def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        replace(SMALL, **bad)  # type: ignore[arg-type]
+
+
+def test_one_image_is_not_enough() -> None:
+    with pytest.raises(DataError, match="at least 2"):
+        fit_lite(parts(1), SMALL, QUICK)
