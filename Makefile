@@ -21,6 +21,7 @@ setup: $(STAMP)
 
 # The stamp is written last: an installation that was cut off is taken up again.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about a minute"
 	@test -x $(BIN)/python || for python in $(CANDIDATES); do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	    then echo "$$python -m venv $(VENV)"; $$python -m venv --clear $(VENV) && break; fi; done; \

@@ -2,8 +2,9 @@
 
     python scripts/ablation.py CATEGORY [CATEGORY ...]
 
-Two denoisers are trained per category, with and without anomaly-oriented training (ATP); every inspection variant runs on both or on the
-one it belongs to. Deltas, scales and masks are set anew for every variant, on training images, as ``gladad fit`` does.
+Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and every inspection variant runs on both. Deltas,
+scales and masks are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the denoiser with ATP is taken from
+a folder of fitted models instead, and the one without is left out.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import torch.nn.functional as F
 
 from gladad.algorithm import OneCallConfig
 from gladad.data import category_samples, good_images
-from gladad.detector import FitSettings, Glad
+from gladad.detector import BASE_FOLDER, FitSettings, Glad
 from gladad.evaluation import EVALUATION_SIZE
 from gladad.images import load_image, load_mask, resize_pixels
 from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
 from gladad.metrics import image_metrics, pixel_metrics
+from gladad.storage import read_model_file
 from gladad.types import no_progress
 
 LADDER = OneCallConfig().timesteps
 FIXED = replace(OneCallConfig(), adaptive=False, fusion="none")
 VARIANTS = {
-    **{f"fixed step t={t}": replace(FIXED, timesteps=(t,)) for t in (100, *reversed(LADDER), 500)},
-    "mean of the ladder": FIXED,
+    **{f"fixed step t={t}": replace(FIXED, timesteps=(t,)) for t in (100, 200, 300, 400, 500)},
+    f"mean of {LADDER}": FIXED,
     "+ ADS": replace(FIXED, adaptive=True),
     "+ ADS + SAFF": replace(FIXED, adaptive=True, fusion="calibrated"),
-    "mean of the ladder + SAFF": replace(FIXED, fusion="calibrated"),
+    f"mean of {LADDER} + SAFF": replace(FIXED, fusion="calibrated"),
 }
 
 
@@ -52,11 +54,17 @@ def judge(base: LiteBase, category: Path) -> tuple[float, float | None]:
     return image, pixel_metrics(np.stack(maps), np.stack(masks))["pixel_auroc"] if np.any(masks) else None
 
 
+def saved(model: Path) -> tuple[Path, dict[str, object]]:
+    """Folder and settings of a fitted model's base."""
+    return model / BASE_FOLDER, read_model_file(model)["config"]
+
+
 def main() -> None:
     """Train, vary, print a table per category."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("categories", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=LiteTrainingConfig().steps)
+    parser.add_argument("--models", type=Path, help="folder with one fitted model per category")
     arguments = parser.parse_args()
     for category in arguments.categories:
         paths = good_images(category)[: FitSettings().max_images]
@@ -65,7 +73,12 @@ def main() -> None:
         print(f"\n{category.name}\n| denoiser | inspection | image AUROC | pixel AUROC |\n|---|---|---|---|", flush=True)
         for name, oriented in (("plain", False), ("ATP", True)):
             training = LiteTrainingConfig(steps=arguments.steps, anomaly_oriented=oriented)
-            base = fit_lite(images, LiteConfig(image_size=size), training)
+            if arguments.models is None:
+                base = fit_lite(images, LiteConfig(image_size=size), training)
+            elif oriented:
+                base = LiteBase.load(*saved(arguments.models / category.name))
+            else:
+                continue
             for variant, reconstruction in VARIANTS.items():
                 base.config = replace(LiteConfig(image_size=size), reconstruction=reconstruction)
                 measure_residuals(base, images, training, (), "all", no_progress)

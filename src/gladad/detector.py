@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -266,7 +267,7 @@ class Glad:
         )
 
     def predict(self, images: Any, *, reconstruct: bool = True, progress: Progress = no_progress) -> list[Prediction]:
-        """Inspect several images, in order.
+        """Inspect several images, in order, one per core at a time.
 
         Args:
             images: A path or folder, one image, or a sequence of any of these.
@@ -274,10 +275,14 @@ class Glad:
             progress: Told of every image.
         """
         items = list(_flatten(images))
-        predictions = []
-        for item in items:
-            predictions.append(self.inspect(item, reconstruct=reconstruct))
-            progress("inspecting", len(predictions), len(items))
+        predictions: list[Prediction] = []
+        if not items:
+            return predictions
+        predictions.append(self.inspect(items[0], reconstruct=reconstruct))  # the first one also readies the networks
+        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as executor:
+            for prediction in executor.map(lambda item: self.inspect(item, reconstruct=reconstruct), items[1:]):
+                predictions.append(prediction)
+                progress("inspecting", len(predictions), len(items))
         return predictions
 
     # -- files --------------------------------------------------------------------------------------------------

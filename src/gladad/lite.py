@@ -11,7 +11,8 @@ anomaly map. The decoder serves people only: it shows what the model thinks the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -62,7 +63,7 @@ class LiteConfig:
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to; multiples of 32
     dimensions: int = 80  # principal components kept as the latent
     whitening: float = 0.5  # exponent: 0 = PCA, 1 = full whitening
-    widths: tuple[int, ...] = (160, 256, 256)  # channels of the denoiser's levels
+    widths: tuple[int, ...] = (128, 192, 256)  # channels of the denoiser's levels
     reconstruction: OneCallConfig = field(default_factory=OneCallConfig)
     seed: int = 0  # of the noise added at inspection, the same for every image
     scales: tuple[int, ...] = ()  # pooling windows of the residual, out of POOLING; () = set by training
@@ -305,13 +306,13 @@ class LiteBase(nn.Module):
 
     def refresh(self) -> None:
         """Drop the fast copies of the networks; to be called after their weights changed."""
-        self._fast.clear()
+        self._fast = []
 
     def _fast_networks(self) -> tuple[EfficientNetLite0, LatentDenoiser]:
         if not self._fast:
             config = self.config
-            self._fast.append(_bfloat16_copy(self.trunk, EfficientNetLite0()))
-            self._fast.append(_bfloat16_copy(self.denoiser, LatentDenoiser(config.dimensions, config.grid, config.widths)))
+            empty = LatentDenoiser(config.dimensions, config.grid, config.widths)
+            self._fast = [_bfloat16_copy(self.trunk, EfficientNetLite0()), _bfloat16_copy(self.denoiser, empty)]
         trunk, denoiser = self._fast
         return cast(EfficientNetLite0, trunk), cast(LatentDenoiser, denoiser)
 
@@ -358,7 +359,8 @@ class LiteBase(nn.Module):
     def inspect(self, pixels: Pixels) -> Inspection:
         """Inspect one image.
 
-        Images go through the networks one at a time: their shapes, and so the bits of the result, do not depend on the batch.
+        Images go through the networks one at a time and on one thread: neither the shapes nor the order of a sum, and so no bit of the
+        result, depends on the batch or on the number of cores. Several images are best inspected by as many threads, see `Glad.predict`.
 
         Args:
             pixels: ``[H, W, 3]`` uint8 of any size.
@@ -366,11 +368,12 @@ class LiteBase(nn.Module):
         Returns:
             Map and score in the model's own units, and what is needed for a picture of the reconstruction.
         """
-        image = self.prepare(pixels)[None]
-        latent, outside = self.space(self.features(image))
-        rebuilt = self.rebuild(latent)
-        maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
-        score = float(top_k_mean(maps, self.config.top_k))
+        with one_thread():
+            image = self.prepare(pixels)[None]
+            latent, outside = self.space(self.features(image))
+            rebuilt = self.rebuild(latent)
+            maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
+            score = float(top_k_mean(maps, self.config.top_k))
         return Inspection(map=maps[0, 0].numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
 
     def prepare(self, pixels: Pixels) -> Tensor:
@@ -416,6 +419,17 @@ class LiteBase(nn.Module):
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
             raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
         return base.eval().requires_grad_(False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block's tensor operations on the calling thread alone. The setting is each thread's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pool(x: Tensor, window: int) -> Tensor:
