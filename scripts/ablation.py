@@ -2,9 +2,9 @@
 
     python scripts/ablation.py CATEGORY [CATEGORY ...]
 
-Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and every inspection variant runs on both. Deltas,
-scales and masks are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the denoiser with ATP is taken from
-a folder of fitted models instead, and the one without is left out.
+Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and every inspection variant runs on
+both. Deltas, scales and masks are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
+denoiser with ATP is taken from a folder of fitted models instead, and the one without is left out.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
                 base.config = replace(LiteConfig(image_size=size), reconstruction=reconstruction)
                 measure_residuals(base, images, training, (), "all", no_progress)
                 image, pixel = judge(base, category)
-                print(f"| {name} | {variant} | {image:.4f} | {'–' if pixel is None else f'{pixel:.4f}'} |", flush=True)
+                print(f"| {name} | {variant} | {image:.4f} | {'-' if pixel is None else f'{pixel:.4f}'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Baseline: a PatchCore-like memory bank (arXiv 2106.08265) on exactly the features of the ``lite`` base.
 
-A random sample of the standardised feature vectors of the good images is the memory; the anomaly map is the distance of every vector of an image to
-its nearest one in memory, upsampled and blurred; the score is the mean of its 250 largest pixels. Same images, sizes, features, blur and
-score as ``lite``, so that a difference between the two is the diffusion's.
+A random sample of the standardised feature vectors of the good images is the memory. The anomaly map is the distance of every
+vector of an image to its nearest one in memory, upsampled and blurred; the score is the mean of its 250 largest pixels. Same
+images, sizes, features, blur and score as ``lite``, so that a difference between the two is the diffusion's.
 
     python scripts/memory_bank.py CATEGORY [CATEGORY ...]
 """

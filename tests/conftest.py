@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# the tests' networks are tiny: more threads only wait for each other, on a busy machine for very long
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from functools import partial
 from pathlib import Path
 

