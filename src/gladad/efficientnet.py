@@ -9,6 +9,7 @@ function, and the folded one is faster and has no mode to get wrong.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ class _Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pad is not None:
             x = F.pad(x, (*self.pad, *self.pad))
-        x = self.conv(x)
-        return F.relu6(x, inplace=True) if self.relu else x
+        y: Tensor = self.conv(x)
+        return F.relu6(y, inplace=True) if self.relu else y
 
 
 class _Block(nn.Module):
@@ -57,7 +58,7 @@ class _Block(nn.Module):
         self.skip = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.depthwise(self.expand(x)))
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
         return y + x if self.skip else y
 
 
@@ -122,7 +123,8 @@ def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetL
     """
     model = EfficientNetLite0()
     pairs = [(model.stem, "_conv_stem", "_bn0")]
-    for index, block in enumerate(model.blocks):
+    for index, module in enumerate(model.blocks):
+        block = cast(_Block, module)
         prefix = f"_blocks.{index}."
         if isinstance(block.expand, _Conv):
             pairs.append((block.expand, prefix + "_expand_conv", prefix + "_bn0"))
@@ -132,7 +134,7 @@ def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetL
         for layer, conv, norm in pairs:
             gain = state[norm + ".weight"] / torch.sqrt(state[norm + ".running_var"] + BATCH_NORM_EPS)
             layer.conv.weight.copy_(state[conv + ".weight"] * gain.view(-1, 1, 1, 1))
-            layer.conv.bias.copy_(state[norm + ".bias"] - state[norm + ".running_mean"] * gain)
+            cast(Tensor, layer.conv.bias).copy_(state[norm + ".bias"] - state[norm + ".running_mean"] * gain)
     except (KeyError, RuntimeError) as error:
         raise ModelFormatError(f"{source} does not hold EfficientNet-Lite0 weights: {error}") from error
     return model

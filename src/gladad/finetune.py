@@ -103,7 +103,7 @@ def finetune_denoiser(
             loss = F.mse_loss(noise_pred.float(), denoising_target(x_t, z_normal, alpha_bar))
 
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), config.gradient_clip)
             optimizer.step()
             losses.append(loss.item())

@@ -205,7 +205,7 @@ class LatentDenoiser(nn.Module):
         levels = len(widths)
         multiple = 2 ** (levels - 1)
         self.pad = (0, -width % multiple, 0, -height % multiple)
-        self.unet = UNet2DModel(
+        self.unet: nn.Module = cast(Any, UNet2DModel)(
             sample_size=(height, width),
             in_channels=4 * dimensions + self.position.shape[1],
             out_channels=4 * dimensions,
@@ -215,7 +215,8 @@ class LatentDenoiser(nn.Module):
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
             norm_num_groups=16,
             attention_head_dim=32,
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        )
+        _channels_last(self.unet)
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``."""
@@ -447,4 +448,10 @@ def _bfloat16_copy(network: Network, copy: Network) -> Network:
     copy.load_state_dict(network.state_dict())
     for parameter in (*copy.parameters(), *copy.buffers()):
         parameter.data = parameter.data.to(torch.bfloat16)
-    return copy.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    copy = copy.eval().requires_grad_(False)
+    _channels_last(copy)
+    return copy
+
+
+def _channels_last(network: nn.Module) -> None:
+    cast(Any, network).to(memory_format=torch.channels_last)  # a call that the stubs of torch do not know

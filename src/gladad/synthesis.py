@@ -210,14 +210,14 @@ def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
     if kind == 0:  # stripes, bent by the noise
         angle, period = draw.uniform(0, math.pi), draw.uniform(3, min(size) / 4)
         y, x = np.arange(size[0])[:, None], np.arange(size[1])[None, :]
-        pattern = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period) + 2 * pattern)
+        pattern = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period) + 2 * pattern).astype(np.float32)
     elif kind == 1:  # hard-edged patches
         pattern = np.sign(pattern - draw.uniform(-0.3, 0.3))
     elif kind == 2:  # grain
-        pattern = 0.5 * pattern + 0.5 * draw.rng.normal(size=size)
+        pattern = (0.5 * pattern + 0.5 * draw.rng.normal(size=size)).astype(np.float32)
     first, second = draw.rng.uniform(0, 255, (2, 3)) if draw.uniform(0, 1) < 0.5 else draw.rng.uniform(0, 255, (2, 1)).repeat(3, axis=1)
     share = (0.5 + 0.5 * pattern).clip(0, 1)[..., None]
-    return np.rint(share * first + (1 - share) * second).astype(np.uint8)
+    return np.asarray(np.rint(share * first + (1 - share) * second), dtype=np.uint8)
 
 
 def synthesise(
