@@ -28,7 +28,7 @@ METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")
 def run(*arguments: str) -> tuple[float, float]:
     """Run a gladad command; returns its seconds and its peak memory in GiB."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "gladad", "--quiet", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "gladad", *arguments, "--quiet"])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"gladad {' '.join(arguments)} failed")
