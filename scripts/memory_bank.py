@@ -24,8 +24,8 @@ from gladad.data import category_samples, good_images
 from gladad.detector import FitSettings, Glad
 from gladad.efficientnet import EfficientNetLite0, pretrained
 from gladad.evaluation import EVALUATION_SIZE
+from gladad.feature_space import stack_features
 from gladad.images import load_image, load_mask, resize_pixels, to_tensor
-from gladad.lite import stack_features
 from gladad.metrics import image_metrics, pixel_metrics
 
 MEMORY = 20_000

@@ -37,6 +37,7 @@ class Brightness:
 
     def __init__(self) -> None:
         self.calibration_: Calibration = calibrate([10.0, 20.0, 30.0, 40.0], [1.0, 1.0, 1.0, 1.0], 0.2)
+        self.workers = 2
         self.reconstructed: list[bool] = []
 
     def inspect(self, image: NDArray[np.uint8], *, reconstruct: bool = True) -> Prediction:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, reconstruct_one_call
 from gladad.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
 from gladad.errors import ConfigError, DataError, ModelFormatError
-from gladad.lite import FEATURE_CHANNELS, POOLING, FeatureSpace, LatentDenoiser, LiteBase, LiteConfig, pool, size_for_aspect, stack_features
+from gladad.feature_space import FEATURE_CHANNELS, FeatureSpace, size_for_aspect, stack_features
+from gladad.lite import POOLING, LatentDenoiser, LiteBase, LiteConfig, pool
 from gladad.lite_training import LiteTrainingConfig, _choose_evidence, _Residuals, fit_lite
 
 SCHEDULE = Schedule.scaled_linear()

@@ -30,7 +30,7 @@ from gladad.errors import DataError, GladError
 
 if TYPE_CHECKING:
     from gladad.detector import Glad
-    from gladad.types import Report
+    from gladad.types import Prediction, Report
 
 P = ParamSpec("P")
 DEBUG = "GLADAD_DEBUG"
@@ -195,6 +195,7 @@ def predict(
     """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
     from gladad.data import expand_paths
     from gladad.images import load_image
+    from gladad.parallel import in_order
     from gladad.results import PredictionWriter, check_output, output_folder, picture_names
 
     own = output.resolve()  # the overlays of an earlier run are not to be inspected
@@ -206,17 +207,27 @@ def predict(
     rejected, seconds = 0, []
     with bars(quiet) as progress, output_folder(output) as folder:
         writer = PredictionWriter(folder, pictures=pictures)
-        for done, (image, name) in enumerate(zip(images, picture_names(images), strict=True), start=1):
+
+        def inspect(item: tuple[Path, Path]) -> Prediction | DataError:
+            image, name = item
             try:
                 pixels = load_image(image)
                 prediction = detector.inspect(pixels, reconstruct=False)
             except DataError as error:
-                _complain(f"skipped: {error}")
-                writer.fail(image, error)
+                return error
+            writer.draw(prediction, pixels, name)
+            return prediction
+
+        names = picture_names(images)
+        outcomes = in_order(inspect, zip(images, names, strict=True), detector.workers)
+        for done, (image, name, outcome) in enumerate(zip(images, names, outcomes, strict=True), start=1):
+            if isinstance(outcome, DataError):
+                _complain(f"skipped: {outcome}")
+                writer.fail(image, outcome)
             else:
-                writer.add(prediction, image, pixels, name)
-                rejected += prediction.pred_label
-                seconds.append(prediction.seconds)
+                writer.add(outcome, image, name)
+                rejected += outcome.pred_label
+                seconds.append(outcome.seconds)
             progress("inspecting", done, len(images))
         if not seconds:
             raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")

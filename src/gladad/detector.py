@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +21,13 @@ from gladad.calibration import MIN_HELD_OUT, Calibration, calibrate, check_rate
 from gladad.config import from_json, to_json
 from gladad.data import expand_paths, fingerprint, good_images, split_held_out
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
+from gladad.feature_space import size_for_aspect
 from gladad.finetune import FinetuneConfig
 from gladad.images import as_pixels, list_images, load_image, resize_pixels
-from gladad.lite import LiteBase, LiteConfig, size_for_aspect
+from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig, fit_lite
 from gladad.paper import PaperBase, PaperConfig, fit_paper
+from gladad.parallel import in_order
 from gladad.pipeline import GladPipeline
 from gladad.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
 from gladad.synthesis import Foreground
@@ -48,6 +49,11 @@ class Base(Protocol):
     """What the detector needs of a base."""
 
     kind: str
+
+    @property
+    def workers(self) -> int:
+        """Images that are best inspected at the same time, each on a thread of its own."""
+        ...
 
     def inspect(self, pixels: Pixels) -> Inspection:
         """Map and score of one image, in the base's own units."""
@@ -227,6 +233,12 @@ class Glad:
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
+    @property
+    def workers(self) -> int:
+        """Images that are best inspected at the same time, each on a thread of its own."""
+        self._require_fit()
+        return self.base_.workers
+
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect one image.
 
@@ -267,7 +279,7 @@ class Glad:
         )
 
     def predict(self, images: Any, *, reconstruct: bool = True, progress: Progress = no_progress) -> list[Prediction]:
-        """Inspect several images, in order, one per core at a time.
+        """Inspect several images, in order, as many at a time as the base can use cores for.
 
         Args:
             images: A path or folder, one image, or a sequence of any of these.
@@ -276,13 +288,9 @@ class Glad:
         """
         items = list(_flatten(images))
         predictions: list[Prediction] = []
-        if not items:
-            return predictions
-        predictions.append(self.inspect(items[0], reconstruct=reconstruct))  # the first one also readies the networks
-        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as executor:
-            for prediction in executor.map(lambda item: self.inspect(item, reconstruct=reconstruct), items[1:]):
-                predictions.append(prediction)
-                progress("inspecting", len(predictions), len(items))
+        for prediction in in_order(lambda item: self.inspect(item, reconstruct=reconstruct), items, self.workers):
+            predictions.append(prediction)
+            progress("inspecting", len(predictions), len(items))
         return predictions
 
     # -- files --------------------------------------------------------------------------------------------------
@@ -373,8 +381,7 @@ def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> t
 def _score(base: Base, images: Sequence[Pixels], progress: Progress) -> tuple[list[float], list[float]]:
     """Raw scores and map peaks of held-out normal images."""
     scores, peaks = [], []
-    for pixels in images:
-        inspection = base.inspect(pixels)
+    for inspection in in_order(base.inspect, images, base.workers):
         scores.append(inspection.score)
         peaks.append(float(inspection.map.max()))
         progress("calibration", len(scores), len(images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from gladad.errors import DataError
 from gladad.gallery import GalleryItem, gallery_item, write_gallery
 from gladad.images import load_image, load_mask, resize_map
 from gladad.metrics import image_metrics, pixel_metrics, wilson_interval
+from gladad.parallel import in_order
 from gladad.results import COLUMNS, TABLE_FILE, readable, to_csv
 from gladad.storage import write_json, write_text
 from gladad.types import Prediction, Progress, Report, Sample, no_progress
@@ -37,9 +38,24 @@ class Inspector(Protocol):
         """Its thresholds."""
         ...
 
+    @property
+    def workers(self) -> int:
+        """Images to inspect at the same time."""
+        ...
+
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect one image ``[H, W, 3]`` uint8."""
         ...
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What evaluation keeps of one image."""
+
+    prediction: Prediction
+    anomaly_map: NDArray[np.float32]
+    mask: NDArray[np.bool_] | None
+    item: GalleryItem | None
 
 
 def evaluate(
@@ -77,18 +93,33 @@ def evaluate(
     masks: list[NDArray[np.bool_]] = []
     unmasked = skipped = 0
 
-    for done, sample in enumerate(samples, start=1):
-        truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category}
+    def look(sample: Sample) -> _Looked | DataError:
         try:
             pixels = load_image(sample.image_path)
+            prediction = replace(detector.inspect(pixels, reconstruct=collect is not None), image_path=sample.image_path)
         except DataError as error:
-            skipped += 1
-            rows.append({"image": readable(sample.image_path), "error": readable(str(error)), **truth})
-            progress("inspecting", done, len(samples))
-            continue
+            return error
         outline = _mask_of(sample, (pixels.shape[0], pixels.shape[1]))
-        mask = None if outline is None else _mask_of(sample, EVALUATION_SIZE)
-        prediction = replace(detector.inspect(pixels, reconstruct=collect is not None), image_path=sample.image_path)
+        item = None
+        if collect is not None:
+            name = f"{sample.defect_type}/{readable(sample.image_path.name)}"
+            item = gallery_item(prediction, pixels, name, sample.gt_label, outline)
+        return _Looked(
+            prediction=replace(prediction, reconstruction=None),
+            anomaly_map=_at_evaluation_size(prediction.anomaly_map),
+            mask=None if outline is None else _mask_of(sample, EVALUATION_SIZE),
+            item=item,
+        )
+
+    looks = in_order(look, samples, detector.workers)
+    for done, (sample, looked) in enumerate(zip(samples, looks, strict=True), start=1):
+        progress("inspecting", done, len(samples))
+        truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category}
+        if isinstance(looked, DataError):
+            skipped += 1
+            rows.append({"image": readable(sample.image_path), "error": readable(str(looked)), **truth})
+            continue
+        prediction, mask = looked.prediction, looked.mask
         rows.append(prediction.to_record() | {"image": readable(sample.image_path)} | truth)
         scores.append(prediction.pred_score)
         labels.append(sample.gt_label)
@@ -97,12 +128,10 @@ def evaluate(
         if sample.gt_label and mask is None:
             unmasked += 1
         elif with_pixels:
-            maps.append(_at_evaluation_size(prediction.anomaly_map))
+            maps.append(looked.anomaly_map)
             masks.append(np.zeros(EVALUATION_SIZE, bool) if mask is None else mask)
-        if collect is not None:
-            name = f"{sample.defect_type}/{readable(sample.image_path.name)}"
-            collect(gallery_item(prediction, pixels, name, sample.gt_label, outline))
-        progress("inspecting", done, len(samples))
+        if collect is not None and looked.item is not None:
+            collect(looked.item)
 
     if not scores:
         raise DataError(f"none of the {len(samples)} images could be read" if samples else "there are no images to evaluate")
@@ -124,7 +153,7 @@ def evaluate(
             "score": "multiples of the decision threshold: above 1 is rejected",
             "threshold": "raw score of the model that is called 1",
             "pixel_*": f"compared at {EVALUATION_SIZE[1]}x{EVALUATION_SIZE[0]} pixels",
-            "seconds_per_image": "median, without reading the file",
+            "seconds_per_image": f"median, without reading the file, {detector.workers} images at a time",
         },
         "false_reject_rate_requested": threshold.false_reject_rate,
         "guarantee": threshold.statement,

@@ -45,6 +45,7 @@ class PaperBase:
     """A diffusers base behind the interface that `gladad.detector` uses."""
 
     kind = "diffusers"
+    workers = 1  # its networks fill the cores by themselves
 
     def __init__(self, config: PaperConfig, pipeline: GladPipeline):
         self.config = config

@@ -132,20 +132,28 @@ class PredictionWriter:
         self.folder, self.pictures = folder, pictures
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, prediction: Prediction, image: Path, pixels: NDArray[np.uint8], name: Path) -> None:
-        """Record one prediction.
+    def draw(self, prediction: Prediction, pixels: NDArray[np.uint8], name: Path) -> None:
+        """Write the pictures of one prediction, if any are wanted. Different images may be drawn at the same time.
+
+        Args:
+            prediction: What inspection said.
+            pixels: ``[H, W, 3]`` uint8, the inspected image.
+            name: Relative name of its pictures.
+        """
+        if self.pictures:
+            self._save("overlays" / name, overlay(pixels, prediction.anomaly_map, prediction.pred_mask, prediction.regions))
+            self._save("masks" / name, prediction.pred_mask.astype(np.uint8) * np.uint8(255))
+
+    def add(self, prediction: Prediction, image: Path, name: Path) -> None:
+        """Record one prediction; the records are in the order of these calls.
 
         Args:
             prediction: What inspection said.
             image: The file.
-            pixels: ``[H, W, 3]`` uint8, the inspected image.
             name: Relative name of its pictures.
         """
         record = prediction.to_record() | {"image": readable(image)}
         if self.pictures:
-            drawn = overlay(pixels, prediction.anomaly_map, prediction.pred_mask, prediction.regions)
-            self._save("overlays" / name, drawn)
-            self._save("masks" / name, prediction.pred_mask.astype(np.uint8) * np.uint8(255))
             record |= {"overlay": readable("overlays" / name), "mask": readable("masks" / name)}
         self.rows.append(record)
 
