@@ -3,7 +3,7 @@
     python scripts/ablation.py CATEGORY [CATEGORY ...]
 
 Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and every inspection variant runs on
-both. Deltas, scales and masks are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
+both. Deltas and usual energies are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
 denoiser with ATP is taken from a folder of fitted models instead, and the one without is left out.
 """
 
@@ -25,6 +25,7 @@ from gladad.images import load_image, load_mask, resize_pixels
 from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
 from gladad.metrics import image_metrics, pixel_metrics
+from gladad.parallel import in_order
 from gladad.storage import read_model_file
 from gladad.types import no_progress
 
@@ -43,8 +44,8 @@ def judge(base: LiteBase, category: Path) -> tuple[float, float | None]:
     """Image and pixel AUROC of a base on the test images."""
     samples = category_samples(category)
     scores, maps, masks = [], [], []
-    for sample in samples:
-        inspection = base.inspect(load_image(sample.image_path))
+    inspections = in_order(lambda sample: base.inspect(load_image(sample.image_path)), samples, base.workers)
+    for sample, inspection in zip(samples, inspections, strict=True):
         scores.append(inspection.score)
         if sample.gt_label == 0 or sample.mask_path is not None:
             raw = torch.from_numpy(inspection.map)[None, None]
@@ -81,7 +82,7 @@ def main() -> None:
                 continue
             for variant, reconstruction in VARIANTS.items():
                 base.config = replace(LiteConfig(image_size=size), reconstruction=reconstruction)
-                measure_residuals(base, images, training, (), "all", no_progress)
+                measure_residuals(base, images, training, no_progress)
                 image, pixel = judge(base, category)
                 print(f"| {name} | {variant} | {image:.4f} | {'-' if pixel is None else f'{pixel:.4f}'} |", flush=True)
 

@@ -12,22 +12,23 @@ import torch.nn.functional as F
 from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, reconstruct_one_call
 from gladad.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
 from gladad.errors import ConfigError, DataError, ModelFormatError
-from gladad.feature_space import FEATURE_CHANNELS, FeatureSpace, size_for_aspect, stack_features
-from gladad.lite import POOLING, LatentDenoiser, LiteBase, LiteConfig, pool
-from gladad.lite_training import LiteTrainingConfig, _choose_evidence, _Residuals, fit_lite
+from gladad.feature_space import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
+from gladad.lite import EVIDENCE, WINDOWS, LatentDenoiser, LiteBase, LiteConfig, pool
+from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
+from gladad.types import no_progress
 
 SCHEDULE = Schedule.scaled_linear()
 SMALL = LiteConfig(image_size=(64, 96), dimensions=8, widths=(32, 32), seed=3)
 QUICK = LiteTrainingConfig(steps=6, batch_size=4, pool=16, decoder_steps=3, statistics=6)
 
 
-def parts(count: int, size: tuple[int, int] = (64, 96)) -> list[np.ndarray]:
+def parts(count: int, size: tuple[int, int] = (64, 96), noise: float = 4) -> list[np.ndarray]:
     """Normal images: a bright disc on a gradient, with grain."""
     y, x = np.mgrid[: size[0], : size[1]]
     disc = np.hypot(y - size[0] / 2, x - size[1] / 2) < size[0] / 4
     images = []
     for index in range(count):
-        grain = np.random.default_rng(index).normal(0, 4, (*size, 3))
+        grain = np.random.default_rng(index).normal(0, noise, (*size, 3))
         images.append((60 + x[..., None] * 0.5 + 100 * disc[..., None] + grain).clip(0, 255).astype(np.uint8))
     return images
 
@@ -141,11 +142,14 @@ def test_feature_space_is_standardised_and_orthogonal() -> None:
     space = FeatureSpace(20, 0.5)
     space.fit(features.split(2))
     latent, outside = space(features)
-    assert latent.shape == (6, 20, 16, 16) and outside.shape == (6, 1, 16, 16)
+    assert latent.shape == (6, 20, 16, 16) and outside.shape == features.shape
     assert float(latent.square().mean()) == pytest.approx(1, abs=0.02)
     correlation = torch.corrcoef(latent.permute(1, 0, 2, 3).flatten(1))
     assert float((correlation - torch.eye(20)).abs().max()) < 0.02
-    assert bool((outside >= 0).all())
+    standard = (features - space.mean) / space.std
+    torch.testing.assert_close(space.to_features(latent) + outside, standard, atol=1e-3, rtol=0)
+    lost = float(outside.square().sum() / standard.square().sum())
+    assert float(space.unexplained) == pytest.approx(lost, abs=1e-3)
 
 
 def test_half_whitening_lies_between_none_and_full() -> None:
@@ -306,21 +310,59 @@ def test_a_time_budget_sets_the_steps() -> None:
     assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 10_000
 
 
-def test_settings_follow_what_synthetic_defects_show(base: LiteBase) -> None:
-    """Energy outside the subspace gets weight exactly where defects show in it."""
+def noise_images(count: int) -> list[np.ndarray]:
+    """A texture without structure: coloured noise, that few components cannot hold."""
+    return [np.random.default_rng(index).integers(0, 256, (64, 96, 3)).astype(np.uint8) for index in range(count)]
+
+
+def test_the_kind_of_product_follows_from_what_the_latent_leaves_out(base: LiteBase) -> None:
+    config = replace(SMALL, dimensions=16)
+    texture = fit_lite(noise_images(8), config, QUICK)
+    plain = fit_lite(parts(8, noise=0), config, QUICK)
+    assert float(texture.space.unexplained) > float(plain.space.unexplained)
+    assert texture.config.product == "texture" and plain.config.product == "object"
+    assert base.config.product in EVIDENCE
+
+
+def test_a_given_kind_of_product_is_kept() -> None:
+    assert fit_lite(noise_images(4), replace(SMALL, product="object"), QUICK).config.product == "object"
+
+
+def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: LiteBase) -> None:
     generator = torch.Generator().manual_seed(0)
-    residual = torch.randn(12, 8, 8, 12, generator=generator)
-    quiet, loud = torch.rand(2, 12, 1, 8, 12, generator=generator).unbind(0)
-    loud[:, :, 3:5, 3:5] += 40
-    before = base.config
+    residual = torch.randn(20, 8, 8, 12, generator=generator)
+    outside = torch.randn(20, FEATURE_CHANNELS, 8, 12, generator=generator)
+    config, usual = base.config, base.usual_energy.clone()
     try:
-        start = replace(before, scales=(), outside_weight=None, position_share=None)
-        shown = _choose_evidence(base, _Residuals(residual, quiet), _Residuals(residual.flip(0), loud), start)
-        hidden = _choose_evidence(base, _Residuals(residual, quiet), _Residuals(residual + 2.0, quiet), start)
+        for product, evidence in EVIDENCE.items():
+            base.config = replace(config, product=product)
+            inside = base.space.to_features(residual)
+            for row, difference in enumerate((inside, inside + outside)):
+                for column, window in enumerate(WINDOWS):
+                    base.usual_energy[row, column] = pool(difference, window).square().mean((0, 2, 3))
+            before = base.energy(residual, outside)
+            assert float(before.mean()) == pytest.approx(1, abs=1e-4)
+            elsewhere = outside.clone()
+            for level in set(range(len(LEVELS))) - set(evidence.levels):
+                elsewhere[:, LEVELS[level]] += 100
+            assert torch.equal(base.energy(residual, elsewhere), before)
     finally:
-        base.config = before
-    assert shown.outside_weight and shown.outside_weight > 0
-    assert hidden.scales in {(window,) for window in POOLING}
+        base.config = config
+        base.usual_energy.copy_(usual)
+
+
+def test_few_images_say_little_about_positions() -> None:
+    few, many = (fit_lite(parts(count), SMALL, replace(QUICK, statistics=count)).config.position_share for count in (3, 24))
+    assert few is not None and many is not None and 0 < few < 0.5 * many < 0.5
+
+
+def test_measuring_again_changes_nothing() -> None:
+    images = parts(12)
+    base = fit_lite(images, SMALL, QUICK)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    base.config = SMALL
+    measure_residuals(base, images, QUICK, no_progress)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_the_picture_is_the_input_where_the_part_is_normal(base: LiteBase) -> None:
@@ -345,7 +387,7 @@ def test_save_and_load(base: LiteBase, tmp_path) -> None:
         LiteBase.load(tmp_path, config)
 
 
-@pytest.mark.parametrize("bad", [{"image_size": (60, 64)}, {"dimensions": 0}, {"scales": (2,)}])
+@pytest.mark.parametrize("bad", [{"image_size": (60, 64)}, {"dimensions": 0}])
 def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         replace(SMALL, **bad)  # type: ignore[arg-type]

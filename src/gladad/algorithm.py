@@ -253,7 +253,7 @@ class OneCallConfig:
     own, cost as much as as many steps of a chain and average their errors away instead of feeding them forward.
     """
 
-    timesteps: tuple[int, ...] = (400, 200)  # probes, from high to low
+    timesteps: tuple[int, ...] = (500, 300)  # probes, from high to low
     adaptive: bool = True  # stop, per image, at the first timestep where the difference is clear; False = average all probes
     step_thresholds: tuple[float, ...] = ()  # delta of each timestep (calibrated); needed when adaptive
     top_k: int = 10  # places averaged into the gap score

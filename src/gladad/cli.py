@@ -51,6 +51,14 @@ class Foreground(StrEnum):
     dark = "dark"
 
 
+class Product(StrEnum):
+    """What kind of thing is inspected."""
+
+    auto = "auto"
+    object = "object"
+    texture = "texture"
+
+
 class CalibrationWay(StrEnum):
     """Where the scores that the threshold is made from come from."""
 
@@ -144,6 +152,7 @@ def fit(
     false_reject_rate: Annotated[float, typer.Option(help="Share of good parts that may be rejected.")] = 0.01,
     textures: Annotated[Path | None, typer.Option(help="Folder of images to make defects from.", show_default=False)] = None,
     foreground: Annotated[Foreground, typer.Option(help="Part of the image where defects are made.")] = Foreground.all,
+    product: Annotated[Product, typer.Option(help="Object with structure, or texture (lite).")] = Product.auto,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels to work at [256 for lite].", show_default=False)] = None,
     max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
     features: Annotated[str | None, typer.Option(help="Extractor of other bases: folder or Hub id.", show_default=False)] = None,
@@ -170,6 +179,7 @@ def fit(
         max_images=max_images,
         textures=None if textures is None else str(textures),
         foreground=foreground.value,
+        product=product.value,
         features=features,
         calibration=calibration.value,
     )

@@ -80,6 +80,7 @@ class FitSettings:
     max_images: int = 1000  # good images used; a random choice of them if there are more
     textures: str | None = None  # folder of images that synthetic anomalies take content from; None = generated textures
     foreground: Foreground = "all"  # where synthetic anomalies may appear: all | bright | dark part of the image
+    product: Literal["auto", "object", "texture"] = "auto"  # lite: what counts as evidence; "auto" decides by the images
     features: str | None = None  # extractor of a diffusers base: folder or Hub id; None = DINO ViT-B/8
     prompt: str = "a photo of sks"  # of a diffusers base
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
@@ -216,7 +217,7 @@ class Glad:
         if self.base == "lite":
             default = LiteTrainingConfig()
             training = replace(default, steps=max(1, (settings.steps or default.steps) // share), minutes=minutes)
-            config = LiteConfig(image_size=size, seed=settings.seed)
+            config = LiteConfig(image_size=size, seed=settings.seed, product=settings.product)
             return fit_lite(images, config, training, textures=textures, foreground=settings.foreground, progress=progress)
         if minutes is not None:
             raise ConfigError("minutes is for the lite base; give steps")

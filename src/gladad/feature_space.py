@@ -15,8 +15,11 @@ CELL = 8
 """Pixels per side of a grid cell."""
 SIDE_MULTIPLE = 32
 """Image sides are multiples of this: the trunk's stride at half size."""
-FEATURE_CHANNELS = sum(CHANNELS) + sum(CHANNELS[1:])
-"""Channels of the stacked features: strides 4, 8, 16 of the image, and strides 8, 16 of the image at half size."""
+_WIDTHS = (*CHANNELS, *CHANNELS[1:])
+FEATURE_CHANNELS = sum(_WIDTHS)
+"""Channels of the stacked features."""
+LEVELS = tuple(slice(sum(_WIDTHS[:level]), sum(_WIDTHS[: level + 1])) for level in range(len(_WIDTHS)))
+"""Channels of each level, from fine to coarse: strides 4, 8, 16 of the image, and strides 8, 16 of the image at half size."""
 
 
 def size_for_aspect(aspect: float, side: int) -> tuple[int, int]:
@@ -62,16 +65,16 @@ class FeatureSpace(nn.Module):
 
     Buffers:
         mean, std: ``[1, C, 1, 1]`` of the features on normal images.
-        basis: ``[C, C]`` principal directions of the standardised features, rows by falling variance.
-        spread: ``[C]`` standard deviation along each.
-        unit: scalar, brings the latent to unit variance.
+        basis: ``[D, C]`` principal directions of the standardised features, rows by falling variance.
+        scale: ``[1, D, 1, 1]``, what the coordinates along them are divided by.
+        unexplained: scalar in [0, 1], share of the normal images' variance that the ``D`` directions leave out.
     """
 
     mean: Tensor
     std: Tensor
     basis: Tensor
-    spread: Tensor
-    unit: Tensor
+    scale: Tensor
+    unexplained: Tensor
 
     def __init__(self, dimensions: int, whitening: float):
         super().__init__()
@@ -79,12 +82,12 @@ class FeatureSpace(nn.Module):
         channels = FEATURE_CHANNELS
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
-        self.register_buffer("basis", torch.eye(channels))
-        self.register_buffer("spread", torch.ones(channels))
-        self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("basis", torch.eye(channels)[:dimensions].clone())
+        self.register_buffer("scale", torch.ones(1, dimensions, 1, 1))
+        self.register_buffer("unexplained", torch.zeros(()))
 
     def fit(self, features: Iterable[Tensor]) -> None:
-        """Fit on feature batches ``[B, C, h, w]`` of normal images (one pass, double precision)."""
+        """Fit on feature batches ``[B, C, h, w]`` of normal images (one pass, sums in double precision)."""
         count, total = 0, torch.zeros(FEATURE_CHANNELS, dtype=torch.float64)
         second = torch.zeros(FEATURE_CHANNELS, FEATURE_CHANNELS, dtype=torch.float64)
         for batch in features:
@@ -96,21 +99,23 @@ class FeatureSpace(nn.Module):
         covariance = second / count - torch.outer(mean, mean)
         std = covariance.diagonal().clamp_min(0).sqrt() + 1e-5
         eigenvalues, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
-        basis = vectors.flip(1).T
+        variances, basis = eigenvalues.flip(0).clamp_min(1e-10), vectors.flip(1).T
+        kept, basis = variances[: self.dimensions], basis[: self.dimensions]
         # an eigenvector's sign is arbitrary: fix it, so that the same data give the same model
         signs = torch.sign(basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)))
         self.mean.copy_(mean.view(1, -1, 1, 1))
         self.std.copy_(std.view(1, -1, 1, 1))
         self.basis.copy_(basis * signs)
-        self.spread.copy_(eigenvalues.flip(0).clamp_min(1e-10).sqrt())
-        variance = (self.spread[: self.dimensions] ** (2 - 2 * self.whitening)).mean()
-        self.unit.copy_(variance.sqrt())
+        unit = (kept ** (1 - self.whitening)).mean().sqrt()  # brings the latent to unit variance
+        self.scale.copy_((kept ** (self.whitening / 2) * unit).view(1, -1, 1, 1))
+        self.unexplained.copy_(1 - kept.sum() / variances.sum())
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``[B, C, h, w]`` -> latent ``[B, D, h, w]`` and the energy ``[B, 1, h, w]`` that the subspace cannot hold."""
-        rotated = F.conv2d((features - self.mean) / self.std, self.basis[:, :, None, None])
-        inside, rest = rotated[:, : self.dimensions], rotated[:, self.dimensions :]
-        scale = self.spread[: self.dimensions] ** self.whitening * self.unit
-        floor = 0.2 * self.spread[self.dimensions]
-        outside = (rest / self.spread[self.dimensions :].clamp_min(float(floor)).view(1, -1, 1, 1)).square().mean(1, keepdim=True)
-        return inside / scale.view(1, -1, 1, 1), outside
+        """Features ``[B, C, h, w]`` -> latent ``[B, D, h, w]``, and the standardised features it cannot hold ``[B, C, h, w]``."""
+        standard = (features - self.mean) / self.std
+        inside = F.conv2d(standard, self.basis[:, :, None, None])
+        return inside / self.scale, standard - F.conv2d(inside, self.basis.T[:, :, None, None])
+
+    def to_features(self, latent: Tensor) -> Tensor:
+        """A latent, or a difference of two, ``[B, D, h, w]`` as standardised features ``[B, C, h, w]``."""
+        return F.conv2d(latent * self.scale, self.basis.T[:, :, None, None])

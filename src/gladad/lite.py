@@ -4,8 +4,8 @@ What diffuses here is not an autoencoder's latent but the standardised, partly w
 features. Such a latent is already what one wants to compare, so ``latent_features`` is the identity, the step search costs almost
 nothing, and no pixels are generated. The contract is the one of every base (`gladad.algorithm.Networks`).
 
-A denoiser call rebuilds the normal latent; the residual, normalised by what is usual on normal images, pooled at several scales, is the
-anomaly map. The decoder serves people only: it shows what the model thinks the part should look like.
+A denoiser call rebuilds the normal latent; the residual, taken back to the features and compared with what is usual on normal images, is
+the anomaly map. The decoder serves people only: it shows what the model thinks the part should look like.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from gladad.algorithm import (
 from gladad.config import from_json, to_json
 from gladad.efficientnet import EfficientNetLite0
 from gladad.errors import ConfigError, ModelFormatError
-from gladad.feature_space import CELL, FEATURE_CHANNELS, SIDE_MULTIPLE, FeatureSpace, stack_features
+from gladad.feature_space import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
 from gladad.images import resize_pixels, to_pixels, to_tensor
 from gladad.storage import load_tensors, save_tensors
 from gladad.types import Inspection
@@ -45,10 +45,25 @@ from gladad.types import Inspection
 Pixels = NDArray[np.uint8]
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS_FILE = "lite.safetensors"
-POOLING = (1, 3, 5, 7)
-"""Odd windows, in grid cells, over which residuals are pooled; training chooses among them."""
-OUTSIDE_WINDOW = 3
-"""Window over which the energy outside the principal subspace is pooled."""
+WINDOWS = (1, 3, 7)
+"""Sides, in grid cells, of the windows that residuals may be averaged over."""
+Product = Literal["object", "texture"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Which part of a residual counts, for one kind of product."""
+
+    levels: tuple[int, ...]  # of the stacked features, out of `gladad.feature_space.LEVELS`; each has the same say
+    windows: tuple[int, ...]  # grid cells per side, out of WINDOWS, over which residuals are averaged before their energy is taken
+    outside_share: float  # weight of the energy that includes what the latent cannot hold, in [0, 1]
+
+
+EVIDENCE: dict[Product, Evidence] = {
+    "object": Evidence(levels=(0, 1, 2), windows=(1, 3), outside_share=0.25),
+    "texture": Evidence(levels=(2, 3, 4), windows=(7,), outside_share=0.0),
+}
+"""An object's structure can be predicted, so fine detail is evidence; a texture's grain cannot, so what is left on average is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +76,7 @@ class LiteConfig:
     widths: tuple[int, ...] = (128, 192, 256)  # channels of the denoiser's levels
     reconstruction: OneCallConfig = field(default_factory=OneCallConfig)
     seed: int = 0  # of the noise added at inspection, the same for every image
-    scales: tuple[int, ...] = ()  # pooling windows of the residual, out of POOLING; () = set by training
-    outside_weight: float | None = None  # weight of the energy outside the principal subspace; None = set by training
+    product: Literal["auto", "object", "texture"] = "auto"  # what the evidence is made for, see EVIDENCE; "auto" = set by training
     position_share: float | None = None  # share of the per-position normal energy in the normalisation; None = set by training
     blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
     top_k: int = 250  # pixels averaged into the image score
@@ -72,8 +86,6 @@ class LiteConfig:
             raise ConfigError(f"image_size must be two multiples of {SIDE_MULTIPLE}, each at least 64, not {self.image_size}")
         if not 1 <= self.dimensions < FEATURE_CHANNELS:
             raise ConfigError(f"dimensions must be from 1 to {FEATURE_CHANNELS - 1}, not {self.dimensions}")
-        if not set(self.scales) <= set(POOLING):
-            raise ConfigError(f"scales must be out of {POOLING}, not {self.scales}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -149,8 +161,8 @@ class LiteBase(nn.Module):
 
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual on normal images.
-        scale_energy: ``[len(POOLING), D]`` mean squared pooled residual on normal images, per window and channel.
-        outside_energy: scalar, mean energy outside the subspace on normal images.
+        usual_energy: ``[2, len(WINDOWS), C]`` mean squared pooled residual of every feature on normal images, without and with what the
+            latent cannot hold.
         position_energy: ``[1, 1, h, w]`` mean normalised energy per position, 1 on average.
         depth_scale: ``[K]`` mean map value on normal images decided at each probe, relative to the last: an estimate from fewer and
             noisier probes leaves larger residuals everywhere, which says nothing about the part.
@@ -158,8 +170,7 @@ class LiteBase(nn.Module):
 
     kind = "lite"
     residual_scale: Tensor
-    scale_energy: Tensor
-    outside_energy: Tensor
+    usual_energy: Tensor
     position_energy: Tensor
     depth_scale: Tensor
 
@@ -172,8 +183,7 @@ class LiteBase(nn.Module):
         self.denoiser = LatentDenoiser(config.dimensions, config.grid, config.widths)
         self.decoder = LatentDecoder(config.dimensions)
         self.register_buffer("residual_scale", torch.ones(1, config.dimensions, 1, 1))
-        self.register_buffer("scale_energy", torch.ones(len(POOLING), config.dimensions))
-        self.register_buffer("outside_energy", torch.ones(()))
+        self.register_buffer("usual_energy", torch.ones(2, len(WINDOWS), FEATURE_CHANNELS))
         self.register_buffer("position_energy", torch.ones(1, 1, *config.grid))
         self.register_buffer("depth_scale", torch.ones(len(config.reconstruction.timesteps)))
         self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
@@ -233,23 +243,36 @@ class LiteBase(nn.Module):
         return reconstruct_one_call(self, latent, noise, self.schedule, self.config.reconstruction, self.residual_scale)
 
     def energy(self, residual: Tensor, outside: Tensor) -> Tensor:
-        """Evidence per grid cell: residual energy relative to normal images, averaged over pooling scales.
+        """Evidence per grid cell: residual energy of the features relative to normal images, averaged over levels and windows.
 
         Args:
             residual: ``[B, D, h, w]`` latent minus its reconstruction.
-            outside: ``[B, 1, h, w]`` energy outside the subspace.
+            outside: ``[B, C, h, w]`` what the latent does not hold of the features.
 
         Returns:
             ``[B, 1, h, w]`` >= 0, about 1 on average on normal images (before the position normalisation).
         """
-        scales = self.config.scales or (1,)
-        total = torch.zeros_like(outside)
-        for window in scales:
-            usual = self.scale_energy[POOLING.index(window)].view(1, -1, 1, 1)
-            total = total + (pool(residual, window).square() / usual).mean(1, keepdim=True) / len(scales)
-        if self.config.outside_weight:
-            total = total + self.config.outside_weight * pool(outside, OUTSIDE_WINDOW) / self.outside_energy
+        inside = self.space.to_features(residual)
+        share = self.evidence.outside_share
+        total = torch.zeros_like(inside[:, :1])
+        for row, (weight, difference) in enumerate(((1 - share, inside), (share, inside + outside))):
+            if weight:
+                total = total + weight * self._level_energy(difference, self.usual_energy[row])
         return total
+
+    @property
+    def evidence(self) -> Evidence:
+        """What counts for this kind of product (an object, as long as that is not known)."""
+        return EVIDENCE["object" if self.config.product == "auto" else self.config.product]
+
+    def _level_energy(self, difference: Tensor, usual: Tensor) -> Tensor:
+        total = torch.zeros_like(difference[:, :1])
+        evidence = self.evidence
+        for window in evidence.windows:
+            for channels in (LEVELS[level] for level in evidence.levels):
+                pooled = pool(difference[:, channels], window).square()
+                total = total + (pooled / usual[WINDOWS.index(window), channels].view(1, -1, 1, 1)).mean(1, keepdim=True)
+        return total / (len(evidence.levels) * len(evidence.windows))
 
     def anomaly_map(self, energy: Tensor) -> Tensor:
         """Energy per cell -> map ``[B, 1, H, W]``: position-normalised, square root, upsampled, blurred."""

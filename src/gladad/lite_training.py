@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gladad.algorithm import add_noise, mix_anomaly, top_k_mean
+from gladad.algorithm import OneCallConfig, add_noise, mix_anomaly
 from gladad.efficientnet import EfficientNetLite0, pretrained
 from gladad.errors import DataError
 from gladad.images import to_tensor
-from gladad.lite import POOLING, LiteBase, LiteConfig, pool
-from gladad.metrics import auroc
+from gladad.lite import WINDOWS, LiteBase, LiteConfig, pool
 from gladad.synthesis import LITE, Draw, Foreground, SynthesisConfig, synthesise
 from gladad.types import Progress, no_progress
 
@@ -27,12 +26,10 @@ Pixels = NDArray[np.uint8]
 ENCODE_BATCH = 16
 TIMING_STEPS = 10
 MIN_STEPS = 20
-VALIDATION_STREAM = 2**31
-"""Keeps the random numbers of the synthetic defects that settings are judged on apart from those of training."""
-OUTSIDE_WEIGHTS = (0.0, 0.3, 1.0)
-POSITION_SHARES = (0.0, 0.7)
-NEARLY_EQUAL = 0.002
-"""Difference in AUROC below which the smaller pooling window is preferred."""
+TEXTURE_UNEXPLAINED = 0.10
+"""A product is a texture if the latent leaves out more than this share of the variance of its features."""
+POSITION_SHARE, POSITION_PRIOR = 0.75, 10
+"""Largest share of the position profile, and the number of images that stand against it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +39,17 @@ class LiteTrainingConfig:
     steps: int = 600  # optimiser steps of the denoiser
     minutes: float | None = None  # wall-clock budget of the whole fit; chooses the steps by the machine's speed instead
     batch_size: int = 16  # latents per step
-    learning_rate: float = 6e-4  # peak, of AdamW; warm-up over 50 steps, then a cosine to 0
+    learning_rate: float = 1e-3  # peak, of AdamW; warm-up over 50 steps, then a cosine to 0
     weight_decay: float = 1e-3  # of AdamW
     ema: float = 0.995  # decay of the averaged weights, which are the ones kept
-    max_timestep: int = 700  # timesteps are drawn below this
+    timesteps: tuple[int, int] = (100, 600)  # timesteps are drawn from here to below there, around those of inspection
     anomaly_oriented: bool = True  # ATP: synthetic anomalies in, normal latent as the target; False = plain diffusion
     anomaly_share: float = 0.5  # probability that a sample carries a synthetic anomaly
     fade: bool = False  # fade the anomaly with the timestep, as published; measured worse here
     weighting: Literal["x0", "velocity"] = "x0"  # loss weight: error of the clean latent, or of the velocity
     pool: int = 2000  # synthetic anomalies made in advance
     decoder_steps: int = 200  # optimiser steps of the picture decoder
-    statistics: int = 96  # training images that the residual's usual size is measured on, and as many synthetic defects
+    statistics: int = 96  # training images that the residual's usual size is measured on
     step_quantile: float = 0.9  # delta of each probe: this quantile of the gap score on normal images
     synthesis: SynthesisConfig = LITE  # how anomalies look
 
@@ -94,7 +91,7 @@ def fit_lite(
     anomalous, source = _synthetic_pool(base, images, training, textures, foreground, progress)
     _train_denoiser(base, normal, anomalous, source, training, generator, started, progress)
     _train_decoder(base, normal, images, training, generator, progress)
-    measure_residuals(base, images, training, textures, foreground, progress)
+    measure_residuals(base, images, training, progress)
     return base.requires_grad_(False)
 
 
@@ -164,7 +161,7 @@ def _train_denoiser(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         z_normal, z_input = _draw_pairs(normal, anomalous, source, training, generator)
-        timestep = torch.randint(0, training.max_timestep, (len(z_normal),), generator=generator)
+        timestep = torch.randint(*training.timesteps, (len(z_normal),), generator=generator)
         if training.fade:
             z_input = mix_anomaly(z_normal, z_input, timestep, schedule.num_timesteps)
         alpha_bar = schedule.alpha_bar(timestep)
@@ -242,121 +239,60 @@ def _train_decoder(
     decoder.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _Residuals:
-    """Residuals ``[N, D, h, w]`` and outside energies ``[N, 1, h, w]`` of some images."""
-
-    residual: Tensor
-    outside: Tensor
-
-
 @torch.no_grad()
-def measure_residuals(
-    base: LiteBase,
-    images: Sequence[Pixels],
-    training: LiteTrainingConfig,
-    textures: Sequence[Pixels],
-    foreground: Foreground,
-    progress: Progress,
-) -> None:
-    """Measure what residuals are usual on normal images, and choose how they become a map.
+def measure_residuals(base: LiteBase, images: Sequence[Pixels], training: LiteTrainingConfig, progress: Progress) -> None:
+    """Measure what residuals are usual on normal images, and set what turns them into a map by it.
 
     The images used here are good ones that the denoiser may have seen; the held-out images stay untouched for the decision threshold,
     whose guarantee needs that.
     """
     config = base.config
-    plain = replace(config.reconstruction, adaptive=False, fusion="none")
-    base.config = replace(config, reconstruction=plain)
+    if config.product == "auto":
+        config = replace(config, product="texture" if float(base.space.unexplained) > TEXTURE_UNEXPLAINED else "object")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(training.statistics, len(images))).astype(int)).tolist()
-    total = 2 * len(chosen)
+    if config.position_share is None:  # the fewer images, the less is known of single positions
+        config = replace(config, position_share=POSITION_SHARE * len(chosen) / (len(chosen) + POSITION_PRIOR))
+    search, plain = config.reconstruction, replace(config.reconstruction, adaptive=False, fusion="none")
+    base.config = replace(config, reconstruction=plain)
+    base.depth_scale = torch.ones(len(search.timesteps))
 
-    def run(some: Sequence[Pixels], done: int) -> _Residuals:
-        rows = []
-        for batch in _batches(some):
-            latent, outside = base.space(base.features(batch))
-            rows.append((latent - base.rebuild(latent).latent, outside))
-            done += len(batch)
-            progress("usual residuals", done, total)
-        return _Residuals(torch.cat([r for r, _ in rows]), torch.cat([o for _, o in rows]))
-
-    def damage(index: int) -> Pixels:
-        draw = Draw((base.config.seed, VALIDATION_STREAM, index))
-        return synthesise(images[index], draw, training.synthesis, textures, foreground)[0]
-
-    base.depth_scale = torch.ones(len(config.reconstruction.timesteps))
-    normal = run([images[index] for index in chosen], 0)
-    base.residual_scale.copy_(normal.residual.square().mean((0, 2, 3), keepdim=True).sqrt())
-    for row, window in enumerate(POOLING):
-        base.scale_energy[row] = pool(normal.residual, window).square().mean((0, 2, 3))
-    base.outside_energy.copy_(normal.outside.mean())
-
-    config = _choose_evidence(base, normal, run([damage(index) for index in chosen], len(chosen)), config)
-    base.config = config
-    profile = _position_profile(base.energy(normal.residual, normal.outside))
+    latents, outsides, residuals = [], [], []
+    for batch in _batches([images[index] for index in chosen]):
+        latent, outside = base.space(base.features(batch))
+        latents.append(latent)
+        outsides.append(outside)
+        residuals.append(latent - base.rebuild(latent).latent)
+        progress("usual residuals", sum(map(len, latents)), len(chosen))
+    residual = torch.cat(residuals)
+    base.residual_scale.copy_(residual.square().mean((0, 2, 3), keepdim=True).sqrt())
+    usual = torch.zeros_like(base.usual_energy)
+    for part, outside in zip(residuals, outsides, strict=True):
+        inside = base.space.to_features(part)
+        for row, difference in enumerate((inside, inside + outside)):
+            for column, window in enumerate(WINDOWS):
+                usual[row, column] += pool(difference, window).square().mean((2, 3)).sum(0)
+    base.usual_energy.copy_(usual / len(residual))
+    energies = [base.energy(part, outside) for part, outside in zip(residuals, outsides, strict=True)]
+    profile = pool(torch.cat(energies).mean(0, keepdim=True), 3)  # smoothed: parts never lie exactly alike
     base.position_energy.copy_(profile / profile.mean())
 
     # the step search and the fusion mask, now that the residual's scale is known
-    if config.reconstruction.adaptive and not config.reconstruction.step_thresholds:
-        base.config = replace(config, reconstruction=plain)
-        latents = torch.cat([base.encode(batch) for batch in _batches([images[index] for index in chosen])])
-        traces = torch.cat([base.rebuild(part).trace for part in latents.split(ENCODE_BATCH)])
+    if search.adaptive and not search.step_thresholds:
+        traces = torch.cat([base.rebuild(latent).trace for latent in latents])
         deltas = traces.quantile(training.step_quantile, dim=0)
-        config = replace(config, reconstruction=replace(config.reconstruction, step_thresholds=tuple(deltas.tolist())))
-        base.depth_scale.copy_(_depth_scale(base, latents, normal.outside, config))
-    gap = (normal.residual / base.residual_scale).square().mean(1)
+        search = replace(search, step_thresholds=tuple(deltas.tolist()))
+        base.depth_scale.copy_(_depth_scale(base, latents, outsides, plain))
+    gap = (residual / base.residual_scale).square().mean(1)
     center = float(gap.flatten().kthvalue(max(1, int(0.99 * gap.numel()))).values)
-    reconstruction = replace(config.reconstruction, fusion_center=center, fusion_width=center / 4)
-    base.config = replace(config, reconstruction=reconstruction)
+    base.config = replace(config, reconstruction=replace(search, fusion_center=center, fusion_width=center / 4))
 
 
-def _depth_scale(base: LiteBase, latents: Tensor, outside: Tensor, config: LiteConfig) -> Tensor:
+def _depth_scale(base: LiteBase, latents: Sequence[Tensor], outsides: Sequence[Tensor], plain: OneCallConfig) -> Tensor:
     """Mean root energy of normal latents after each number of probes, relative to that after all of them: ``[K]``."""
-    means = []
-    for count in range(1, len(config.reconstruction.timesteps) + 1):
-        some = replace(config.reconstruction, timesteps=config.reconstruction.timesteps[:count], adaptive=False, fusion="none")
-        base.config = replace(config, reconstruction=some)
-        residual = torch.cat([part - base.rebuild(part).latent for part in latents.split(ENCODE_BATCH)])
-        means.append(base.energy(residual, outside).sqrt().mean())
+    before, means = base.config, []
+    for count in range(1, len(plain.timesteps) + 1):
+        base.config = replace(before, reconstruction=replace(plain, timesteps=plain.timesteps[:count]))
+        energies = [base.energy(z - base.rebuild(z).latent, outside) for z, outside in zip(latents, outsides, strict=True)]
+        means.append(torch.cat(energies).sqrt().mean())
+    base.config = before
     return torch.stack(means) / means[-1]
-
-
-def _position_profile(energy: Tensor) -> Tensor:
-    """Mean energy per position ``[1, 1, h, w]``, smoothed over 3x3 cells: parts never lie exactly alike."""
-    return pool(energy.mean(0, keepdim=True), 3)
-
-
-def _choose_evidence(base: LiteBase, normal: _Residuals, damaged: _Residuals, config: LiteConfig) -> LiteConfig:
-    """Choose pooling, outside weight and position share by how well synthetic defects stand out from normal images.
-
-    Which of them helps differs between products: pooling helps textures, the outside energy objects, the position profile parts that are
-    always placed alike. Each setting is judged by the AUROC between images with and without a synthetic defect, scored as at inspection.
-    Among nearly equal poolings the smallest wins, because it places defects best.
-    """
-    pools = [(window,) for window in POOLING] if not config.scales else [config.scales]
-    weights = OUTSIDE_WEIGHTS if config.outside_weight is None else (config.outside_weight,)
-    shares = POSITION_SHARES if config.position_share is None else (config.position_share,)
-    labels = np.r_[np.zeros(len(normal.residual)), np.ones(len(damaged.residual))]
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-
-    def quality(candidate: LiteConfig) -> float:
-        base.config = candidate
-        energies = [base.energy(part.residual, part.outside) for part in (normal, damaged)]
-        scores = np.zeros(len(labels))
-        for own, other in ((even, odd), (odd, even)):  # the profile of one half judges the other
-            profile = _position_profile(energies[0][other if len(energies[0]) > 1 else own])
-            base.position_energy.copy_(profile / profile.mean())
-            for offset, energy in zip((0, len(energies[0])), energies, strict=True):
-                maps = base.anomaly_map(energy[own])
-                scores[offset : offset + len(energy)][own] = top_k_mean(maps, candidate.top_k).numpy()
-        return auroc(scores, labels)
-
-    best: dict[tuple[int, ...], tuple[float, LiteConfig]] = {}
-    for scales in pools:
-        for weight in weights:
-            for share in shares:
-                candidate = replace(config, scales=scales, outside_weight=weight, position_share=share)
-                found = quality(candidate)
-                if scales not in best or found > best[scales][0] + 1e-9:
-                    best[scales] = (found, candidate)
-    top = max(found for found, _ in best.values())
-    return next(candidate for found, candidate in best.values() if found >= top - NEARLY_EQUAL)
