@@ -2,9 +2,8 @@
 
     python scripts/ablation.py CATEGORY [CATEGORY ...]
 
-Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and every inspection variant runs on
-both. Deltas and usual energies are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
-denoiser with ATP is taken from a folder of fitted models instead, and the one without is left out.
+Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and the inspection variants run on them. Deltas and usual energies are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
+denoiser with ATP is taken from a folder of fitted models instead.
 """
 
 from __future__ import annotations
@@ -18,26 +17,28 @@ import torch
 import torch.nn.functional as F
 
 from gladad.algorithm import OneCallConfig
-from gladad.data import category_samples, good_images
-from gladad.detector import BASE_FOLDER, FitSettings, Glad
+from gladad.calibration import MIN_HELD_OUT
+from gladad.data import category_samples, good_images, split_held_out
+from gladad.detector import BASE_FOLDER, HELD_OUT_SHARE, MAX_HELD_OUT, FitSettings, Glad
 from gladad.evaluation import EVALUATION_SIZE
 from gladad.images import load_image, load_mask, resize_pixels
 from gladad.lite import LiteBase, LiteConfig
-from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
+from gladad.lite_training import LiteTrainingConfig, choose_recipe, fit_lite, measure_residuals
 from gladad.metrics import image_metrics, pixel_metrics
 from gladad.parallel import in_order
 from gladad.storage import read_model_file
 from gladad.types import no_progress
 
-LADDER = OneCallConfig().timesteps
-FIXED = replace(OneCallConfig(), adaptive=False, fusion="none")
+FIXED = OneCallConfig(timesteps=(), adaptive=False, fusion="none")  # no timesteps: those of the product's kind
 VARIANTS = {
-    **{f"fixed step t={t}": replace(FIXED, timesteps=(t,)) for t in (100, 200, 300, 400, 500)},
-    f"mean of {LADDER}": FIXED,
+    **{f"fixed step t={t}": replace(FIXED, timesteps=(t,)) for t in (200, 300, 400, 500, 600)},
+    "mean of the product's two": FIXED,
     "+ ADS": replace(FIXED, adaptive=True),
     "+ ADS + SAFF": replace(FIXED, adaptive=True, fusion="calibrated"),
-    f"mean of {LADDER} + SAFF": replace(FIXED, fusion="calibrated"),
+    "mean of the product's two + SAFF": replace(FIXED, fusion="calibrated"),
 }
+WITHOUT_ATP = ("fixed step t=400", "mean of the product's two", "+ ADS")
+"""Variants that are also run on the plain denoiser: which timestep is best there is not the question."""
 
 
 def judge(base: LiteBase, category: Path) -> tuple[float, float | None]:
@@ -68,20 +69,23 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder with one fitted model per category")
     arguments = parser.parse_args()
     for category in arguments.categories:
-        paths = good_images(category)[: FitSettings().max_images]
+        settings = FitSettings()
+        paths = good_images(category)[: settings.max_images]
         size = Glad.from_base("lite").working_size(paths)
-        images = [resize_pixels(load_image(path), size) for path in paths]
+        share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(paths))  # the images that a fit trains on
+        images = [resize_pixels(load_image(path), size) for path in split_held_out(paths, share, MIN_HELD_OUT, settings.seed)[0]]
         print(f"\n{category.name}\n| denoiser | inspection | image AUROC | pixel AUROC |\n|---|---|---|---|", flush=True)
         for name, oriented in (("plain", False), ("ATP", True)):
             training = LiteTrainingConfig(steps=arguments.steps, anomaly_oriented=oriented)
-            if arguments.models is None:
-                base = fit_lite(images, LiteConfig(image_size=size), training)
-            elif oriented:
+            if oriented and arguments.models is not None:
                 base = LiteBase.load(*saved(arguments.models / category.name))
             else:
-                continue
+                base = fit_lite(images, LiteConfig(image_size=size), training)
             for variant, reconstruction in VARIANTS.items():
+                if not oriented and variant not in WITHOUT_ATP:
+                    continue
                 base.config = replace(LiteConfig(image_size=size), reconstruction=reconstruction)
+                choose_recipe(base)
                 measure_residuals(base, images, training, no_progress)
                 image, pixel = judge(base, category)
                 print(f"| {name} | {variant} | {image:.4f} | {'-' if pixel is None else f'{pixel:.4f}'} |", flush=True)

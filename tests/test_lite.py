@@ -13,8 +13,8 @@ from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, re
 from gladad.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
 from gladad.errors import ConfigError, DataError, ModelFormatError
 from gladad.feature_space import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
-from gladad.lite import EVIDENCE, WINDOWS, LatentDenoiser, LiteBase, LiteConfig, pool
-from gladad.lite_training import LiteTrainingConfig, fit_lite, measure_residuals
+from gladad.lite import RECIPES, LatentDenoiser, LiteBase, LiteConfig, pool
+from gladad.lite_training import LiteTrainingConfig, choose_recipe, fit_lite, measure_residuals
 from gladad.types import no_progress
 
 SCHEDULE = Schedule.scaled_linear()
@@ -321,7 +321,9 @@ def test_the_kind_of_product_follows_from_what_the_latent_leaves_out(base: LiteB
     plain = fit_lite(parts(8, noise=0), config, QUICK)
     assert float(texture.space.unexplained) > float(plain.space.unexplained)
     assert texture.config.product == "texture" and plain.config.product == "object"
-    assert base.config.product in EVIDENCE
+    for fitted in (texture, plain):
+        assert fitted.config.reconstruction.timesteps == fitted.recipe.timesteps
+    assert base.config.product in RECIPES
 
 
 def test_a_given_kind_of_product_is_kept() -> None:
@@ -334,16 +336,15 @@ def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: Lit
     outside = torch.randn(20, FEATURE_CHANNELS, 8, 12, generator=generator)
     config, usual = base.config, base.usual_energy.clone()
     try:
-        for product, evidence in EVIDENCE.items():
+        for product, recipe in RECIPES.items():
             base.config = replace(config, product=product)
             inside = base.space.to_features(residual)
             for row, difference in enumerate((inside, inside + outside)):
-                for column, window in enumerate(WINDOWS):
-                    base.usual_energy[row, column] = pool(difference, window).square().mean((0, 2, 3))
+                base.usual_energy[row] = pool(difference, recipe.window).square().mean((0, 2, 3))
             before = base.energy(residual, outside)
             assert float(before.mean()) == pytest.approx(1, abs=1e-4)
             elsewhere = outside.clone()
-            for level in set(range(len(LEVELS))) - set(evidence.levels):
+            for level in set(range(len(LEVELS))) - set(recipe.levels):
                 elsewhere[:, LEVELS[level]] += 100
             assert torch.equal(base.energy(residual, elsewhere), before)
     finally:
@@ -361,6 +362,7 @@ def test_measuring_again_changes_nothing() -> None:
     base = fit_lite(images, SMALL, QUICK)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     base.config = SMALL
+    choose_recipe(base)
     measure_residuals(base, images, QUICK, no_progress)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 

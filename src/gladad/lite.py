@@ -45,23 +45,23 @@ from gladad.types import Inspection
 Pixels = NDArray[np.uint8]
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS_FILE = "lite.safetensors"
-WINDOWS = (1, 3, 7)
-"""Sides, in grid cells, of the windows that residuals may be averaged over."""
 Product = Literal["object", "texture"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """Which part of a residual counts, for one kind of product."""
+class Recipe:
+    """How one kind of product is rebuilt, and which part of the residual counts."""
 
+    timesteps: tuple[int, ...]  # of the denoiser calls at inspection, from high to low
+    trained: tuple[int, int]  # training draws timesteps from here to below there
     levels: tuple[int, ...]  # of the stacked features, out of `gladad.feature_space.LEVELS`; each has the same say
-    windows: tuple[int, ...]  # grid cells per side, out of WINDOWS, over which residuals are averaged before their energy is taken
+    window: int  # grid cells per side, odd, over which residuals are averaged before their energy is taken
     outside_share: float  # weight of the energy that includes what the latent cannot hold, in [0, 1]
 
 
-EVIDENCE: dict[Product, Evidence] = {
-    "object": Evidence(levels=(0, 1, 2), windows=(1, 3), outside_share=0.25),
-    "texture": Evidence(levels=(2, 3, 4), windows=(7,), outside_share=0.0),
+RECIPES: dict[Product, Recipe] = {
+    "object": Recipe(timesteps=(600, 400), trained=(200, 700), levels=(0, 1, 2), window=1, outside_share=0.5),
+    "texture": Recipe(timesteps=(500, 300), trained=(100, 600), levels=(2, 3, 4), window=7, outside_share=0.0),
 }
 """An object's structure can be predicted, so fine detail is evidence; a texture's grain cannot, so what is left on average is."""
 
@@ -74,9 +74,9 @@ class LiteConfig:
     dimensions: int = 80  # principal components kept as the latent
     whitening: float = 0.5  # exponent: 0 = PCA, 1 = full whitening
     widths: tuple[int, ...] = (128, 192, 256)  # channels of the denoiser's levels
-    reconstruction: OneCallConfig = field(default_factory=OneCallConfig)
+    reconstruction: OneCallConfig = field(default_factory=lambda: OneCallConfig(timesteps=()))  # no timesteps = set by training
     seed: int = 0  # of the noise added at inspection, the same for every image
-    product: Literal["auto", "object", "texture"] = "auto"  # what the evidence is made for, see EVIDENCE; "auto" = set by training
+    product: Literal["auto", "object", "texture"] = "auto"  # which of RECIPES; "auto" = set by training
     position_share: float | None = None  # share of the per-position normal energy in the normalisation; None = set by training
     blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
     top_k: int = 250  # pixels averaged into the image score
@@ -161,8 +161,8 @@ class LiteBase(nn.Module):
 
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual on normal images.
-        usual_energy: ``[2, len(WINDOWS), C]`` mean squared pooled residual of every feature on normal images, without and with what the
-            latent cannot hold.
+        usual_energy: ``[2, C]`` mean squared pooled residual of every feature on normal images, without and with what the latent
+            cannot hold.
         position_energy: ``[1, 1, h, w]`` mean normalised energy per position, 1 on average.
         depth_scale: ``[K]`` mean map value on normal images decided at each probe, relative to the last: an estimate from fewer and
             noisier probes leaves larger residuals everywhere, which says nothing about the part.
@@ -183,7 +183,7 @@ class LiteBase(nn.Module):
         self.denoiser = LatentDenoiser(config.dimensions, config.grid, config.widths)
         self.decoder = LatentDecoder(config.dimensions)
         self.register_buffer("residual_scale", torch.ones(1, config.dimensions, 1, 1))
-        self.register_buffer("usual_energy", torch.ones(2, len(WINDOWS), FEATURE_CHANNELS))
+        self.register_buffer("usual_energy", torch.ones(2, FEATURE_CHANNELS))
         self.register_buffer("position_energy", torch.ones(1, 1, *config.grid))
         self.register_buffer("depth_scale", torch.ones(len(config.reconstruction.timesteps)))
         self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
@@ -243,7 +243,7 @@ class LiteBase(nn.Module):
         return reconstruct_one_call(self, latent, noise, self.schedule, self.config.reconstruction, self.residual_scale)
 
     def energy(self, residual: Tensor, outside: Tensor) -> Tensor:
-        """Evidence per grid cell: residual energy of the features relative to normal images, averaged over levels and windows.
+        """Evidence per grid cell: residual energy of the features relative to normal images, averaged over levels.
 
         Args:
             residual: ``[B, D, h, w]`` latent minus its reconstruction.
@@ -253,7 +253,7 @@ class LiteBase(nn.Module):
             ``[B, 1, h, w]`` >= 0, about 1 on average on normal images (before the position normalisation).
         """
         inside = self.space.to_features(residual)
-        share = self.evidence.outside_share
+        share = self.recipe.outside_share
         total = torch.zeros_like(inside[:, :1])
         for row, (weight, difference) in enumerate(((1 - share, inside), (share, inside + outside))):
             if weight:
@@ -261,18 +261,16 @@ class LiteBase(nn.Module):
         return total
 
     @property
-    def evidence(self) -> Evidence:
-        """What counts for this kind of product (an object, as long as that is not known)."""
-        return EVIDENCE["object" if self.config.product == "auto" else self.config.product]
+    def recipe(self) -> Recipe:
+        """That of this kind of product (of an object, as long as the kind is not known)."""
+        return RECIPES["object" if self.config.product == "auto" else self.config.product]
 
     def _level_energy(self, difference: Tensor, usual: Tensor) -> Tensor:
-        total = torch.zeros_like(difference[:, :1])
-        evidence = self.evidence
-        for window in evidence.windows:
-            for channels in (LEVELS[level] for level in evidence.levels):
-                pooled = pool(difference[:, channels], window).square()
-                total = total + (pooled / usual[WINDOWS.index(window), channels].view(1, -1, 1, 1)).mean(1, keepdim=True)
-        return total / (len(evidence.levels) * len(evidence.windows))
+        recipe, total = self.recipe, torch.zeros_like(difference[:, :1])
+        for channels in (LEVELS[level] for level in recipe.levels):
+            pooled = pool(difference[:, channels], recipe.window).square()
+            total = total + (pooled / usual[channels].view(1, -1, 1, 1)).mean(1, keepdim=True)
+        return total / len(recipe.levels)
 
     def anomaly_map(self, energy: Tensor) -> Tensor:
         """Energy per cell -> map ``[B, 1, H, W]``: position-normalised, square root, upsampled, blurred."""

@@ -18,7 +18,7 @@ from gladad.algorithm import OneCallConfig, add_noise, mix_anomaly
 from gladad.efficientnet import EfficientNetLite0, pretrained
 from gladad.errors import DataError
 from gladad.images import to_tensor
-from gladad.lite import WINDOWS, LiteBase, LiteConfig, pool
+from gladad.lite import LiteBase, LiteConfig, pool
 from gladad.synthesis import LITE, Draw, Foreground, SynthesisConfig, synthesise
 from gladad.types import Progress, no_progress
 
@@ -42,7 +42,7 @@ class LiteTrainingConfig:
     learning_rate: float = 1e-3  # peak, of AdamW; warm-up over 50 steps, then a cosine to 0
     weight_decay: float = 1e-3  # of AdamW
     ema: float = 0.995  # decay of the averaged weights, which are the ones kept
-    timesteps: tuple[int, int] = (100, 600)  # timesteps are drawn from here to below there, around those of inspection
+    timesteps: tuple[int, int] | None = None  # drawn from here to below there; None = around those of inspection, see RECIPES
     anomaly_oriented: bool = True  # ATP: synthetic anomalies in, normal latent as the target; False = plain diffusion
     anomaly_share: float = 0.5  # probability that a sample carries a synthetic anomaly
     fade: bool = False  # fade the anomaly with the timestep, as published; measured worse here
@@ -88,11 +88,22 @@ def fit_lite(
     base.eval()
 
     normal = _fit_space(base, images, progress)
+    choose_recipe(base)
     anomalous, source = _synthetic_pool(base, images, training, textures, foreground, progress)
     _train_denoiser(base, normal, anomalous, source, training, generator, started, progress)
     _train_decoder(base, normal, images, training, generator, progress)
     measure_residuals(base, images, training, progress)
     return base.requires_grad_(False)
+
+
+def choose_recipe(base: LiteBase) -> None:
+    """Settle, by the fitted feature space, what the settings leave open: the kind of product, and the timesteps of inspection."""
+    config = base.config
+    if config.product == "auto":
+        config = replace(config, product="texture" if float(base.space.unexplained) > TEXTURE_UNEXPLAINED else "object")
+    base.config = config
+    if not config.reconstruction.timesteps:
+        base.config = replace(config, reconstruction=replace(config.reconstruction, timesteps=base.recipe.timesteps))
 
 
 def _batches(images: Sequence[Pixels]) -> Iterator[Tensor]:
@@ -155,13 +166,14 @@ def _train_denoiser(
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())
     averaged = [p.detach().clone() for p in parameters]
+    span = base.recipe.trained if training.timesteps is None else training.timesteps
     step, times = 0, [time.monotonic()]
     while step < steps:
         warmup = min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = training.learning_rate * warmup * _cosine(step / steps)
         z_normal, z_input = _draw_pairs(normal, anomalous, source, training, generator)
-        timestep = torch.randint(*training.timesteps, (len(z_normal),), generator=generator)
+        timestep = torch.randint(*span, (len(z_normal),), generator=generator)
         if training.fade:
             z_input = mix_anomaly(z_normal, z_input, timestep, schedule.num_timesteps)
         alpha_bar = schedule.alpha_bar(timestep)
@@ -188,6 +200,11 @@ def _train_denoiser(
             parameter.copy_(average)
     denoiser.eval().requires_grad_(False)
     base.refresh()
+
+
+def _cosine(progress: float) -> float:
+    """The learning rate's course from 1 to 0 as progress goes from 0 to 1."""
+    return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
 def _affordable_steps(minutes: float, started: float, times: Sequence[float]) -> int:
@@ -230,7 +247,7 @@ def _train_decoder(
         with torch.autocast("cpu", torch.bfloat16):
             picture = decoder(normal[rows].float())
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (0.5 + 0.5 * math.cos(math.pi * step / training.decoder_steps))
+            group["lr"] = 2e-3 * _cosine(step / training.decoder_steps)
         loss = F.l1_loss(picture.float(), target)
         optimizer.zero_grad()
         loss.backward()
@@ -247,8 +264,6 @@ def measure_residuals(base: LiteBase, images: Sequence[Pixels], training: LiteTr
     whose guarantee needs that.
     """
     config = base.config
-    if config.product == "auto":
-        config = replace(config, product="texture" if float(base.space.unexplained) > TEXTURE_UNEXPLAINED else "object")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(training.statistics, len(images))).astype(int)).tolist()
     if config.position_share is None:  # the fewer images, the less is known of single positions
         config = replace(config, position_share=POSITION_SHARE * len(chosen) / (len(chosen) + POSITION_PRIOR))
@@ -269,8 +284,7 @@ def measure_residuals(base: LiteBase, images: Sequence[Pixels], training: LiteTr
     for part, outside in zip(residuals, outsides, strict=True):
         inside = base.space.to_features(part)
         for row, difference in enumerate((inside, inside + outside)):
-            for column, window in enumerate(WINDOWS):
-                usual[row, column] += pool(difference, window).square().mean((2, 3)).sum(0)
+            usual[row] += pool(difference, base.recipe.window).square().mean((2, 3)).sum(0)
     base.usual_energy.copy_(usual / len(residual))
     energies = [base.energy(part, outside) for part, outside in zip(residuals, outsides, strict=True)]
     profile = pool(torch.cat(energies).mean(0, keepdim=True), 3)  # smoothed: parts never lie exactly alike
