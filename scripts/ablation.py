@@ -2,8 +2,9 @@
 
     python scripts/ablation.py CATEGORY [CATEGORY ...]
 
-Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and the inspection variants run on them. Deltas and usual energies are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the
-denoiser with ATP is taken from a folder of fitted models instead.
+Two denoisers are trained per category, with and without anomaly-oriented training (ATP), and the inspection variants run on them.
+Deltas and usual energies are set anew for every variant on good images, as ``gladad fit`` does. With ``--models`` the denoiser
+with ATP is taken from a folder of fitted models instead.
 """
 
 from __future__ import annotations
