@@ -92,6 +92,13 @@ def test_the_same_fit_gives_the_same_model(gladad, category, tmp_path):
     assert files and all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 
+@pytest.mark.parametrize("product", ["object", "texture"])
+def test_the_kind_of_product_can_be_given(gladad, category, tmp_path, product):
+    assert gladad("fit", category, "-o", tmp_path / "model", *TINY, "--product", product).status == 0
+    described = json.loads(gladad("info", tmp_path / "model", "--json").out)
+    assert described["config"]["product"] == described["settings"]["product"] == product
+
+
 def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path):  # noqa: F811
     """Its libraries like to talk; none of it may be heard."""
     options = ["--base", tiny_base / "sd", "--features", tiny_base / "dino", "--steps", 2, "--image-size", 64, "--calibration", "held-out"]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -235,7 +236,7 @@ class LiteBase(nn.Module):
     def noise(self) -> Tensor:
         """``[K, D, h, w]``: the noise of every image's probes."""
         config = self.config
-        return image_noise((config.dimensions, *config.grid), config.seed, len(config.reconstruction.timesteps))
+        return _kept_noise((config.dimensions, *config.grid), config.seed, len(config.reconstruction.timesteps))
 
     def rebuild(self, latent: Tensor) -> Reconstruction:
         """Anomaly-free latents of ``[B, D, h, w]``."""
@@ -356,6 +357,12 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=4)
+def _kept_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
+    """`image_noise`, made once: every image is given the same."""
+    return image_noise(shape, seed, count)
 
 
 def pool(x: Tensor, window: int) -> Tensor:
