@@ -74,7 +74,7 @@ class LiteConfig:
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to; multiples of 32
     dimensions: int = 80  # principal components kept as the latent
     whitening: float = 0.5  # exponent: 0 = PCA, 1 = full whitening
-    widths: tuple[int, ...] = (128, 192, 256)  # channels of the denoiser's levels
+    widths: tuple[int, ...] = (96, 128, 192)  # channels of the denoiser's levels
     reconstruction: OneCallConfig = field(default_factory=lambda: OneCallConfig(timesteps=()))  # no timesteps = set by training
     seed: int = 0  # of the noise added at inspection, the same for every image
     product: Literal["auto", "object", "texture"] = "auto"  # which of RECIPES; "auto" = set by training
