@@ -26,8 +26,8 @@ from gladad.results import output_folder, picture_names, readable, to_csv
 from gladad.storage import WriteError
 from gladad.types import Prediction, Sample
 
-IMAGE = {"image_auroc", "image_ap", "image_f1max"}
-PIXEL = {"pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"}
+IMAGE = {"image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2"}
+PIXEL = set(metrics.NAMES)
 RATES = {"recall", "false_reject_rate"}
 ALWAYS = {"threshold", "seconds_per_image"}
 
@@ -82,6 +82,9 @@ def test_everything_that_is_measured(samples):
     assert report.metrics["threshold"] == 40.0
     assert report.details["intervals_95"]["recall"] == metrics.wilson_interval(2, 3)
     assert report.details["intervals_95"]["false_reject_rate"] == metrics.wilson_interval(1, 3)
+    rows = {row["defect_type"]: (row["anomalous"], row["count"], row["rejected"]) for row in report.details["per_type"]}
+    assert rows == {"good": (False, 3, 1), "spot": (True, 3, 2)}
+    assert report.details["curves"].keys() == {"roc", "pr", "pro"}
     assert report.details["notes"] == []
     assert report.counts == {"normal": 3, "anomalous": 3, "masks": 3, "anomalous_without_mask": 0, "skipped": 0}
     assert [row["gt_label"] for row in report.rows] == labels

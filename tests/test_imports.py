@@ -16,8 +16,9 @@ SOURCE = Path(gladad.__file__).parent
 # From the bottom up; a module may import from the lines above its own, and from those named as its neighbours.
 LAYERS = [
     {"errors", "parallel", "types"},
-    {"config", "images", "storage", "algorithm", "calibration", "metrics", "efficientnet"},
-    {"data", "feature_space", "synthesis", "visualization"},
+    {"config", "images", "storage", "algorithm", "calibration", "curves", "efficientnet"},
+    {"pixel_metrics"},
+    {"metrics", "data", "feature_space", "synthesis", "visualization"},
     {"features", "lite", "pipeline", "gallery", "results"},
     {"lite_training", "finetune", "parity"},
     {"paper"},

@@ -15,7 +15,7 @@ from gladad.calibration import Calibration
 from gladad.errors import DataError
 from gladad.gallery import GalleryItem, gallery_item, write_gallery
 from gladad.images import load_image, load_mask, resize_map
-from gladad.metrics import image_metrics, pixel_metrics, wilson_interval
+from gladad.metrics import NAMES, PixelMetrics, decisions, image_curves, image_metrics, wilson_interval
 from gladad.parallel import in_order
 from gladad.results import COLUMNS, TABLE_FILE, readable, to_csv
 from gladad.storage import write_json, write_text
@@ -77,8 +77,10 @@ def evaluate(
         progress: Told of every image.
 
     Returns:
-        Metrics ``image_auroc``, ``image_ap``, ``image_f1max``, the same with ``pixel_`` and ``pixel_aupro``; ``threshold`` (raw score),
-        ``recall`` and ``false_reject_rate`` of the decisions; ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals.
+        Metrics of `gladad.metrics.image_metrics` and `gladad.metrics.pixel_metrics`; ``threshold`` (raw score), ``recall`` and
+        ``false_reject_rate`` of the decisions; ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals, the decisions
+        ``per_type`` (fields of `gladad.metrics.DecisionRow`), and ``curves``: ``roc``, ``pr`` of images and ``pro`` of pixels, each
+        ``{"x": [...], "y": [...]}`` and absent where not defined.
 
     Raises:
         DataError: None of the images can be read.
@@ -89,8 +91,7 @@ def evaluate(
     labels: list[int] = []
     rejected: list[bool] = []
     seconds: list[float] = []
-    maps: list[NDArray[np.float32]] = []
-    masks: list[NDArray[np.bool_]] = []
+    kinds: list[str] = []
     unmasked = skipped = 0
 
     def look(sample: Sample) -> _Looked | DataError:
@@ -111,6 +112,7 @@ def evaluate(
             item=item,
         )
 
+    pixels_seen = PixelMetrics()
     looks = in_order(look, samples, detector.workers)
     for done, (sample, looked) in enumerate(zip(samples, looks, strict=True), start=1):
         progress("inspecting", done, len(samples))
@@ -123,19 +125,19 @@ def evaluate(
         rows.append(prediction.to_record() | {"image": readable(sample.image_path)} | truth)
         scores.append(prediction.pred_score)
         labels.append(sample.gt_label)
+        kinds.append(sample.defect_type)
         rejected.append(prediction.pred_label)
         seconds.append(prediction.seconds)
         if sample.gt_label and mask is None:
             unmasked += 1
         elif with_pixels:
-            maps.append(looked.anomaly_map)
-            masks.append(np.zeros(EVALUATION_SIZE, bool) if mask is None else mask)
+            pixels_seen.add(looked.anomaly_map, np.zeros(EVALUATION_SIZE, bool) if mask is None else mask)
         if collect is not None and looked.item is not None:
             collect(looked.item)
 
     if not scores:
         raise DataError(f"none of the {len(samples)} images could be read" if samples else "there are no images to evaluate")
-    truths, decisions = np.array(labels, bool), np.array(rejected, bool)
+    truths, rejections = np.array(labels, bool), np.array(rejected, bool)
     counts = {
         "normal": int((~truths).sum()),
         "anomalous": int(truths.sum()),
@@ -143,16 +145,24 @@ def evaluate(
         "anomalous_without_mask": unmasked,
         "skipped": skipped,
     }
-    metrics, intervals, notes = _metrics(scores, truths, decisions, maps, masks, counts)
+    metrics, curves, notes = _metrics(scores, truths, pixels_seen, counts)
+    intervals: dict[str, tuple[float, float]] = {}
+    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
+        if members.any():
+            hits, trials = int(rejections[members].sum()), int(members.sum())
+            metrics[name] = hits / trials
+            intervals[name] = wilson_interval(hits, trials)
     threshold = detector.calibration_.threshold
     metrics |= {"threshold": threshold.value, "seconds_per_image": float(np.median(seconds))}
     details = {
         "intervals_95": intervals,
+        "per_type": [asdict(row) for row in decisions(truths, rejections, kinds)],
+        "curves": curves,
         "notes": notes,
         "units": {
             "score": "multiples of the decision threshold: above 1 is rejected",
             "threshold": "raw score of the model that is called 1",
-            "pixel_*": f"compared at {EVALUATION_SIZE[1]}x{EVALUATION_SIZE[0]} pixels",
+            "pixel_*": f"compared at {EVALUATION_SIZE[1]}x{EVALUATION_SIZE[0]} pixels; maps bilinear, masks nearest neighbour and > 0.5",
             "seconds_per_image": f"median, without reading the file, {detector.workers} images at a time",
         },
         "false_reject_rate_requested": threshold.false_reject_rate,
@@ -162,36 +172,29 @@ def evaluate(
 
 
 def _metrics(
-    scores: list[float],
-    truths: NDArray[np.bool_],
-    decisions: NDArray[np.bool_],
-    maps: list[NDArray[np.float32]],
-    masks: list[NDArray[np.bool_]],
-    counts: dict[str, int],
-) -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
-    """Metrics that are defined, intervals of the rates, and notes on what is not."""
+    scores: list[float], truths: NDArray[np.bool_], pixels: PixelMetrics, counts: dict[str, int]
+) -> tuple[dict[str, float], dict[str, Any], list[str]]:
+    """Metrics that are defined, their curves, and notes on what is not."""
     metrics: dict[str, float] = {}
-    intervals: dict[str, tuple[float, float]] = {}
+    curves: dict[str, Any] = {}
     notes: list[str] = []
     if truths.any() and not truths.all():
         metrics |= image_metrics(scores, truths)
+        curves |= image_curves(scores, truths)
     else:
         notes.append(f"image metrics need both classes; all images are {'anomalous' if truths.any() else 'normal'}")
-    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
-        if members.any():
-            hits, trials = int(decisions[members].sum()), int(members.sum())
-            metrics[name] = hits / trials
-            intervals[name] = wilson_interval(hits, trials)
-    truth = np.stack(masks) if masks else np.zeros((0, *EVALUATION_SIZE), bool)
-    if truth.any() and not truth.all():
-        metrics |= pixel_metrics(np.stack(maps), truth)
-    else:
-        notes.append("pixel metrics need masks with defects in them; there are none")
+    with pixels:
+        if pixels.has_both_classes:
+            result = pixels.compute()
+            metrics |= result.metrics
+            curves["pro"] = result.curves["pro"]
+        else:
+            notes.append("pixel metrics need masks with defects in them; there are none")
     if counts["anomalous_without_mask"] and counts["masks"]:
         notes.append(f"{counts['anomalous_without_mask']} anomalous images have no readable mask and take no part in the pixel metrics")
     if counts["skipped"]:
         notes.append(f"{counts['skipped']} images could not be read and were left out")
-    return metrics, intervals, notes
+    return metrics, curves, notes
 
 
 def _at_evaluation_size(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -238,8 +241,7 @@ def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Pat
 
 def summary(report: Report) -> list[tuple[str, float]]:
     """The numbers that people look at first, those that are there, in order: ``(name, value)``."""
-    order = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"]
-    order += ["recall", "false_reject_rate", "seconds_per_image"]
+    order = ["image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2", *NAMES, "recall", "false_reject_rate", "seconds_per_image"]
     return [(name, report.metrics[name]) for name in order if name in report.metrics]
 
 

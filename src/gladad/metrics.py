@@ -1,29 +1,62 @@
-"""How well scores and maps separate normal from anomalous: AUROC, average precision, best F1 and AUPRO, exact.
-
-Every metric is read off one curve: the counts of true and false positives while the threshold falls. Only its corners are kept, two
-for each distinct score of an anomalous item. In between true positives do not change, the curve is a straight line, and nothing is
-lost; so the many normal pixels need to be sorted by value only, and memory stays close to that of the maps.
-"""
+"""How well scores, maps and decisions agree with the truth. Exact; definitions and sources are in ``docs/metrics.md``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-Floats = NDArray[np.float64]
+from gladad.curves import Curve, area_until, best_f1, corners, precision_sum
+from gladad.pixel_metrics import MAX_FPR, NAMES, PIMO_BOUNDS, PixelMetrics, PixelResult, checked, curve_points, region_areas
+
+__all__ = [
+    "NAMES",
+    "DecisionRow",
+    "PixelMetrics",
+    "PixelResult",
+    "aupimo",
+    "aupimo_per_image",
+    "aupro",
+    "auroc",
+    "average_precision",
+    "decisions",
+    "f1_max",
+    "image_curves",
+    "image_metrics",
+    "pb2",
+    "pg2",
+    "pixel_metrics",
+    "wilson_interval",
+]
+
+TOLERATED = 0.02
+"""Share of wrong decisions at which PG2 and PB2 are read."""
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """Corners of the curve: arrays ``[2 K + 2]`` that never fall, from "nothing is flagged" to "everything is"."""
+class DecisionRow:
+    """The decisions on the images of one kind.
 
-    fp: Floats  # false positives
-    tp: Floats  # true positives
-    overlap: Floats  # sum of the weights of the true positives
+    Attributes:
+        defect_type: The kind.
+        anomalous: Whether its images are to be rejected.
+        count: Images.
+        rejected: Images that were rejected.
+        rate: Their share: recall of a defect type, false-reject rate of a normal one.
+        low: Lower end of its 95 % Wilson interval.
+        high: Upper end.
+    """
+
+    defect_type: str
+    anomalous: bool
+    count: int
+    rejected: int
+    rate: float
+    low: float
+    high: float
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -36,23 +69,48 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: Sizes differ, a score is not finite, a label is neither 0 nor 1, or one class is absent.
     """
-    return _auroc(_curve(*_checked(scores, labels)))
+    curve = _curve(scores, labels)
+    return float(np.trapezoid(curve.tp, curve.fp) / (curve.tp[-1] * curve.fp[-1]))
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve as a sum of steps, without interpolation; arguments and errors as in `auroc`."""
-    return _average_precision(_curve(*_checked(scores, labels)))
+    curve = _curve(scores, labels)
+    inner = Curve(curve.fp[1:-1], curve.tp[1:-1], curve.overlap[1:-1])
+    return precision_sum(inner, 0.0) / float(curve.tp[-1])
 
 
 def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
     """The largest F1 over all thresholds; arguments and errors as in `auroc`."""
-    return _f1_max(_curve(*_checked(scores, labels)))
+    curve = _curve(scores, labels)
+    return best_f1(curve.fp, curve.tp, float(curve.tp[-1]))
 
 
-def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = 0.3) -> float:
+def pg2(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Share of good parts passed while at most 2 % of bad ones are missed; arguments and errors as in `auroc`.
+
+    The threshold is the highest that does: parts score up to it pass. With fewer than 50 bad parts none may be missed.
+    """
+    normal, anomalous = _split(scores, labels)
+    first_found = np.sort(anomalous)[math.floor(TOLERATED * len(anomalous) + 1e-9)]
+    return float(np.mean(normal < first_found))
+
+
+def pb2(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Share of bad parts found while at most 2 % of good ones are rejected; arguments and errors as in `auroc`.
+
+    The threshold is the lowest that does: parts that score above it are rejected. With fewer than 50 good parts none may be rejected.
+    """
+    normal, anomalous = _split(scores, labels)
+    last_passed = np.sort(normal)[::-1][math.floor(TOLERATED * len(normal) + 1e-9)]
+    return float(np.mean(anomalous > last_passed))
+
+
+def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate, divided by that rate.
 
-    Every 8-connected region of the masks counts the same, whatever its area. The curve is interpolated at the limit.
+    Every 8-connected region of the masks counts the same, whatever its area. The curve is interpolated at the limit
+    (Bergmann et al., IJCV 2021, section 5.1).
 
     Args:
         maps: ``[N, H, W]`` finite, higher is more anomalous.
@@ -62,24 +120,86 @@ def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = 0.3) -> float:
     Raises:
         ValueError: Shapes differ, a value is not finite, the masks have no region or no normal pixel, or max_fpr is out of range.
     """
-    return _aupro(_pixel_curve(maps, masks), max_fpr)
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must lie in (0, 1], not {max_fpr}")
+    values, positive = _images(maps, masks)
+    normal, anomalous = values[~positive], values[positive]
+    if not len(normal) or not len(anomalous):
+        raise ValueError("not defined for one class only: both normal and anomalous pixels are needed")
+    weights = 1 / np.concatenate([region_areas(mask) for mask in positive]).astype(np.float64)
+    # Only the highest normal pixels lie below the limit. All of equal value are kept: between their corners the curve is a line.
+    needed = min(len(normal), math.floor(max_fpr * len(normal)) + 1)
+    highest = np.sort(normal[normal >= np.partition(normal, len(normal) - needed)[len(normal) - needed]])
+    order = np.lexsort((weights, anomalous))[::-1]
+    curve = corners(highest, anomalous[order], weights[order]).closed(len(normal))
+    return area_until(curve.fp / len(normal), curve.overlap, max_fpr) / (max_fpr * float(curve.overlap[-1]))
+
+
+def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> float:
+    """Mean over the anomalous images of the area under the per-image overlap curve (Bertoldo et al., BMVC 2024).
+
+    For each anomalous image, the share of its anomalous pixels at or above a threshold, against the mean over the *normal images* of the
+    share of their pixels at or above it, averaged over the logarithm of the latter between the bounds.
+
+    Args:
+        maps: ``[N, H, W]`` finite, higher is more anomalous.
+        masks: ``[N, H, W]`` 0 or False normal, 1 or True anomalous; images with an anomalous pixel are the anomalous ones.
+        fpr_bounds: Ends of the integral, rising, in (0, 1]. Below the first false positive the curve is what is found without any.
+
+    Raises:
+        ValueError: Shapes differ, a value is not finite, there is no normal or no anomalous image, or the bounds are out of order.
+    """
+    return float(np.mean(aupimo_per_image(maps, masks, fpr_bounds)))
+
+
+def aupimo_per_image(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> tuple[float, ...]:
+    """AUPIMO of each anomalous image, in order; arguments and errors as in `aupimo`."""
+    with _collected(maps, masks) as collected:
+        return collected.aupimo(fpr_bounds)
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """``image_auroc``, ``image_ap`` and ``image_f1max``; arguments and errors as in `auroc`."""
-    curve = _curve(*_checked(scores, labels))
-    return {"image_auroc": _auroc(curve), "image_ap": _average_precision(curve), "image_f1max": _f1_max(curve)}
+    """``image_auroc``, ``image_ap``, ``image_f1max``, ``image_pg2`` and ``image_pb2``; arguments and errors as in `auroc`."""
+    functions = {"auroc": auroc, "ap": average_precision, "f1max": f1_max, "pg2": pg2, "pb2": pb2}
+    return {f"image_{name}": function(scores, labels) for name, function in functions.items()}
 
 
-def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = 0.3) -> dict[str, float]:
-    """``pixel_auroc``, ``pixel_ap``, ``pixel_f1max`` and ``pixel_aupro`` from one sort; arguments and errors as in `aupro`."""
-    curve = _pixel_curve(maps, masks)
+def image_curves(scores: ArrayLike, labels: ArrayLike) -> dict[str, dict[str, list[float]]]:
+    """``roc`` and ``pr`` as ``{"x": [...], "y": [...]}`` of at most 200 points; arguments and errors as in `auroc`."""
+    curve = _curve(scores, labels)
+    found = curve.tp > 0
+    precision = curve.tp[found] / (curve.tp[found] + curve.fp[found])
     return {
-        "pixel_auroc": _auroc(curve),
-        "pixel_ap": _average_precision(curve),
-        "pixel_f1max": _f1_max(curve),
-        "pixel_aupro": _aupro(curve, max_fpr),
+        "roc": curve_points(curve.fp / curve.fp[-1], curve.tp / curve.tp[-1]),
+        "pr": curve_points(curve.tp[found] / curve.tp[-1], precision),
     }
+
+
+def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> dict[str, float]:
+    """All of `NAMES` that are defined, in one pass; arguments and errors as in `aupro`. Without a normal image there is no AUPIMO."""
+    with _collected(maps, masks) as collected:
+        return collected.compute(max_fpr).metrics
+
+
+def decisions(labels: ArrayLike, rejected: ArrayLike, defect_types: Sequence[str]) -> list[DecisionRow]:
+    """How many images of each kind were rejected, normal kinds first.
+
+    Args:
+        labels: ``[N]`` 0 normal, 1 anomalous.
+        rejected: ``[N]`` the decisions.
+        defect_types: ``[N]`` the kind of each image.
+    """
+    rows = []
+    kinds = sorted({(bool(label), kind) for label, kind in zip(np.asarray(labels).tolist(), defect_types, strict=True)})
+    for anomalous, kind in kinds:
+        members = [
+            bool(decision)
+            for label, decision, other in zip(np.asarray(labels), np.asarray(rejected), defect_types, strict=True)
+            if bool(label) == anomalous and other == kind
+        ]
+        low, high = wilson_interval(sum(members), len(members))
+        rows.append(DecisionRow(kind, anomalous, len(members), sum(members), sum(members) / len(members), low, high))
+    return rows
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -99,77 +219,32 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return low, high
 
 
-def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """Scores and labels of the same shape, as arrays, with both classes present."""
-    values, classes = np.asarray(scores), np.asarray(labels)
-    if values.shape != classes.shape:
-        raise ValueError(f"scores and labels differ in shape: {list(values.shape)} and {list(classes.shape)}")
-    if not np.isfinite(values).all():
-        raise ValueError("scores must be finite")
-    if classes.dtype != np.bool_ and not ((classes == 0) | (classes == 1)).all():
-        raise ValueError("labels must be 0 (normal) or 1 (anomalous)")
-    positive = classes.astype(bool)
+def _classes(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    values, positive = checked(scores, labels)
     if positive.all() or not positive.any():
         raise ValueError("not defined for one class only: both normal and anomalous items are needed")
     return values, positive
 
 
-def _curve(scores: NDArray[np.generic], positive: NDArray[np.bool_], weights: Floats | None = None) -> _Curve:
-    """Sort once and count; ``weights`` belong to the positive items, in their order in memory."""
-    normal, anomalous = np.sort(scores[~positive]), scores[positive]
-    order = np.argsort(anomalous)[::-1]
-    ranked = anomalous[order]
-    last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # where each run of equal scores ends
-    fp_above = len(normal) - np.searchsorted(normal, ranked[last], side="right")  # normal items strictly above the score
-    fp = len(normal) - np.searchsorted(normal, ranked[last], side="left")  # and with the ties
-    tp = (last + 1).astype(np.float64)
-    overlap = tp if weights is None else np.cumsum(weights[order])[last]
-
-    def corners(before: Floats, after: Floats, end: float) -> Floats:
-        return np.concatenate([[0.0], np.stack([before, after], axis=1).ravel(), [end]])
-
-    def shifted(values: Floats) -> Floats:
-        return np.concatenate([[0.0], values[:-1]])
-
-    return _Curve(
-        fp=corners(fp_above.astype(np.float64), fp.astype(np.float64), len(normal)),
-        tp=corners(shifted(tp), tp, tp[-1]),
-        overlap=corners(shifted(overlap), overlap, overlap[-1]),
-    )
+def _split(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    values, positive = _classes(scores, labels)
+    return values[~positive], values[positive]
 
 
-def _pixel_curve(maps: ArrayLike, masks: ArrayLike) -> _Curve:
-    """The curve of all pixels, each anomalous one weighted by 1 / (area of its region x number of regions)."""
-    values, positive = _checked(maps, masks)
+def _curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
+    normal, anomalous = _split(scores, labels)
+    return corners(np.sort(normal), np.sort(anomalous)[::-1]).closed(len(normal))
+
+
+def _images(maps: ArrayLike, masks: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    values, positive = checked(maps, masks)
     if values.ndim != 3:
         raise ValueError(f"maps must be [N, H, W], not {list(values.shape)}")
-    structure = np.zeros((3, 3, 3), dtype=bool)
-    structure[1] = True  # 8-connected within an image, unconnected across images
-    regions, count = ndimage.label(positive, structure)
-    ids = regions[positive]
-    return _curve(values, positive, 1 / (np.bincount(ids)[ids] * count))
+    return values, positive
 
 
-def _auroc(curve: _Curve) -> float:
-    return float(np.trapezoid(curve.tp, curve.fp) / (curve.tp[-1] * curve.fp[-1]))
-
-
-def _average_precision(curve: _Curve) -> float:
-    tp, fp = curve.tp[2:-1:2], curve.fp[2:-1:2]
-    return float(np.sum(np.diff(tp, prepend=0.0) * tp / (tp + fp)) / tp[-1])
-
-
-def _f1_max(curve: _Curve) -> float:
-    return float(np.max(2 * curve.tp / (curve.tp + curve.fp + curve.tp[-1])))
-
-
-def _aupro(curve: _Curve, max_fpr: float) -> float:
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must lie in (0, 1], not {max_fpr}")
-    fpr, overlap = curve.fp / curve.fp[-1], curve.overlap
-    stop = int(np.searchsorted(fpr, max_fpr, side="right"))  # points up to the limit, the limit included
-    if stop < len(fpr):
-        share = (max_fpr - fpr[stop - 1]) / (fpr[stop] - fpr[stop - 1])
-        fpr = np.append(fpr[:stop], max_fpr)
-        overlap = np.append(overlap[:stop], overlap[stop - 1] + share * (overlap[stop] - overlap[stop - 1]))
-    return float(np.trapezoid(overlap, fpr) / max_fpr)
+def _collected(maps: ArrayLike, masks: ArrayLike) -> PixelMetrics:
+    collected = PixelMetrics()
+    for one, mask in zip(*_images(maps, masks), strict=True):
+        collected.add(one, mask)
+    return collected

@@ -51,3 +51,49 @@ def slow_f1_max(scores: np.ndarray, labels: np.ndarray) -> float:
         hits = int((flagged & (labels == 1)).sum())
         best = max(best, 2 * hits / (int(flagged.sum()) + int((labels == 1).sum())))
     return best
+
+
+def slow_aupimo(maps: np.ndarray, masks: np.ndarray, bounds: tuple[float, float]) -> list[float]:
+    """For each anomalous image: true-positive rate over the log of the normal images' mean false-positive rate, integrated."""
+    normal = [image for image, mask in zip(maps, masks, strict=True) if not mask.any()]
+    results = []
+    for image, mask in zip(maps, masks, strict=True):
+        if not mask.any():
+            continue
+        points = []  # (rate, found), just above every value and with it
+        for value in sorted(set(maps.ravel().tolist()), reverse=True):
+            for flag in (np.greater, np.greater_equal):
+                rate = sum(float(flag(one, value).mean()) for one in normal) / len(normal)
+                points.append((rate, float(flag(image[mask], value).mean())))
+        without = max((found for rate, found in points if rate == 0), default=0.0)
+        line = [(np.log(rate), found) for rate, found in points if rate > 0]
+        line = [(min(line[0][0], np.log(bounds[0])) - 1, without), (line[0][0], without), *line]
+        area = 0.0
+        low, high = np.log(bounds[0]), np.log(bounds[1])
+        for (x0, y0), (x1, y1) in pairwise(line):
+            left, right = max(x0, low), min(x1, high)
+            if right > left:
+                at = [y0 + (y1 - y0) * (x - x0) / (x1 - x0) for x in (left, right)]
+                area += (right - left) * (at[0] + at[1]) / 2
+        results.append(area / (high - low))
+    return results
+
+
+def slow_pg2(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Good parts passed at the best threshold that misses at most 2 % of the bad ones; parts score up to it pass."""
+    best = 0.0
+    for threshold in [*scores, *(scores - 1e-9)]:
+        passed = scores <= threshold
+        if passed[labels == 1].mean() <= 0.02:
+            best = max(best, float(passed[labels == 0].mean()))
+    return best
+
+
+def slow_pb2(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Bad parts found at the best threshold that rejects at most 2 % of the good ones."""
+    best = 0.0
+    for threshold in [*scores, *(scores - 1e-9)]:
+        rejected = scores > threshold
+        if rejected[labels == 0].mean() <= 0.02:
+            best = max(best, float(rejected[labels == 1].mean()))
+    return best
