@@ -1,7 +1,7 @@
 """The curve behind every metric: false and true positives while the threshold falls, and the areas read off it.
 
 Only the corners are kept, two for each distinct score of an anomalous item: the counts just above that score, and with it. In between
-true positives do not change and the curve is a straight line, so nothing is lost, and normal items need to be sorted by value only.
+true positives do not change and the curve is a straight line, so nothing is lost, and normal items need to be counted only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+BINS = 2**20
+WORTH_BINNING = 100_000  # values below which sorting them all is as fast
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def corners(
     """Count positives while the threshold falls through the scores given.
 
     Args:
-        normal: ``[N]`` scores of normal items, in rising order.
+        normal: ``[N]`` scores of normal items, in any order.
         anomalous: ``[P]`` scores of anomalous items, in falling order.
         weights: ``[P]`` their weights in `Curve.overlap`; None counts each as 1.
         before: ``(fp, tp, overlap)`` of all higher scores, where these are a slice of a larger set.
@@ -55,8 +58,7 @@ def corners(
         return Curve(np.empty(0), np.empty(0), np.empty(0))
     last = np.flatnonzero(np.append(anomalous[1:] != anomalous[:-1], True))  # where each run of equal scores ends
     distinct = anomalous[last]
-    fp_above = len(normal) - np.searchsorted(normal, distinct, side="right")
-    fp_with = len(normal) - np.searchsorted(normal, distinct, side="left")
+    fp_above, fp_with = counts_above(normal, distinct)
     tp = (last + 1).astype(np.float64)
     overlap = tp if weights is None else np.cumsum(weights)[last]
 
@@ -71,6 +73,33 @@ def corners(
         tp=pairs(shifted(tp), tp, before[1]),
         overlap=pairs(shifted(overlap), overlap, before[2]),
     )
+
+
+def counts_above(values: NDArray[np.generic], thresholds: NDArray[np.generic]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many values lie above each threshold, and how many at or above it: two arrays ``[K]`` for thresholds ``[K]`` in falling order.
+
+    Most values are only counted in fine bins. Those that share a bin with a threshold are compared exactly.
+    """
+    kind = np.result_type(values.dtype, thresholds.dtype, np.float32)
+    inside, limits = values.astype(kind, copy=False), thresholds.astype(kind, copy=False)
+    low, high = limits[-1], limits[0]
+    beyond = int(np.count_nonzero(inside > high))
+    with np.errstate(over="ignore", divide="ignore"):
+        scale = (BINS - 1) / (high - low)
+    close, close_in_higher, in_higher = inside, np.zeros(len(limits), np.int64), np.zeros(len(limits), np.int64)
+    if len(values) > WORTH_BINNING and np.isfinite(scale) and scale > 0:
+        inside = inside[(inside >= low) & (inside <= high)]
+        # Rounding keeps the order, so that a higher bin holds higher values only.
+        bins, own = ((inside - low) * scale).astype(np.int32), ((limits - low) * scale).astype(np.int32)
+        histogram = np.bincount(bins, minlength=BINS)
+        shared = np.zeros(BINS, bool)
+        shared[own] = True
+        close = inside[shared[bins]]
+        in_higher = (len(inside) - np.cumsum(histogram))[own] + beyond
+        close_in_higher = (len(close) - np.cumsum(np.where(shared, histogram, 0)))[own]
+    close = np.sort(close)
+    above, at = (len(close) - np.searchsorted(close, limits, side=side) - close_in_higher + in_higher for side in ("right", "left"))
+    return above, at
 
 
 def area_until(x: Floats, y: Floats, limit: float) -> float:

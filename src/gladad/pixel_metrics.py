@@ -268,7 +268,7 @@ class PixelMetrics:
             if at_cut:  # all of one value: counting is enough, however many there are
                 piece = _tied(ties, len(found), float(weights.sum()), before)
             else:
-                normal = np.sort(np.concatenate(normal_parts)) if normal_parts else np.empty(0)
+                normal = np.concatenate(normal_parts) if normal_parts else np.empty(0)
                 piece = corners(normal, found, weights, before)
             before = (before[0] + ties, before[1] + len(found), float(piece.overlap[-1]) if len(found) else before[2])
             if len(found):
