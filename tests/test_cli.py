@@ -309,7 +309,7 @@ def test_a_bad_target_is_refused_before_the_work(gladad, category, tmp_path, mon
     file = tmp_path / "file"
     file.write_text("mine")
     result = gladad("fit", category, "-o", file)
-    assert result.status == 1 and "is a file" in result.line
+    assert result.status == 1 and "is not a folder" in result.line
     result = gladad("fit", category, "-o", category)
     assert result.status == 1 and "will not be overwritten" in result.line
     result = gladad("fit", category, "-o", file / "model")

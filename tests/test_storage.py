@@ -137,8 +137,10 @@ def test_an_empty_folder_may_be_used(tmp_path):
 
 def test_targets_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="is a file"):
-        check_target(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("file", "pipe"):
+        with pytest.raises(WriteError, match="is not a folder"):
+            check_target(tmp_path / name)
     with pytest.raises(WriteError, match="cannot be written"):
         check_target(tmp_path / "file" / "below" / "model")
 

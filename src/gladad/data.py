@@ -30,8 +30,14 @@ Item = TypeVar("Item")
 NORMAL_NAMES = frozenset({"good", "normal", "ok"})
 """Names of folders (lower case) whose images are normal."""
 
+TEST_FOLDERS = frozenset({"test", "test_public"})
+"""Names of folders (lower case) that hold the labelled test images."""
+
 MASK_FOLDERS = frozenset({"ground_truth", "masks"})
 """Names of folders (lower case) that hold masks, never images to learn from or to judge."""
+
+HELD_BACK = TEST_FOLDERS | {"validation", "test_private", "test_private_mixed"}
+"""Names of folders (lower case) whose images are never learnt from."""
 
 EXPECTED = "a folder of good images, or a category with train/good/"
 EXPECTED_LABELS = "test/good/ and test/<defect>/, or good/ beside folders of defects"
@@ -60,43 +66,49 @@ def good_images(path: str | Path) -> list[Path]:
     elif train:
         found = [image for folder in train for image in sorted(folder.iterdir()) if is_image(image) and image.is_file()]
     else:
-        found = _images_outside(path, MASK_FOLDERS | {"test"})
+        found = _images_outside(path, MASK_FOLDERS | HELD_BACK)
     if not found:
         raise DataError(f"{path}: no images to learn from; expected {EXPECTED}")
     return found
 
 
-def category_samples(path: str | Path, split: Literal["train", "test"] = "test") -> list[Sample]:
+def category_samples(path: str | Path, split: Literal["train", "validation", "test"] = "test") -> list[Sample]:
     """The labelled images of a category, sorted by kind and name.
 
     The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. A mask belongs to the image of
-    its name: ``ground_truth/<kind>/<name>_mask.*`` or ``ground_truth/<kind>/<name>.*``. An image without one has mask_path None.
+    its name: ``ground_truth/<kind>/<name>_mask.*`` or ``ground_truth/<kind>/<name>.*``, or the folder ``ground_truth/<kind>/<name>/``
+    of one mask for each defect. An image without one has mask_path None.
 
     Args:
-        path: The category: with ``test/<kind>/``, or with ``good/`` and the kinds of defect beside it.
-        split: ``test``, or ``train`` for what `good_images` finds.
+        path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
+        split: ``test``; ``train`` for what `good_images` finds; ``validation`` for the good images of that folder, if it is there.
 
     Raises:
         DataError: There is no such folder, it holds several categories, or no labelled images.
     """
     path = _folder(path, "a category with test/<kind>/ folders")
-    if path.name.lower() == "test":
+    if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
     category = path.absolute().name
     if split == "train":
         return [Sample(image, category=category, split="train") for image in good_images(path)]
+    if split == "validation":
+        good = [folder for parent in _named(path, {"validation"}) for folder in _named(parent, NORMAL_NAMES)]
+        return [Sample(image, category=category, split="validation") for folder in good for image in list_images(folder)]
     _refuse_several_categories(path)
-    if test := _named(path, {"test"}):
-        kinds = [folder for parent in test for folder in _folders(parent)]
+    roots = [path]
+    if test := _named(path, TEST_FOLDERS):
+        roots += test
+        kinds = [folder for parent in test for folder in _folders(parent) if folder.name.lower() not in MASK_FOLDERS]
     elif _named(path, NORMAL_NAMES):
-        kinds = [folder for folder in _folders(path) if folder.name.lower() not in MASK_FOLDERS | {"train"}]
+        kinds = [folder for folder in _folders(path) if folder.name.lower() not in MASK_FOLDERS | {"train", "validation"}]
     else:
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
 
     samples = []
     for folder in kinds:
         label = int(folder.name.lower() not in NORMAL_NAMES)
-        masks = _masks_by_name(path, folder.name) if label else {}
+        masks = _masks_by_name(roots, folder.name) if label else {}
         for image in list_images(folder):
             key = _key(image.relative_to(folder))
             mask = masks.get(key + "_mask", masks.get(key))
@@ -186,13 +198,13 @@ def _images_outside(path: Path, names: Set[str]) -> list[Path]:
 
 def _is_category(path: Path) -> bool:
     names = {p.name.lower() for p in _folders(path)}
-    return bool(names & {"train", "test"}) or bool(names & NORMAL_NAMES and names - NORMAL_NAMES)
+    return bool(names & {"train", *TEST_FOLDERS}) or bool(names & NORMAL_NAMES and names - NORMAL_NAMES)
 
 
 def _is_held_back(path: Path) -> bool:
     """Whether a folder is, or lies directly in, the test images or masks of a category: something beside a ``train`` folder."""
     folders = (path.resolve(), path.resolve().parent)
-    return any(p.name.lower() in MASK_FOLDERS | {"test"} and bool(_named(p.parent, {"train"})) for p in folders)
+    return any(p.name.lower() in MASK_FOLDERS | HELD_BACK and bool(_named(p.parent, {"train"})) for p in folders)
 
 
 def _refuse_several_categories(path: Path) -> None:
@@ -208,6 +220,7 @@ def _key(path: Path) -> str:
     return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
-def _masks_by_name(category: Path, kind: str) -> dict[str, Path]:
-    folders = [folder for root in _named(category, MASK_FOLDERS) for folder in _named(root, {kind.lower()})]
-    return {_key(p.relative_to(folder)): p for folder in folders for p in list_images(folder)}
+def _masks_by_name(parents: Sequence[Path], kind: str) -> dict[str, Path]:
+    folders = [folder for parent in parents for root in _named(parent, MASK_FOLDERS) for folder in _named(root, {kind.lower()})]
+    several = {_key(Path(inner.name + ".png")): inner for folder in folders for inner in _folders(folder)}
+    return several | {_key(p.relative_to(folder)): p for folder in folders for p in list_images(folder)}

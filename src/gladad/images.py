@@ -21,6 +21,8 @@ from gladad.errors import DataError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 """File name endings (lower case) that count as images."""
 
+LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
+
 MIN_SIDE = 8
 """Smallest accepted height and width in pixels: below this there is nothing to compare."""
 
@@ -111,16 +113,24 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
     """Read a ground-truth mask: anything above half of full scale is defect.
 
+    A lossless file in which nothing is that bright holds the numbers of kinds of defect, and all but 0 is defect.
+
     Args:
-        path: Mask file.
+        path: Mask file, or a folder of masks of one image, which are united.
         size: ``(H, W)`` to resize to, by nearest neighbour; None keeps the file's.
 
     Returns:
         ``[H, W]`` bool.
     """
+    if Path(path).is_dir():
+        parts = [load_mask(part, size) for part in list_images(Path(path))]
+        if not parts or any(part.shape != parts[0].shape for part in parts):
+            raise DataError(f"{path}: holds no masks, or masks of several sizes")
+        union: NDArray[np.bool_] = np.any(parts, axis=0)
+        return union
     grey = load_image(path).max(axis=2)
-    if grey.max() == 1:  # masks saved as 0/1
-        grey = grey * np.uint8(255)
+    if grey.max() <= 127 and Path(path).suffix.lower() not in LOSSY:
+        grey = np.where(grey > 0, 255, 0).astype(np.uint8)
     if size is not None and grey.shape != size:
         grey = np.asarray(Image.fromarray(grey).resize((size[1], size[0]), Image.Resampling.NEAREST))
     return np.asarray(grey > 127)

@@ -60,8 +60,8 @@ def check_target(folder: Path) -> None:
     Raises:
         WriteError: The target exists and is not a model, or its place cannot be written to.
     """
-    if folder.is_file():
-        raise WriteError(f"{folder}: is a file; give a folder for the model")
+    if folder.exists() and not folder.is_dir():  # a file, or a device
+        raise WriteError(f"{folder}: is not a folder; give a folder for the model")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MODEL_FILE).is_file():
         raise WriteError(f"{folder}: exists and is not a gladad model; it will not be overwritten, choose another folder")
     parent = folder.absolute().parent

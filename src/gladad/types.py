@@ -24,11 +24,11 @@ class Sample:
 
     Attributes:
         image_path: The file.
-        mask_path: Its ground-truth mask, if there is one.
+        mask_path: Its ground-truth mask, if there is one; a folder stands for the union of the masks in it.
         gt_label: 0 normal, 1 anomalous.
         category: Name of the product.
         defect_type: Name of the folder the image came from ("good" for normal ones).
-        split: "train" or "test".
+        split: "train", "validation" or "test".
     """
 
     image_path: Path
