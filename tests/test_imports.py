@@ -19,7 +19,7 @@ LAYERS = [
     {"config", "images", "storage", "algorithm", "calibration", "curves", "efficientnet"},
     {"pixel_metrics"},
     {"metrics", "data", "feature_space", "synthesis", "visualization"},
-    {"features", "lite", "pipeline", "gallery", "results"},
+    {"datasets", "features", "lite", "pipeline", "gallery", "results"},
     {"lite_training", "finetune", "parity"},
     {"paper"},
     {"detector"},

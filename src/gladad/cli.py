@@ -1,4 +1,4 @@
-"""The ``gladad`` command: fit, predict, evaluate, info, demo.
+"""The ``gladad`` command: fit, predict, evaluate, data, info, demo.
 
 Results go to standard output, progress and errors to standard error. A mistake of the user is one line and exit status 1. Heavy imports
 are inside the commands, so that ``gladad --help`` answers at once.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 DEBUG = "GLADAD_DEBUG"
+SHOWN_FILES = 10
 
 app = typer.Typer(
     help="Unsupervised visual anomaly detection with diffusion models: learn from good parts, find bad ones.",
@@ -67,6 +68,8 @@ class CalibrationWay(StrEnum):
     cross_fit = "cross-fit"
 
 
+Layout = Annotated[str, typer.Option(help="How the data set lies on disk; 'auto' looks. See docs/datasets.md.")]
+Category = Annotated[str | None, typer.Option(help="Which product of a data set with several.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Model = Annotated[Path, typer.Argument(help="Folder that 'gladad fit' wrote.", show_default=False)]
 Rate = Annotated[float | None, typer.Option(min=0.0, max=0.5, help="Another false-reject rate than the model's.", show_default=False)]
@@ -157,13 +160,15 @@ def fit(
     max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
     features: Annotated[str | None, typer.Option(help="Extractor of other bases: folder or Hub id.", show_default=False)] = None,
     calibration: Annotated[CalibrationWay, typer.Option(help="Images the threshold is made from.")] = CalibrationWay.auto,
+    category: Category = None,
+    layout: Layout = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Learn from good images and write a model."""
-    from gladad.data import good_images
+    from gladad.datasets import training_images
     from gladad.storage import check_target
 
-    paths = good_images(images)
+    paths = training_images(images, layout, category)
     check_target(output)
     with waiting("starting", quiet):
         from gladad.detector import FitSettings, Glad
@@ -256,16 +261,18 @@ def evaluate(
     dataset: Annotated[Path, typer.Argument(help="Category with test/good/ and test/<defect>/.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.", show_default=False)],
     false_reject_rate: Rate = None,
+    category: Category = None,
+    layout: Layout = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on labelled images: report.json, predictions.csv and index.html."""
-    from gladad.data import category_samples
+    from gladad.datasets import labelled_samples
     from gladad.evaluation import evaluate as measure
     from gladad.evaluation import write_report
     from gladad.gallery import GalleryItem
     from gladad.results import check_output
 
-    samples = category_samples(dataset)
+    samples = labelled_samples(dataset, layout, category)
     check_output(output)
     detector = _load(model, false_reject_rate, quiet)
     items: list[GalleryItem] = []
@@ -278,6 +285,44 @@ def evaluate(
     if not quiet:
         show_report(report)
         print(f"report: {page}")
+
+
+@app.command()
+@guarded
+def data(
+    path: Annotated[Path, typer.Argument(help="Data set: folder or manifest.", show_default=False)],
+    layout: Layout = "auto",
+    category: Category = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a data set holds and what is wrong with it; exit status 1 if results would be."""
+    from gladad.datasets import check_dataset, read_dataset
+
+    dataset = read_dataset(path, layout, category)
+    with bars(quiet) as progress:
+        inventory = check_dataset(dataset, progress=progress)
+    if as_json:
+        print(json.dumps({"path": str(path), "layout": dataset.layout, "unlabelled": dataset.unlabelled} | inventory.to_json(), indent=2))
+    else:
+        for finding in inventory.findings:
+            if finding.serious or not quiet:
+                print(f"{'problem' if finding.serious else 'note'}: {len(finding.paths)} {finding.text}")
+                for file in finding.paths[:SHOWN_FILES]:
+                    print(f"    {readable_name(file)}")
+                if len(finding.paths) > SHOWN_FILES:
+                    print(f"    and {len(finding.paths) - SHOWN_FILES} more")
+        if not quiet:
+            table = Table("category", "split", "kind", Column("images", justify="right"))
+            for (name, split, kind), count in sorted(inventory.counts.items()):
+                table.add_row(Text(name), split, Text(kind), str(count))
+            Console().print(table)
+            print(f"layout {dataset.layout}, {len(dataset.samples)} labelled images, {dataset.unlabelled} without a label")
+            for name, sizes in sorted(inventory.sizes.items()):
+                few = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5))
+                print(f"{name}: {few}{f' and {len(sizes) - 5} more sizes' if len(sizes) > 5 else ''}")
+    if not inventory.sound:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -327,6 +372,11 @@ def show_report(report: Report) -> None:
     print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in report.counts.items()))
     for note in [*report.details["notes"], report.details["guarantee"]]:
         print(note)
+
+
+def readable_name(path: Path) -> str:
+    """A path that can be printed, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
 
 
 def _hush(downloads: bool = False) -> None:

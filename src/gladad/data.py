@@ -60,8 +60,8 @@ def good_images(path: str | Path) -> list[Path]:
     if _is_held_back(path):
         raise DataError(f"{path}: test images are not for learning; give {EXPECTED}")
     _refuse_several_categories(path)
-    train = _named(path, {"train"})
-    if normal := [folder for parent in train or [path] for folder in _named(parent, NORMAL_NAMES)]:
+    train = folders_named(path, {"train"})
+    if normal := [folder for parent in train or [path] for folder in folders_named(parent, NORMAL_NAMES)]:
         found = [image for folder in normal for image in list_images(folder)]
     elif train:
         found = [image for folder in train for image in sorted(folder.iterdir()) if is_image(image) and image.is_file()]
@@ -93,15 +93,15 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
     if split == "train":
         return [Sample(image, category=category, split="train") for image in good_images(path)]
     if split == "validation":
-        good = [folder for parent in _named(path, {"validation"}) for folder in _named(parent, NORMAL_NAMES)]
+        good = [folder for parent in folders_named(path, {"validation"}) for folder in folders_named(parent, NORMAL_NAMES)]
         return [Sample(image, category=category, split="validation") for folder in good for image in list_images(folder)]
     _refuse_several_categories(path)
     roots = [path]
-    if test := _named(path, TEST_FOLDERS):
+    if test := folders_named(path, TEST_FOLDERS):
         roots += test
-        kinds = [folder for parent in test for folder in _folders(parent) if folder.name.lower() not in MASK_FOLDERS]
-    elif _named(path, NORMAL_NAMES):
-        kinds = [folder for folder in _folders(path) if folder.name.lower() not in MASK_FOLDERS | {"train", "validation"}]
+        kinds = [folder for parent in test for folder in subfolders(parent) if folder.name.lower() not in MASK_FOLDERS]
+    elif folders_named(path, NORMAL_NAMES):
+        kinds = [folder for folder in subfolders(path) if folder.name.lower() not in MASK_FOLDERS | {"train", "validation"}]
     else:
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
 
@@ -181,14 +181,14 @@ def _folder(path: str | Path, expected: str) -> Path:
     return path
 
 
-def _folders(path: Path) -> list[Path]:
+def subfolders(path: Path) -> list[Path]:
     """The visible folders directly inside, sorted."""
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _named(path: Path, names: Set[str]) -> list[Path]:
+def folders_named(path: Path, names: Set[str]) -> list[Path]:
     """The folders directly inside of these names, in any case."""
-    return [p for p in _folders(path) if p.name.lower() in names]
+    return [p for p in subfolders(path) if p.name.lower() in names]
 
 
 def _images_outside(path: Path, names: Set[str]) -> list[Path]:
@@ -197,22 +197,22 @@ def _images_outside(path: Path, names: Set[str]) -> list[Path]:
 
 
 def _is_category(path: Path) -> bool:
-    names = {p.name.lower() for p in _folders(path)}
+    names = {p.name.lower() for p in subfolders(path)}
     return bool(names & {"train", *TEST_FOLDERS}) or bool(names & NORMAL_NAMES and names - NORMAL_NAMES)
 
 
 def _is_held_back(path: Path) -> bool:
     """Whether a folder is, or lies directly in, the test images or masks of a category: something beside a ``train`` folder."""
     folders = (path.resolve(), path.resolve().parent)
-    return any(p.name.lower() in MASK_FOLDERS | HELD_BACK and bool(_named(p.parent, {"train"})) for p in folders)
+    return any(p.name.lower() in MASK_FOLDERS | HELD_BACK and bool(folders_named(p.parent, {"train"})) for p in folders)
 
 
 def _refuse_several_categories(path: Path) -> None:
     if _is_category(path):
         return
-    categories = [folder.name for folder in _folders(path) if _is_category(folder)]
+    categories = [folder.name for folder in subfolders(path) if _is_category(folder)]
     if categories:
-        raise DataError(f"{path}: holds the categories {', '.join(categories)}; give one of them, such as {path / categories[0]}")
+        raise DataError(f"{path}: holds the categories {', '.join(categories)}; give one of them, such as {path / categories[0]}, or choose it with --category")
 
 
 def _key(path: Path) -> str:
@@ -221,6 +221,8 @@ def _key(path: Path) -> str:
 
 
 def _masks_by_name(parents: Sequence[Path], kind: str) -> dict[str, Path]:
-    folders = [folder for parent in parents for root in _named(parent, MASK_FOLDERS) for folder in _named(root, {kind.lower()})]
-    several = {_key(Path(inner.name + ".png")): inner for folder in folders for inner in _folders(folder)}
+    folders = [
+        folder for parent in parents for root in folders_named(parent, MASK_FOLDERS) for folder in folders_named(root, {kind.lower()})
+    ]
+    several = {_key(Path(inner.name + ".png")): inner for folder in folders for inner in subfolders(folder)}
     return several | {_key(p.relative_to(folder)): p for folder in folders for p in list_images(folder)}
