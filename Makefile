@@ -34,6 +34,7 @@ demo: setup
 	$(BIN)/gladad demo -o demo
 
 test: setup
+	@scripts/install_chromium.sh
 	$(BIN)/python -m pytest
 
 check: setup

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad.detector import FitSettings, Glad
+from gladad.bases import FitSettings
+from gladad.detector import Glad
 from gladad.lite_training import LiteTrainingConfig
 
 SIDE = 72
@@ -63,7 +64,7 @@ def detector(category: Path) -> Glad:
 
 def train_little(patch: pytest.MonkeyPatch) -> None:
     """Cut the parts of a fit whose length is not among the settings."""
-    patch.setattr("gladad.detector.LiteTrainingConfig", partial(LiteTrainingConfig, pool=32, decoder_steps=5, statistics=8))
+    patch.setattr("gladad.bases.LiteTrainingConfig", partial(LiteTrainingConfig, pool=32, decoder_steps=5, statistics=8))
 
 
 @pytest.fixture(scope="session")

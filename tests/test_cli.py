@@ -20,9 +20,10 @@ from rich.progress import Progress
 from tiny_base import tiny_base  # noqa: F401 (a fixture)
 
 from gladad import __version__, demo
+from gladad.bases import FitSettings
 from gladad.cli import main
 from gladad.console import Bars, RateColumn, bars
-from gladad.detector import FitSettings, Glad
+from gladad.detector import Glad
 from gladad.images import load_image
 
 TINY = ["--steps", "4", "--image-size", "64", "--calibration", "held-out", "-q"]
@@ -386,7 +387,7 @@ def test_interrupted_fit(gladad, category, tmp_path, monkeypatch):
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gladad.detector.fit_lite", interrupt)
+    monkeypatch.setattr("gladad.bases.fit_lite", interrupt)
     result = gladad("fit", category, "-o", tmp_path / "model")
     assert (result.status, result.line) == (130, "interrupted; nothing was written")
     assert names(tmp_path) == []

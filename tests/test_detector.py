@@ -11,8 +11,9 @@ from conftest import draw_part
 from PIL import Image
 from tiny_base import build_base
 
-from gladad import detector as detector_module
-from gladad.detector import FitSettings, Glad, find_regions
+from gladad import bases
+from gladad.bases import FitSettings
+from gladad.detector import Glad, find_regions
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
 from gladad.lite import LiteConfig
 from gladad.lite_training import LiteTrainingConfig
@@ -27,9 +28,9 @@ def quick_settings(**changes: object) -> FitSettings:
 def small_lite(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lite base that trains in a second; everything else as shipped."""
     monkeypatch.setattr(
-        detector_module, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6)
+        bases, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6)
     )
-    monkeypatch.setattr(detector_module, "LiteConfig", lambda **given: LiteConfig(**{"dimensions": 8, "widths": (32, 32)} | given))
+    monkeypatch.setattr(bases, "LiteConfig", lambda **given: LiteConfig(**{"dimensions": 8, "widths": (32, 32)} | given))
 
 
 @pytest.fixture
@@ -79,16 +80,16 @@ def test_order_and_company_do_not_matter(good: Path) -> None:
 
 def test_held_out_images_are_not_trained_on(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    train = detector_module.fit_lite
-    monkeypatch.setattr(detector_module, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    train = bases.fit_lite
+    monkeypatch.setattr(bases, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
     detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
     assert seen == [24] and len(detector.calibration_.scores) == 6
 
 
 def test_few_images_are_cross_fitted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    train = detector_module.fit_lite
-    monkeypatch.setattr(detector_module, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    train = bases.fit_lite
+    monkeypatch.setattr(bases, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
     detector = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
     assert seen == [12, 6, 6]
     assert len(detector.calibration_.scores) == 12 and detector.calibration_.cross_fitted

@@ -20,8 +20,9 @@ from gladad.calibration import Calibration, calibrate
 from gladad.data import category_samples
 from gladad.detector import Glad
 from gladad.errors import DataError
-from gladad.evaluation import EVALUATION_SIZE, evaluate, summary, write_report
+from gladad.evaluation import EVALUATION_SIZE, evaluate, leftovers, write_report
 from gladad.gallery import GalleryItem
+from gladad.report_text import headline, summary
 from gladad.results import output_folder, picture_names, readable, to_csv
 from gladad.storage import WriteError
 from gladad.types import Prediction, Sample
@@ -144,6 +145,68 @@ def test_damaged_images_are_skipped_and_counted(samples, tmp_path):
     assert any("1 images could not be read" in note for note in report.details["notes"])
 
 
+def test_a_mask_that_vanishes_at_the_size_of_the_comparison_counts_as_none(samples, tmp_path):
+    """Its image would be taken for a normal one."""
+    expected = evaluate(Brightness(), samples)
+    speck = put(tmp_path / "speck_mask.png", 255, (slice(0, 1), slice(0, 1)), (1024, 1024))
+    large = put(tmp_path / "bad/speck.png", 99, SPOT, (1024, 1024))
+    report = evaluate(Brightness(), [*samples, Sample(large, speck, 1, "lamp", "speck")])
+    assert {name: report.metrics[name] for name in PIXEL} == {name: expected.metrics[name] for name in PIXEL}
+    assert report.counts["anomalous_without_mask"] == 1 and "aupimo" not in report.rows[-1]
+
+
+def test_kinds_of_defects_have_metrics_of_their_own(samples):
+    good, bad = samples[:3], samples[3:]
+    kinds = [*good, *(replace(sample, defect_type=kind) for sample, kind in zip(bad, ("spot", "spot", "dim"), strict=True))]
+    report = evaluate(Brightness(), kinds)
+    rows = {row["defect_type"]: row for row in report.details["per_type"]}
+    assert rows["spot"]["image_auroc"] == 1.0 and rows["dim"]["image_auroc"] == pytest.approx(2 / 3)
+    values = [row["aupimo"] for row in report.rows[3:]]
+    assert rows["spot"]["aupimo"] == pytest.approx(np.mean(values[:2])) and rows["dim"]["aupimo"] == values[2]
+    assert report.metrics["pixel_aupimo"] == pytest.approx(np.mean(values))
+    assert "image_auroc" not in rows["good"]
+    assert headline(report) == "2 of 3 bad parts found, 1 of 3 good parts rejected"
+
+
+def test_the_report_in_markdown(samples, tmp_path):
+    odd = [replace(samples[0], defect_type="a|b *c*"), *samples[1:]]
+    report = evaluate(Brightness(), odd)
+    write_report(report, [], tmp_path, title="Lamps | <old>")
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Lamps \\| \\<old>\n\n**2 of 3 bad parts found, 1 of 3 good parts rejected**\n")
+    assert f"| image AUROC | {report.metrics['image_auroc']:.1%} |  |" in text
+    assert "| bad parts found | 66.7% | 20.8% to 93.9% |" in text
+    assert "| a\\|b \\*c\\* | 0.0% falsely rejected |" in text and "| spot | 66.7% found |" in text
+    assert "masks nearest neighbour and > 0.5" in text and "no guarantee" not in text
+    widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(widths) == {4, 8, 3}
+
+
+def test_leftovers_of_an_earlier_report(samples, tmp_path):
+    assert leftovers(tmp_path / "nothing", evaluate(Brightness(), samples)) == []
+    full = evaluate(Brightness(), samples, pictures=tmp_path / "pictures", maps=tmp_path / "maps")
+    write_report(full, [], tmp_path)
+    assert leftovers(tmp_path, full) == []
+    assert leftovers(tmp_path, evaluate(Brightness(), samples, maps=tmp_path / "maps")) == [tmp_path / "pictures"]
+    assert leftovers(tmp_path, evaluate(Brightness(), samples)) == [tmp_path / "pictures", tmp_path / "maps"]
+
+
+def test_full_size_pictures(samples, tmp_path):
+    items: list[GalleryItem] = []
+    report = evaluate(Brightness(), samples, collect=items.append, pictures=tmp_path / "pictures")
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.jpg"))
+    assert written == sorted(link for row in report.rows for link in row["pictures"].values())
+    assert written == sorted(picture.link for item in items for picture in item.pictures)
+    assert report.rows[3]["pictures"] == {
+        "input": "pictures/input/bad/200.jpg",
+        "map": "pictures/map/bad/200.jpg",
+        "ground truth": "pictures/ground_truth/bad/200.jpg",
+    }
+    with Image.open(tmp_path / "pictures/input/bad/200.jpg") as image, Image.open(samples[3].image_path) as original:
+        assert image.size == original.size
+        np.testing.assert_allclose(np.asarray(image).astype(float), np.asarray(original), atol=12)
+
+
 def test_nothing_to_evaluate(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")
@@ -162,18 +225,22 @@ def test_the_report_is_written(samples, tmp_path):
     assert all(detector.reconstructed) and len(items) == 6
     out = tmp_path / "deep/report"
     page = write_report(report, items, out, title="Lamps")
-    assert sorted(path.name for path in out.iterdir()) == ["index.html", "predictions.csv", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "predictions.csv", "report.json", "report.md"]
     stored = json.loads((out / "report.json").read_text())
     assert stored["metrics"] == report.metrics and stored["counts"] == report.counts
+    assert (stored["schema"], stored["schema_version"], stored["title"]) == ("gladad-report", 1, "Lamps")
+    assert Calibration.from_json(stored["details"]["calibration"]) == detector.calibration_
     rows = list(csv.DictReader(io.StringIO((out / "predictions.csv").read_text())))
     assert len(rows) == 7 and "broken.png" in rows[-1]["error"] and rows[0]["gt_label"] == "0"
-    assert float(rows[3]["score"]) == 2.0
+    assert float(rows[3]["score"]) == 2.0 and float(rows[3]["raw_score"]) == 80.0
+    assert [row["outcome"] for row in rows[:-1]] == ["passed", "passed", "false reject", "found", "found", "false accept"]
+    assert {row["split"] for row in rows} == {"test"} and rows[0]["aupimo"] == "" and float(rows[3]["aupimo"]) == report.rows[3]["aupimo"]
     html = page.read_text()
     assert "<h1>Lamps</h1>" in html and html.count("<article") == 6 and "could not be read" in html
 
 
 def test_of_many_images_the_wrong_ones_are_shown(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.evaluation.MAX_PICTURES", 3)
+    monkeypatch.setattr("gladad.gallery.MAX_PICTURES", 3)
     items: list[GalleryItem] = []
     report = evaluate(Brightness(), samples, collect=items.append)
     html = write_report(report, items, tmp_path / "out").read_text()
@@ -201,7 +268,7 @@ def test_a_real_detector(detector: Glad, category: Path):
     assert set(report.metrics) == IMAGE | PIXEL | RATES | ALWAYS
     assert report.metrics["image_auroc"] > 0.9
     assert report.metrics["threshold"] == detector.calibration_.threshold.value
-    assert all(len(item.pictures) == 3 for item in items)
+    assert all(len(item.pictures) == (4 if item.gt_label else 3) for item in items)
     again = evaluate(detector, category_samples(category))
     assert {n: v for n, v in again.metrics.items() if n != "seconds_per_image"} == {
         n: v for n, v in report.metrics.items() if n != "seconds_per_image"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from gladad.errors import DataError
 from gladad.synthesis import (
     AUGMENTATIONS,
     LITE,
     Draw,
     SynthesisConfig,
     augment,
+    choose_foreground,
     flat_colour,
     foreground_mask,
     otsu_threshold,
@@ -186,3 +190,161 @@ def test_other_sources():
         assert (out.shape, out.dtype) == (pixels.shape, np.uint8)
         assert not np.array_equal(out, pixels)
     assert flat_colour(pixels, Draw(0)).std(axis=(0, 1)).max() < 15
+
+
+def scene(
+    seed: int, *, bright: bool, size: tuple[int, int] = (90, 120), noise: float = 8.0, pieces: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """A photo of round parts somewhere on a plain ground, and where they are."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    place = np.zeros(size, bool)
+    for piece in range(pieces):
+        width = size[1] / pieces
+        radius = rng.uniform(0.25, 0.33) * min(size[0], width)
+        middle = size[0] / 2 + rng.uniform(-5, 5), (piece + 0.5) * width + rng.uniform(-3, 3)
+        place |= np.hypot(y - middle[0], x - middle[1]) < radius
+    grey = np.where(place, 170, 60) if bright else np.where(place, 70, 190)
+    colour = grey[..., None] + rng.uniform(-10, 10, 3) + rng.normal(0, noise, (*size, 3))
+    return colour.clip(0, 255).astype(np.uint8), place
+
+
+def plain(level: object, size: tuple[int, int] = (90, 120), noise: float = 4.0, seed: int = 0) -> np.ndarray:
+    """Grey levels ``[H, W]`` or one level as a picture with some grain."""
+    grain = np.random.default_rng(seed).normal(0, noise, (*size, 1)) if noise else 0.0
+    return (np.broadcast_to(level, size)[..., None] + grain + np.zeros(3)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("noise", [0.0, 8.0, 15.0])
+@pytest.mark.parametrize("bright", [True, False], ids=["bright", "dark"])
+def test_a_part_before_a_ground_is_found(bright, noise, pieces):
+    scenes = [scene(seed, bright=bright, noise=noise, pieces=pieces) for seed in range(12)]
+    images = [image for image, _ in scenes]
+    side, other = ("bright", "dark") if bright else ("dark", "bright")
+    choice = choose_foreground(images)
+    assert choice.foreground == side
+    assert choice.reason.startswith(f"a {side} part on an even {other} ground: Otsu separates ")
+    assert choice.share == pytest.approx(np.median([place.mean() for _, place in scenes]), abs=0.01)
+    assert choice.separation > 0.8
+    for image, place in scenes:
+        mask = foreground_mask(image, choice.foreground)
+        assert (mask & place).sum() > 0.98 * (mask | place).sum()
+
+
+def test_separation_is_the_share_of_the_variance_between_the_classes():
+    image, _ = scene(3, bright=True, noise=12)
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    above = grey > otsu_threshold(grey)
+    means = np.where(above, grey[above].mean(), grey[~above].mean())
+    choice = choose_foreground([image])
+    assert choice.separation == pytest.approx(means.var() / grey.var(), rel=1e-9)
+    assert f"separates {choice.separation:.0%} of" in choice.reason
+
+
+def test_neither_order_nor_subset_changes_the_choice():
+    for bright, side in ((True, "bright"), (False, "dark")):
+        images = [scene(seed, bright=bright)[0] for seed in range(20)]
+        whole = choose_foreground(images)
+        for seed in range(5):
+            order = np.random.default_rng(seed).permutation(20)
+            assert choose_foreground([images[i] for i in order]) == whole
+            assert choose_foreground([images[i] for i in order[: seed + 1]]).foreground == side
+
+
+def test_size_and_colour_do_not_matter():
+    images = [
+        scene(1, bright=False, size=(300, 200))[0],
+        scene(2, bright=False, size=(64, 64))[0],
+        scene(3, bright=False, size=(33, 90))[0],
+    ]
+    assert choose_foreground(images).foreground == "dark"
+    blue = [
+        np.where(place[..., None], (30, 60, 160), (190, 190, 185)).astype(np.uint8)
+        for _, place in (scene(s, bright=True) for s in range(4))
+    ]
+    assert choose_foreground(blue).foreground == "dark"
+
+
+def test_a_thread_may_cross_the_border():
+    images = [scene(seed, bright=False)[0] for seed in range(6)]
+    for image in images:
+        image[:45, 58:61] = 70
+    assert choose_foreground(images).foreground == "dark"
+
+
+def ramp(size: tuple[int, int] = (90, 120)) -> np.ndarray:
+    return np.linspace(30, 220, size[1]) * np.ones((size[0], 1))
+
+
+def spotlight(size: tuple[int, int] = (90, 120)) -> np.ndarray:
+    y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
+    return 220 - 90 * (x**2 + y**2)
+
+
+def block(rows: slice, columns: slice) -> np.ndarray:
+    level = np.full((90, 120), 50.0)
+    level[rows, columns] = 190
+    return level
+
+
+DOTS = np.where(np.hypot(np.mgrid[:90, :120][0] % 10 - 5, np.mgrid[:90, :120][1] % 10 - 5) < 2.5, 190.0, 50.0)
+DOTS[:4], DOTS[-4:], DOTS[:, :4], DOTS[:, -4:] = 50, 50, 50, 50
+
+
+@pytest.mark.parametrize(
+    "level, why",
+    [
+        (np.random.default_rng(1).normal(128, 30, (90, 120)), "only 6"),  # grain alone: one Gaussian
+        (ramp(), "only 7"),  # light from one side: a ramp
+        (spotlight(), "only 6"),
+        (np.where(block(np.s_[20:70], np.s_[25:95]) > 99, 240, np.linspace(10, 140, 120)), "vary by 2"),  # a part, and light from one side
+        (block(np.s_[10:80], np.s_[:]), "the ground would hold only"),  # reaches two sides
+        (block(np.s_[:], np.s_[:60]), "the ground would hold only"),  # covers a half
+        (block(np.s_[30:60], np.s_[0:60]), "on one side"),  # reaches one side
+        (block(np.s_[3:-3], np.s_[4:-4]), "would take 8"),  # a frame
+        (DOTS, "largest pieces"),
+    ],
+    ids=["grain", "ramp", "spotlight", "slope", "bar", "half", "edge", "frame", "dots"],
+)
+def test_without_a_part_it_is_the_whole_image(level, why):
+    choice = choose_foreground([plain(level, seed=seed) for seed in range(6)])
+    assert choice.foreground == "all"
+    assert choice.share == 1.0
+    assert re.search(f"the whole image, as no part .*({why})", choice.reason), choice.reason
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_constant_images_have_no_part(level):
+    choice = choose_foreground([plain(level, noise=0)] * 3)
+    assert (choice.foreground, choice.separation, choice.share) == ("all", 0.0, 1.0)
+    assert "no contrast" in choice.reason
+    faint = plain(block(np.s_[30:60], np.s_[40:80]) / 20 + 100, noise=0)  # two levels, 7 apart
+    assert "no contrast" in choose_foreground([faint]).reason
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_textures_are_the_whole_image(seed):
+    images = [procedural_texture((96, 96), Draw((seed, index))) for index in range(6)]
+    assert choose_foreground(images).foreground == "all"
+    tiles = np.kron(np.indices((9, 12)).sum(axis=0) % 2, np.ones((10, 10))) * 120.0 + 60
+    assert choose_foreground([plain(tiles, seed=seed)]).foreground == "all"
+
+
+def test_sets_that_disagree_are_the_whole_image():
+    bright, dark = ([scene(seed, bright=side)[0] for seed in range(10)] for side in (True, False))
+    half = choose_foreground(bright[:5] + dark[:5])
+    assert half.foreground == "all"
+    assert "50% of the images show a bright part, 50% a dark one" in half.reason
+    texture = plain(ramp())
+    assert choose_foreground([*bright[:8], texture, texture]).foreground == "all"
+    assert choose_foreground([*bright, texture]).foreground == "bright"
+    small, large = (plain(block(np.s_[45 - r : 45 + r], np.s_[60 - r : 60 + r])) for r in (9, 38))
+    sizes = choose_foreground([small] * 5 + [large] * 4)
+    assert sizes.foreground == "all"
+    assert "3% of some images and 53% of others" in sizes.reason
+
+
+def test_no_images_no_choice():
+    with pytest.raises(DataError, match="at least one image"):
+        choose_foreground([])

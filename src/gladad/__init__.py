@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gladad.algorithm import ScoringConfig as ScoringConfig
     from gladad.algorithm import anomaly_map as anomaly_map
     from gladad.algorithm import reconstruct as reconstruct
-    from gladad.detector import FitSettings as FitSettings
+    from gladad.bases import FitSettings as FitSettings
     from gladad.detector import Glad as Glad
     from gladad.errors import GladError as GladError
     from gladad.pipeline import GladPipeline as GladPipeline
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FitSettings": "detector",
+    "FitSettings": "bases",
     "Glad": "detector",
     "GladError": "errors",
     "GladPipeline": "pipeline",

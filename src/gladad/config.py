@@ -48,8 +48,8 @@ def _check(name: str, hint: Any, value: Any) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         ok = value in options
-    elif origin is tuple:
-        ok = isinstance(value, tuple)
+    elif origin in (tuple, dict):
+        ok = isinstance(value, origin)
     elif options:  # a union
         ok = any(_fits(option, value) for option in options)
     else:

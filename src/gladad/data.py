@@ -7,7 +7,8 @@ A *category* is one product in the layout of MVTec AD::
     bottle/test/broken_large/000.png
     bottle/ground_truth/broken_large/000_mask.png
 
-or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes are read in any case.
+or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes are read in any case. Folders whose name
+begins with a dot or an underscore are passed over. `gladad.datasets` reads whole data sets by these rules.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -30,10 +32,13 @@ Item = TypeVar("Item")
 NORMAL_NAMES = frozenset({"good", "normal", "ok"})
 """Names of folders (lower case) whose images are normal."""
 
+ANOMALOUS_NAMES = frozenset({"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "ko", "ng", "nok"})
+"""Names of folders (lower case) whose images are anomalous; what lies beside a folder of good images is too, whatever its name."""
+
 TEST_FOLDERS = frozenset({"test", "test_public"})
 """Names of folders (lower case) that hold the labelled test images."""
 
-MASK_FOLDERS = frozenset({"ground_truth", "masks"})
+MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})
 """Names of folders (lower case) that hold masks, never images to learn from or to judge."""
 
 HELD_BACK = TEST_FOLDERS | {"validation", "test_private", "test_private_mixed"}
@@ -54,7 +59,8 @@ def good_images(path: str | Path) -> list[Path]:
         path: A folder of good images, or a category.
 
     Raises:
-        DataError: There is no such folder, it holds several categories, it is a test split, or it has no images.
+        DataError: There is no such folder, it holds several categories, it is a test split, it has good and bad images further down, or
+            no images.
     """
     path = _folder(path, EXPECTED)
     if _is_held_back(path):
@@ -62,11 +68,12 @@ def good_images(path: str | Path) -> list[Path]:
     _refuse_several_categories(path)
     train = folders_named(path, {"train"})
     if normal := [folder for parent in train or [path] for folder in folders_named(parent, NORMAL_NAMES)]:
-        found = [image for folder in normal for image in list_images(folder)]
+        found = [image for folder in normal for image in images_and_masks(folder)[0]]
     elif train:
-        found = [image for folder in train for image in sorted(folder.iterdir()) if is_image(image) and image.is_file()]
+        found = [image for folder in train for image in images_directly_in(folder)]
     else:
         found = _images_outside(path, MASK_FOLDERS | HELD_BACK)
+        _refuse_bad_ones(path, found)
     if not found:
         raise DataError(f"{path}: no images to learn from; expected {EXPECTED}")
     return found
@@ -75,9 +82,8 @@ def good_images(path: str | Path) -> list[Path]:
 def category_samples(path: str | Path, split: Literal["train", "validation", "test"] = "test") -> list[Sample]:
     """The labelled images of a category, sorted by kind and name.
 
-    The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. A mask belongs to the image of
-    its name: ``ground_truth/<kind>/<name>_mask.*`` or ``ground_truth/<kind>/<name>.*``, or the folder ``ground_truth/<kind>/<name>/``
-    of one mask for each defect. An image without one has mask_path None.
+    The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. Masks are paired as
+    `labelled_images` says. An image without one has mask_path None.
 
     Args:
         path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
@@ -89,32 +95,57 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
     path = _folder(path, "a category with test/<kind>/ folders")
     if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
-    category = path.absolute().name
+    category = product_name(path)
     if split == "train":
         return [Sample(image, category=category, split="train") for image in good_images(path)]
     if split == "validation":
         good = [folder for parent in folders_named(path, {"validation"}) for folder in folders_named(parent, NORMAL_NAMES)]
-        return [Sample(image, category=category, split="validation") for folder in good for image in list_images(folder)]
+        return labelled_images(good, [], category, split)
     _refuse_several_categories(path)
-    roots = [path]
+    parents = [path]
     if test := folders_named(path, TEST_FOLDERS):
-        roots += test
-        kinds = [folder for parent in test for folder in subfolders(parent) if folder.name.lower() not in MASK_FOLDERS]
+        parents += test
+        kinds = [kind for parent in test for kind in kind_folders(parent)]
     elif folders_named(path, NORMAL_NAMES):
-        kinds = [folder for folder in subfolders(path) if folder.name.lower() not in MASK_FOLDERS | {"train", "validation"}]
+        kinds = kind_folders(path)
     else:
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
-
-    samples = []
-    for folder in kinds:
-        label = int(folder.name.lower() not in NORMAL_NAMES)
-        masks = _masks_by_name(roots, folder.name) if label else {}
-        for image in list_images(folder):
-            key = _key(image.relative_to(folder))
-            mask = masks.get(key + "_mask", masks.get(key))
-            samples.append(Sample(image, mask, label, category, folder.name, "test"))
+    samples = labelled_images(kinds, parents, category, split)
     if not samples:
         raise DataError(f"{path}: no labelled images; expected {EXPECTED_LABELS}")
+    return samples
+
+
+def labelled_images(kinds: Sequence[Path], mask_parents: Sequence[Path], category: str, split: str) -> list[Sample]:
+    """The images of some folders, each labelled by its folder's name and paired with its mask by its own.
+
+    The mask of ``<kind>/<name>.*`` is ``<name>_mask.*``, else ``<name>.*``, else the folder ``<name>/`` of one mask for each defect, in
+    ``ground_truth/<kind>/`` or ``masks/<kind>/``. Then come masks directly in ``ground_truth/`` or ``masks/``, where no other kind of
+    defect has an image of that name; then ``<name>_mask.*`` beside the image, which is never an image itself.
+
+    Args:
+        kinds: The folders.
+        mask_parents: Folders that may hold a folder of masks.
+        category: For the records.
+        split: For the records.
+
+    Returns:
+        In the order of the folders, then by path. ``defect_type`` is the folder's name, "good" for normal images.
+    """
+    contents = {kind: images_and_masks(kind) for kind in kinds}
+    roots = [root for parent in mask_parents for root in folders_named(parent, MASK_FOLDERS)]
+    shared = {_key(Path(mask.name)): mask for root in roots for mask in images_directly_in(root)}
+    defects = [kind for kind in kinds if kind.name.lower() not in NORMAL_NAMES]
+    uses = Counter(_key(image.relative_to(kind)) for kind in defects for image in contents[kind][0])
+    samples = []
+    for kind, (images, beside) in contents.items():
+        label = int(kind in defects)
+        own = _masks_by_name(roots, kind.name)
+        for image in images:
+            key = _key(image.relative_to(kind))
+            places = [own, shared, beside] if uses[key] == label else [own, beside]
+            mask = next((place[name] for place in places for name in (key + "_mask", key) if name in place), None)
+            samples.append(Sample(image, mask, label, category, kind.name if label else "good", split))
     return samples
 
 
@@ -182,8 +213,20 @@ def _folder(path: str | Path, expected: str) -> Path:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The visible folders directly inside, sorted."""
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """The folders directly inside, sorted.
+
+    Passed over are hidden ones, those put aside with an underscore, and links that lead back up.
+    """
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
+    found = sorted(path / name for name in names if not name.startswith((".", "_")) and (path / name).is_dir())
+    here = path.resolve()
+    return [folder for folder in found if not folder.is_symlink() or folder.resolve() not in (here, *here.parents)]
+
+
+def kind_folders(path: Path) -> list[Path]:
+    """The folders directly inside that stand for a label: no splits and no masks."""
+    return [p for p in subfolders(path) if p.name.lower() not in MASK_FOLDERS | HELD_BACK | {"train"}]
 
 
 def folders_named(path: Path, names: Set[str]) -> list[Path]:
@@ -191,14 +234,60 @@ def folders_named(path: Path, names: Set[str]) -> list[Path]:
     return [p for p in subfolders(path) if p.name.lower() in names]
 
 
+def images_directly_in(path: Path) -> list[Path]:
+    """The images of a folder but not of the folders in it, sorted."""
+    return sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
+
+
+def images_and_masks(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The images below a folder, and the files ``<name>_mask.*`` beside an image ``<name>.*`` by their name without suffix."""
+    keys = {image: _key(image.relative_to(folder)) for image in list_images(folder)}
+    names = set(keys.values())
+    masks = {key: image for image, key in keys.items() if key.endswith("_mask") and key.removesuffix("_mask") in names}
+    return [image for image, key in keys.items() if key not in masks], masks
+
+
+def mask_files(parents: Sequence[Path]) -> list[Path]:
+    """Every file in the folders of masks directly inside some folders."""
+    return [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
+
+
+def product_name(path: Path) -> str:
+    """The name of the product that a folder is of: its own, or where that is a split's or a label's, the one above."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - without following links: a link names its product
+    for folder in (path, *path.parents):
+        if folder.name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}:
+            return folder.name or path.name
+    return path.name
+
+
+def visa_images(path: Path) -> list[Path]:
+    """``Data/Images`` of a category in VisA's own tree: one folder, or none."""
+    return [images for data in folders_named(path, {"data"}) for images in folders_named(data, {"images"}) if _has_normal(images)]
+
+
+def category_folders(path: Path) -> list[Path]:
+    """The folder itself if it is a category, else those in it that are, else those one deeper; the folder itself when there are none."""
+    if is_category(path):
+        return [path]
+    inner = subfolders(path)
+    if found := [folder for folder in inner if is_category(folder)]:
+        return found
+    return [folder for parent in inner for folder in subfolders(parent) if is_category(folder)] or [path]
+
+
+def is_category(path: Path) -> bool:
+    """Whether a folder has a ``train``, ``test`` or ``good`` folder in it, or is a category of VisA."""
+    return bool(folders_named(path, {"train", *TEST_FOLDERS})) or _has_normal(path) or bool(visa_images(path))
+
+
+def _has_normal(path: Path) -> bool:
+    return bool(folders_named(path, NORMAL_NAMES))
+
+
 def _images_outside(path: Path, names: Set[str]) -> list[Path]:
     """All images below a folder but those below folders of these names."""
     return [p for p in list_images(path) if names.isdisjoint(part.lower() for part in p.relative_to(path).parts[:-1])]
-
-
-def _is_category(path: Path) -> bool:
-    names = {p.name.lower() for p in subfolders(path)}
-    return bool(names & {"train", *TEST_FOLDERS}) or bool(names & NORMAL_NAMES and names - NORMAL_NAMES)
 
 
 def _is_held_back(path: Path) -> bool:
@@ -208,11 +297,19 @@ def _is_held_back(path: Path) -> bool:
 
 
 def _refuse_several_categories(path: Path) -> None:
-    if _is_category(path):
-        return
-    categories = [folder.name for folder in subfolders(path) if _is_category(folder)]
-    if categories:
-        raise DataError(f"{path}: holds the categories {', '.join(categories)}; give one of them, such as {path / categories[0]}, or choose it with --category")
+    found = category_folders(path)
+    if found != [path]:
+        names = ", ".join(folder.name for folder in found)
+        raise DataError(f"{path}: holds the categories {names}; give one of them, such as {found[0]}, or choose it with --category")
+
+
+def _refuse_bad_ones(path: Path, images: Sequence[Path]) -> None:
+    """Refuse a folder where good images are told from others further down: all of them would be learnt from."""
+    above = {image: {part.lower() for part in image.relative_to(path).parts[:-1]} for image in images}
+    good = [image for image in images if above[image] & NORMAL_NAMES]
+    if any(names & ANOMALOUS_NAMES for names in above.values()) or 0 < len(good) < len(images):
+        example = f", such as {good[0].parent}" if good else ""
+        raise DataError(f"{path}: holds good images and others; give the folder of the good ones{example}")
 
 
 def _key(path: Path) -> str:
@@ -220,9 +317,7 @@ def _key(path: Path) -> str:
     return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
-def _masks_by_name(parents: Sequence[Path], kind: str) -> dict[str, Path]:
-    folders = [
-        folder for parent in parents for root in folders_named(parent, MASK_FOLDERS) for folder in folders_named(root, {kind.lower()})
-    ]
+def _masks_by_name(roots: Sequence[Path], kind: str) -> dict[str, Path]:
+    folders = [folder for root in roots for folder in folders_named(root, {kind.lower()})]
     several = {_key(Path(inner.name + ".png")): inner for folder in folders for inner in subfolders(folder)}
     return several | {_key(p.relative_to(folder)): p for folder in folders for p in list_images(folder)}

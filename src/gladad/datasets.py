@@ -1,35 +1,46 @@
 """Data sets as they lie on disk: the layout is seen from the tree, and every image becomes one labelled record.
 
-All layouts of good and bad folders (`gladad.data`) are read by one rule; VisA's own tree and manifests have readers of their own. What each
-looks like is in ``docs/datasets.md``.
+All layouts of good and bad folders (`gladad.data`) are read by one rule; VisA's own tree has a reader of its own, and manifests are
+`gladad.manifests`. What each looks like is in ``docs/datasets.md``; `gladad.data_checks` looks into the files.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps
-
-from gladad.data import HELD_BACK, MASK_FOLDERS, NORMAL_NAMES, TEST_FOLDERS, category_samples, folders_named, good_images, subfolders
+from gladad.data import (
+    NORMAL_NAMES,
+    TEST_FOLDERS,
+    category_folders,
+    category_samples,
+    folders_named,
+    good_images,
+    images_directly_in,
+    is_category,
+    kind_folders,
+    labelled_images,
+    mask_files,
+    product_name,
+    subfolders,
+    visa_images,
+)
 from gladad.errors import DataError
-from gladad.images import list_images, load_image, load_mask
-from gladad.types import Progress, Sample, no_progress
+from gladad.images import is_image, list_images
+from gladad.manifests import SUFFIXES, is_visa_table, read_manifest
+from gladad.types import Sample
 
 FOLDER_LAYOUTS = ("mvtec_ad", "mvtec_loco", "mvtec_ad_2", "visa_1cls", "mpdd", "pcb_bank", "btad", "folders")
 LAYOUTS = (*FOLDER_LAYOUTS, "visa", "manifest")
 """Names that `read_dataset` takes besides ``auto``."""
 
-NORMAL_LABELS = NORMAL_NAMES | {"0"}
-ANOMALOUS_LABELS = frozenset({"1", "anomalous", "anomaly", "bad", "defect", "ng", "ko"})
 SPLITS = ("train", "validation", "test")
-MANIFESTS = frozenset({".csv", ".jsonl"})
+PRIVATE = frozenset({"test_private", "test_private_mixed"})
+HELD_OUT_EVERY = 10
+"""Without VisA's table, one normal image in so many is for testing: the share that its ``1cls.csv`` takes."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,23 @@ class Dataset:
     Attributes:
         root: Where it lies.
         layout: One of `LAYOUTS`.
-        samples: Every labelled image of every category, sorted by category, split, kind and path.
+        samples: Every labelled image of every category, sorted by category, split, kind and path. Whether the files can be read is not
+            known yet (`gladad.data_checks.check_dataset`).
         unlabelled: Number of images without a label that were left out, such as those of private test splits.
+        orphans: Category -> masks that belong to none of its images.
+        notes: What was left out or assumed, a sentence each.
+        lines: For a manifest, the line of each sample; empty for folders.
+        part: The only split that was read, if its folder was given instead of the category's.
     """
 
     root: Path
     layout: str
     samples: tuple[Sample, ...]
     unlabelled: int = 0
+    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
+    part: str | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -54,70 +74,96 @@ class Dataset:
         return tuple(sorted({sample.category for sample in self.samples}))
 
     def of(self, split: str) -> list[Sample]:
-        """The samples of a split."""
+        """The samples of a split: train, validation or test."""
         return [sample for sample in self.samples if sample.split == split]
 
     def training_images(self) -> list[Path]:
-        """The normal images of the training split.
+        """The normal images of the training split; anomalous ones in it are never learnt from.
 
         Raises:
             DataError: There are none.
         """
         found = [sample.image_path for sample in self.of("train") if not sample.gt_label]
         if not found:
-            raise DataError(f"{self.root}: no good images to learn from in this {self.layout} data set")
+            hint = "; rows without a split count as test" if self.layout == "manifest" else ""
+            raise DataError(f"{self.root}: no good images to learn from in this {self.layout} data set{hint}")
         return found
 
     def test_samples(self) -> list[Sample]:
-        """The labelled samples of the test split.
+        """The labelled samples of the test split. Plain folders have no splits: all of a category with defects are judged.
 
         Raises:
             DataError: There are none.
         """
         found = self.of("test")
+        if self.layout == "folders":
+            judged = {sample.category for sample in found} - {sample.category for sample in found if not sample.gt_label}
+            found = [replace(s, split="test") for s in self.samples if s.split == "test" or s.category in judged]
         if not found:
             raise DataError(f"{self.root}: no labelled test images in this {self.layout} data set")
         return found
+
+
+@dataclass
+class _Found:
+    """What a reader collects."""
+
+    samples: list[Sample] = field(default_factory=list)
+    unlabelled: int = 0
+    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    part: str | None = None
 
 
 def read_dataset(path: str | Path, layout: str = "auto", category: str | None = None) -> Dataset:
     """Read a data set where it lies.
 
     Args:
-        path: A category, a folder of categories, or a manifest (CSV, JSON lines).
+        path: A category, a folder of categories (up to two deep), a ``train`` or ``test`` folder of a category, a manifest (CSV, JSON
+            lines), or one of VisA's split tables.
         layout: One of `LAYOUTS`; "auto" sees it from the tree.
         category: Only this one.
 
     Raises:
-        DataError: There is no such thing, the layout does not fit, a manifest is wrong (file and line are named), or there is no such
-            category (those that are there are listed).
+        DataError: There is no such thing, the layout does not fit, a manifest is wrong (file and line are named), there is no such
+            category (those that are there are listed), or nothing is labelled.
     """
     path = Path(path)
     if layout not in ("auto", *LAYOUTS):
         raise DataError(f"layout must be auto or one of {', '.join(LAYOUTS)}, not {layout!r}")
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    layout = detect_layout(path) if layout == "auto" else layout
-    unlabelled = 0
-    if layout == "manifest":
-        samples = list(_manifest(path))
-    elif layout == "visa":
-        samples = list(_visa(path))
-    else:
-        folders = category_folders(path)
-        chosen = [folder for folder in folders if category in (None, folder.absolute().name)] or folders
-        samples = [sample for folder in chosen for sample in _folder_samples(folder)]
-        private = [p for folder in chosen for p in subfolders(folder) if p.name.lower().startswith("test_private")]
-        unlabelled = sum(len(list_images(folder)) for folder in private)
-    if category is not None:
-        known = sorted({sample.category for sample in samples})
-        samples = [sample for sample in samples if sample.category == category]
-        if not samples:
-            raise DataError(f"{path}: no category {category!r}; it has {', '.join(known)}")
-    if not samples:
-        raise DataError(f"{path}: no images of the layout {layout}")
-    ordered = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.defect_type, str(s.image_path)))
-    return Dataset(path, layout, tuple(ordered), unlabelled)
+    try:
+        layout = detect_layout(path) if layout == "auto" else layout
+        _refuse_misfit(path, layout)
+        if layout == "manifest":
+            found = _read_table(path, path.parent)
+        elif layout == "visa":
+            found = _read_visa(path)
+        else:
+            found = _read_folders(path, layout, category)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+    known = sorted({*found.known, *(sample.category for sample in found.samples)})
+    if category is not None and category not in known:
+        raise DataError(f"{path}: no category {category!r}; it has {', '.join(known)}")
+    lines = found.lines or [0] * len(found.samples)
+    rows = [row for row in zip(found.samples, lines, strict=True) if category in (None, row[0].category)]
+    if not rows:
+        raise DataError(f"{path}: no labelled images of the layout {layout}; see docs/datasets.md for how it looks")
+    rows.sort(key=lambda row: (row[0].category, SPLITS.index(row[0].split), row[0].defect_type, str(row[0].image_path)))
+    return Dataset(
+        root=path,
+        layout=layout,
+        samples=tuple(sample for sample, _ in rows),
+        unlabelled=found.unlabelled,
+        orphans={name: masks for name, masks in found.orphans.items() if masks and category in (None, name)},
+        notes=tuple(found.notes),
+        lines=tuple(line for _, line in rows) if found.lines else (),
+        part=found.part,
+    )
 
 
 def training_images(path: str | Path, layout: str = "auto", category: str | None = None) -> list[Path]:
@@ -126,7 +172,7 @@ def training_images(path: str | Path, layout: str = "auto", category: str | None
     Raises:
         DataError: As `read_dataset` and `gladad.data.good_images`.
     """
-    if layout == "auto" and category is None and Path(path).is_dir() and detect_layout(Path(path)) in FOLDER_LAYOUTS:
+    if layout == "auto" and category is None and _is_one_product(path):
         return good_images(path)
     return one_category(path, layout, category).training_images()
 
@@ -137,7 +183,7 @@ def labelled_samples(path: str | Path, layout: str = "auto", category: str | Non
     Raises:
         DataError: As `read_dataset` and `gladad.data.category_samples`.
     """
-    if layout == "auto" and category is None and (not Path(path).exists() or detect_layout(Path(path)) in FOLDER_LAYOUTS):
+    if layout == "auto" and category is None and _is_one_product(path):
         return category_samples(path)
     return one_category(path, layout, category).test_samples()
 
@@ -155,14 +201,22 @@ def one_category(path: str | Path, layout: str = "auto", category: str | None = 
 
 
 def detect_layout(path: Path) -> str:
-    """Name the layout of a file or folder, without reading images."""
+    """Name the layout of a file or folder, without reading images.
+
+    Layouts that look the same have one name: that of MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
+
+    Raises:
+        DataError: It is a single file, but no manifest.
+    """
     if path.is_file():
-        if path.suffix.lower() not in MANIFESTS:
+        if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: is a single file; give a folder, or a manifest (.csv or .jsonl)")
-        return "manifest"
-    if _visa_tables(path):
-        return "visa"
+        return "visa" if is_visa_table(path) else "manifest"
     folders = category_folders(path)
+    if any(visa_images(folder) for folder in folders):
+        return "visa"
+    if not any(is_category(folder) for folder in folders) and (_own_name(path) == "split_csv" or folders_named(path, {"split_csv"})):
+        return "visa"
     for folder in folders:
         tests = folders_named(folder, TEST_FOLDERS)
         if any(test.name.lower() == "test_public" for test in tests):
@@ -171,250 +225,182 @@ def detect_layout(path: Path) -> str:
             return "mvtec_loco"
         if any(folders_named(test, {"ko"}) for test in tests):
             return "btad"
-    if any(folders_named(folder, {"train", *TEST_FOLDERS}) for folder in folders):
-        return "mvtec_ad"
-    return "folders"
+    return "mvtec_ad" if any(_has_splits(folder) for folder in (*folders, _above_split(path))) else "folders"
 
 
-def category_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a category, else those in it that are; the folder itself when there are none."""
-
-    def is_category(folder: Path) -> bool:
-        names = {inner.name.lower() for inner in subfolders(folder)}
-        return bool(names & {"train", *TEST_FOLDERS}) or bool(names & NORMAL_NAMES)
-
-    if is_category(path):
-        return [path]
-    return [folder for folder in subfolders(path) if is_category(folder)] or [path]
+def _is_one_product(path: str | Path) -> bool:
+    """Whether `good_images` and `category_samples` know all there is to know, errors included."""
+    path = Path(path)
+    return not path.exists() or (path.is_dir() and detect_layout(path) in FOLDER_LAYOUTS and category_folders(path) == [path])
 
 
-def _folder_samples(folder: Path) -> Iterator[Sample]:
+def _refuse_misfit(path: Path, layout: str) -> None:
+    if layout == "manifest" and (path.is_dir() or path.suffix.lower() not in SUFFIXES):
+        raise DataError(f"{path}: is not a manifest; give a .csv or .jsonl file")
+    if layout in FOLDER_LAYOUTS and not path.is_dir():
+        raise DataError(f"{path}: is a single file; the layout {layout} is a folder")
+    if layout == "visa" and path.is_file() and not is_visa_table(path):
+        raise DataError(f"{path}: is not one of VisA's tables (object,split,label,image,mask); give one of them, or their folder")
+    if layout in FOLDER_LAYOUTS[:-1] and not any(_has_splits(folder) for folder in (*category_folders(path), _above_split(path))):
+        raise DataError(f"{path}: no train or test folder, so the layout is not {layout}; try --layout folders")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def _has_splits(folder: Path) -> bool:
+    return bool(folders_named(folder, {"train", *TEST_FOLDERS}))
+
+
+def _above_split(path: Path) -> Path:
+    """The category of a folder that is one of its splits; any other folder itself."""
+    return _absolute(path).parent if _own_name(path) in {"train", "validation", *TEST_FOLDERS} else path
+
+
+def _own_name(path: Path) -> str:
+    return _absolute(path).name.lower()
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - without following links: what is named counts
+
+
+def _read_folders(path: Path, layout: str, category: str | None) -> _Found:
+    folders = category_folders(path)
+    found = _Found()
+    if folders == [path] and not _has_splits(path) and (above := _above_split(path)) != path:
+        found.part = "test" if _own_name(path) in TEST_FOLDERS else _own_name(path)
+        _add_category(found, above, product_name(above))
+        found.samples = [sample for sample in found.samples if sample.split == found.part]
+        return found
+    names = _distinct_names(path, folders)
+    found.known = names
+    for folder, name in zip(folders, names, strict=True):
+        if category in (None, name):
+            _add_category(found, folder, name)
+    if folders != [path]:
+        taken = {*folders, *(folder.parent for folder in folders)}
+        if others := [folder.name for folder in subfolders(path) if folder not in taken and _has_image(folder)]:
+            found.notes.append(f"left out, because there is no train/, test/ or good/ in it: {', '.join(others)}")
+    return found
+
+
+def _distinct_names(root: Path, folders: Sequence[Path]) -> list[str]:
+    names = [product_name(folder) for folder in folders]
+    if max(Counter(names).values()) == 1:
+        return names
+    return [folder.relative_to(root).as_posix() for folder in folders]
+
+
+def _add_category(found: _Found, folder: Path, name: str) -> None:
     """Training, validation and test samples of one category in folders."""
-    labelled = folders_named(folder, TEST_FOLDERS)
-    if labelled or folders_named(folder, {"train"}):
-        if folders_named(folder, {"train"}):
-            yield from category_samples(folder, "train")
-        yield from category_samples(folder, "validation")
-        if labelled:
-            yield from category_samples(folder, "test")
-        return
-    # Plain folders have no split: the good images are there to learn from, and all that is labelled can be judged.
-    yield from (Sample(image, category=folder.absolute().name, split="train") for image in good_images(folder))
-    reserved = NORMAL_NAMES | MASK_FOLDERS | HELD_BACK
-    if folders_named(folder, NORMAL_NAMES) and any(inner.name.lower() not in reserved for inner in subfolders(folder)):
-        yield from (sample for sample in category_samples(folder) if sample.gt_label)
+    trains, tests = folders_named(folder, {"train"}), folders_named(folder, TEST_FOLDERS)
+    samples: list[Sample] = []
+    for parent in trains:
+        samples += labelled_images(kind_folders(parent), [], name, "train")
+    for parent in folders_named(folder, {"validation"}):
+        samples += labelled_images(kind_folders(parent), [], name, "validation")
+    if not any(folders_named(parent, NORMAL_NAMES) for parent in trains):
+        samples += [Sample(image, category=name, split="train") for parent in trains for image in images_directly_in(parent)]
+    if trains or tests:
+        kinds = [kind for parent in tests for kind in kind_folders(parent)]
+        samples += labelled_images(kinds, [folder, *tests], name, "test")
+        found.unlabelled += sum(len(images_directly_in(parent)) for parent in tests)
+    elif visa := visa_images(folder):
+        samples += _without_split([kind for images in visa for kind in kind_folders(images)], [images.parent for images in visa], name)
+    elif folders_named(folder, NORMAL_NAMES):
+        samples += _without_split(kind_folders(folder), [folder], name)
+    else:
+        samples += [Sample(image, category=name, split="train") for image in good_images(folder)]
+    found.samples += samples
+    found.unlabelled += sum(len(list_images(private)) for private in folders_named(folder, PRIVATE))
+    masks = mask_files([folder, *tests, *(images.parent for images in visa_images(folder))])
+    found.orphans[name] = _unused(masks, samples)
 
 
-# -- VisA -------------------------------------------------------------------------------------------------------
+def _without_split(kinds: Sequence[Path], mask_parents: Sequence[Path], category: str) -> list[Sample]:
+    """Plain folders have no splits: the good images are there to learn from, the others to be judged."""
+    samples = labelled_images(kinds, mask_parents, category, "test")
+    return [sample if sample.gt_label else replace(sample, split="train") for sample in samples]
 
 
-def _visa_tables(path: Path) -> list[Path]:
-    return [table for folder in (path, path.parent) for table in [folder / "split_csv" / "1cls.csv"] if table.is_file()]
+def _unused(masks: Iterable[Path], samples: Iterable[Sample]) -> tuple[Path, ...]:
+    used = {sample.mask_path for sample in samples}
+    return tuple(mask for mask in masks if used.isdisjoint((mask, *mask.parents)))
 
 
-def _visa(path: Path) -> Iterator[Sample]:
-    tables = _visa_tables(path)
-    if not tables:
-        raise DataError(f"{path}: no split_csv/1cls.csv; give the folder that holds it, with the products beside it")
-    root = tables[0].parent.parent
-    only = None if root == path else path.name
-    for line, row in _csv_rows(tables[0], ("object", "split", "label", "image")):
-        if only in (None, row["object"]):
-            label = _label(row["label"], tables[0], line)
-            mask = (row.get("mask") or "").strip()
-            kind = "bad" if label else "good"
-            yield Sample(
-                root / row["image"], root / mask if mask else None, label, row["object"], kind, _split(row["split"], tables[0], line)
-            )
+def _has_image(folder: Path) -> bool:
+    return any(is_image(Path(name)) for _, _, files in os.walk(folder) for name in files)
 
 
-# -- manifests --------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------
 
 
-def _manifest(path: Path) -> Iterator[Sample]:
-    required = ("image", "label", "split")
-    rows = _csv_rows(path, required) if path.suffix.lower() == ".csv" else _json_rows(path, required)
-    for line, row in rows:
-        label = _label(row["label"], path, line)
-        image, mask = path.parent / str(row["image"]), str(row.get("mask") or "").strip()
-        yield Sample(
-            image_path=image,
-            mask_path=path.parent / mask if mask else None,
-            gt_label=label,
-            category=str(row.get("category") or path.stem),
-            defect_type=str(row.get("defect_type") or ("bad" if label else "good")),
-            split=_split(row["split"], path, line),
-        )
+def _read_table(path: Path, folder: Path) -> _Found:
+    manifest = read_manifest(path, folder)
+    return _Found(samples=list(manifest.samples), lines=list(manifest.lines), unlabelled=manifest.unlabelled)
 
 
-def _csv_rows(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in required if name not in (reader.fieldnames or [])]
-        if missing:
-            raise DataError(f"{path}: no column {', '.join(missing)}; needed are {', '.join(required)}")
-        for row in reader:
-            yield reader.line_num, row
+def _read_visa(path: Path) -> _Found:
+    table, root, only = _visa_table(path)
+    if table is None:
+        return _read_visa_without_table(path)
+    found = _read_table(table, root)
+    rows = [row for row in zip(found.samples, found.lines, strict=True) if only in (None, row[0].category)]
+    if not rows:
+        raise DataError(f"{table}: has no rows of {only}; give {root}, or read the folder alone with --layout folders")
+    named = {sample.category for sample, _ in rows}
+    absent = {name for name in named if not (root / name).is_dir()}
+    if absent == named:
+        raise DataError(f"{table}: none of the categories that it names is in {root}; put them beside its folder")
+    if absent:
+        found.notes.append(f"left out, because the table names them but they are not there: {', '.join(sorted(absent))}")
+    rows = [row for row in rows if row[0].category not in absent]
+    found.samples, found.lines = [sample for sample, _ in rows], [line for _, line in rows]
+    for name in named - absent:
+        parents = [root / name, *folders_named(root / name, {"data"})]
+        found.orphans[name] = _unused(mask_files(parents), found.samples)
+    return found
 
 
-def _json_rows(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: not JSON ({error})") from error
-        missing = [name for name in required if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise DataError(f"{path}, line {line}: no key {', '.join(missing)}; needed are {', '.join(required)}")
-        yield line, row
+def _visa_table(path: Path) -> tuple[Path | None, Path, str | None]:
+    """VisA's split table, the folder that its paths are relative to, and the only category that was asked for."""
+    absolute = _absolute(path)  # a link to a category may have the table beside it
+    if absolute.name.lower() == "split_csv":
+        path, absolute = path.parent, absolute.parent
+    if path.is_file():
+        root = absolute.parent.parent if absolute.parent.name.lower() == "split_csv" else absolute.parent
+        return path, root, None
+    places: list[tuple[Path, str | None]] = [(path, None)]
+    if visa_images(path):
+        places += [(absolute.parent, absolute.name), (path.resolve().parent, path.resolve().name)]
+    for root, only in places:
+        for folder in folders_named(root, {"split_csv"}):
+            tables = sorted(file for file in folder.iterdir() if is_visa_table(file))
+            first = [table for table in tables if table.name.lower() == "1cls.csv"] or tables
+            if len(first) > 1:
+                raise DataError(
+                    f"{folder}: has no 1cls.csv but {', '.join(t.name for t in tables)}; give one of these instead of the folder"
+                )
+            if first:
+                return first[0], root, only
+    return None, path, None
 
 
-def _label(value: Any, path: Path, line: int) -> int:
-    text = str(int(value) if isinstance(value, bool) else value).strip().lower()
-    if text in NORMAL_LABELS:
-        return 0
-    if text in ANOMALOUS_LABELS:
-        return 1
-    raise DataError(f"{path}, line {line}: label {value!r} is unknown; write 0 or normal, 1 or anomalous")
-
-
-def _split(value: Any, path: Path, line: int) -> str:
-    text = str(value).strip().lower()
-    if text not in SPLITS:
-        raise DataError(f"{path}, line {line}: split {value!r} is unknown; write one of {', '.join(SPLITS)}")
-    return text
-
-
-# -- checks -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about the files of a data set that is worth knowing.
-
-    Attributes:
-        text: What it is.
-        paths: The files.
-        serious: Whether results would be wrong.
-    """
-
-    text: str
-    paths: tuple[Path, ...]
-    serious: bool
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What `check_dataset` found.
-
-    Attributes:
-        counts: ``(category, split, kind)`` -> images.
-        sizes: Category -> ``"WxH"`` -> images.
-        findings: Serious ones first.
-    """
-
-    counts: dict[tuple[str, str, str], int]
-    sizes: dict[str, Counter[str]]
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def sound(self) -> bool:
-        """Nothing serious was found."""
-        return not any(finding.serious for finding in self.findings)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        counts = [{"category": c, "split": s, "defect_type": kind, "images": n} for (c, s, kind), n in sorted(self.counts.items())]
-        findings = [{"text": f.text, "serious": f.serious, "files": [str(p) for p in f.paths]} for f in self.findings]
-        return {"counts": counts, "sizes": {name: dict(sizes) for name, sizes in self.sizes.items()}, "findings": findings}
-
-
-def check_dataset(dataset: Dataset, *, progress: Progress = no_progress) -> Inventory:
-    """Read every file of a data set once and say what is in it and what is wrong with it.
-
-    Args:
-        dataset: What `read_dataset` returned.
-        progress: Told of every image.
-    """
-    problems: dict[str, list[Path]] = defaultdict(list)
-    sizes: dict[str, Counter[str]] = defaultdict(Counter)
-    with_masks = {sample.category for sample in dataset.samples if sample.mask_path is not None}
-    for done, sample in enumerate(dataset.samples, start=1):
-        size = _check_image(sample, problems)
-        if size is not None:
-            sizes[sample.category][f"{size[0]}x{size[1]}"] += 1
-            _check_mask(sample, size, sample.category in with_masks, problems)
-        progress("reading files", done, len(dataset.samples))
-    _check_copies(dataset.samples, problems)
-    findings = [Finding(text, tuple(problems[text]), serious) for text, serious in FINDINGS.items() if problems[text]]
-    counts = Counter((sample.category, sample.split, sample.defect_type) for sample in dataset.samples)
-    return Inventory(dict(counts), dict(sizes), findings)
-
-
-UNREADABLE = "images that cannot be read"
-BAD_MASK = "masks that cannot be read"
-NO_MASK = "anomalous test images without a mask, though others of their category have one"
-OTHER_SIZE = "masks of another size than their image"
-LEAKED = "test images that are byte for byte in the training images"
-EMPTY_MASK = "anomalous images whose mask is empty"
-COPIES = "images that are byte for byte another one of the same split"
-FINDINGS = {UNREADABLE: True, BAD_MASK: True, LEAKED: True, NO_MASK: True, OTHER_SIZE: True, EMPTY_MASK: False, COPIES: False}
-"""What `check_dataset` looks for -> whether it is serious, in the order of the report."""
-
-
-def _check_image(sample: Sample, problems: dict[str, list[Path]]) -> tuple[int, int] | None:
-    """``(width, height)`` of an image that can be read."""
-    try:
-        pixels = load_image(sample.image_path)
-    except DataError:
-        problems[UNREADABLE].append(sample.image_path)
-        return None
-    return pixels.shape[1], pixels.shape[0]
-
-
-def _check_mask(sample: Sample, size: tuple[int, int], expected: bool, problems: dict[str, list[Path]]) -> None:
-    if not sample.gt_label:
-        return
-    if sample.mask_path is None:
-        if expected and sample.split == "test":
-            problems[NO_MASK].append(sample.image_path)
-        return
-    try:
-        if any(_size_of(file) != size for file in _mask_files(sample.mask_path)):
-            problems[OTHER_SIZE].append(sample.mask_path)
-        if not load_mask(sample.mask_path, (size[1], size[0])).any():
-            problems[EMPTY_MASK].append(sample.mask_path)
-    except (DataError, OSError):
-        problems[BAD_MASK].append(sample.mask_path)
-
-
-def _mask_files(path: Path) -> list[Path]:
-    return list_images(path) if path.is_dir() else [path]
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
-
-
-def _check_copies(samples: Iterable[Sample], problems: dict[str, list[Path]]) -> None:
-    by_size: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        if sample.image_path.is_file():
-            by_size[sample.image_path.stat().st_size].append(sample)
-    by_content: dict[bytes, list[Sample]] = defaultdict(list)
-    for group in by_size.values():
-        if len(group) > 1:
-            for sample in group:
-                with sample.image_path.open("rb") as file:
-                    by_content[hashlib.file_digest(file, "sha256").digest()].append(sample)
-    for same in by_content.values():
-        seen: set[str] = set()
-        for sample in sorted(same, key=lambda s: SPLITS.index(s.split)):
-            if sample.split in seen:
-                problems[COPIES].append(sample.image_path)
-            elif sample.split == "test" and "train" in seen:
-                problems[LEAKED].append(sample.image_path)
-            seen.add(sample.split)
+def _read_visa_without_table(path: Path) -> _Found:
+    found = _Found()
+    for folder in category_folders(path):
+        if visa_images(folder):
+            _add_category(found, folder, product_name(folder))
+    if not found.samples:
+        raise DataError(f"{path}: no split_csv/1cls.csv and no <category>/Data/Images/Normal; give the folder that holds them")
+    normal: Counter[str] = Counter()
+    for index, sample in enumerate(found.samples):
+        if not sample.gt_label:
+            normal[sample.category] += 1
+            if normal[sample.category] % HELD_OUT_EVERY == 0:
+                found.samples[index] = replace(sample, split="test")
+    found.notes.append(
+        f"no split_csv/1cls.csv: every {HELD_OUT_EVERY}th normal image is taken for testing, which is not the published split"
+    )
+    return found

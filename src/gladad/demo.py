@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gladad.bases import FitSettings
 from gladad.data import split_held_out
-from gladad.detector import FitSettings, Glad
+from gladad.detector import Glad
 from gladad.errors import DataError, MissingExtraError
 from gladad.evaluation import evaluate, write_report
 from gladad.gallery import GalleryItem

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +15,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-from gladad.algorithm import ReconstructionConfig
-from gladad.calibration import MIN_HELD_OUT, Calibration, calibrate, check_rate
+from gladad.bases import FEATURE_BASES, INSPECTION_SETTINGS, Base, FitSettings, adjust_base, load_base, train_base
+from gladad.calibration import MIN_HELD_OUT, Calibration, calibrate
 from gladad.config import from_json, to_json
 from gladad.data import expand_paths, fingerprint, good_images, split_held_out
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
 from gladad.feature_space import size_for_aspect
-from gladad.finetune import FinetuneConfig
 from gladad.images import as_pixels, list_images, load_image, resize_pixels
-from gladad.lite import LiteBase, LiteConfig
-from gladad.lite_training import LiteTrainingConfig, fit_lite
-from gladad.paper import PaperBase, PaperConfig, fit_paper
 from gladad.parallel import in_order
-from gladad.pipeline import GladPipeline
 from gladad.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
-from gladad.synthesis import Foreground
-from gladad.types import Inspection, Prediction, Progress, Region, no_progress
+from gladad.types import Prediction, Progress, Region, no_progress
 
 Pixels = NDArray[np.uint8]
 CALIBRATION_FILE = "calibration.json"
@@ -43,60 +36,6 @@ FEW_IMAGES = 24
 FOLDS = 2
 MAX_TEXTURES = 300
 MAX_REGIONS = 100
-
-
-class Base(Protocol):
-    """What the detector needs of a base."""
-
-    kind: str
-
-    @property
-    def workers(self) -> int:
-        """Images that are best inspected at the same time, each on a thread of its own."""
-        ...
-
-    def inspect(self, pixels: Pixels) -> Inspection:
-        """Map and score of one image, in the base's own units."""
-        ...
-
-    def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
-        """The anomaly-free counterpart, for people."""
-        ...
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the weights; returns the JSON-ready config."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings:
-    """What a user may choose about a fit. Everything else is data-driven or a default of the base."""
-
-    seed: int = 0  # of everything random
-    steps: int | None = None  # optimiser steps; None = the base's default
-    minutes: float | None = None  # wall-clock budget instead of steps (then a second run may differ)
-    false_reject_rate: float = 0.01  # share of good parts that may be rejected
-    image_size: int | None = None  # side of a square with as many pixels as the model works on; None = 256 (lite), 512 (others)
-    max_images: int = 1000  # good images used; a random choice of them if there are more
-    textures: str | None = None  # folder of images that synthetic anomalies take content from; None = generated textures
-    foreground: Foreground = "all"  # where synthetic anomalies may appear: all | bright | dark part of the image
-    product: Literal["auto", "object", "texture"] = "auto"  # lite: what counts as evidence; "auto" decides by the images
-    features: str | None = None  # extractor of a diffusers base: folder or Hub id; None = DINO ViT-B/8
-    prompt: str = "a photo of sks"  # of a diffusers base
-    calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
-
-    def __post_init__(self) -> None:
-        check_rate(self.false_reject_rate)
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ConfigError(f"minutes must be positive, not {self.minutes}")
-        if self.steps is not None and self.minutes is not None:
-            raise ConfigError("give steps or minutes, not both")
-        if self.image_size is not None and not 64 <= self.image_size <= 2048:
-            raise ConfigError(f"image_size must be from 64 to 2048, not {self.image_size}")
-        if self.max_images < 2:
-            raise ConfigError(f"max_images must be at least 2, not {self.max_images}")
 
 
 class Glad:
@@ -147,51 +86,92 @@ class Glad:
             DataError: There are too few images, or one cannot be read (it is named).
         """
         settings = self.settings
-        paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
-        if len(paths) > settings.max_images:
-            order = np.random.default_rng(settings.seed).permutation(len(paths))[: settings.max_images]
-            paths = [paths[i] for i in sorted(order.tolist())]
-        if len(paths) < 2 + MIN_HELD_OUT:
-            raise DataError(f"at least {2 + MIN_HELD_OUT} good images are needed, there are {len(paths)}; add good images")
+        paths = self._chosen(images)
         size = self.working_size(paths)
-        pixels = []
-        for path in paths:
-            pixels.append(resize_pixels(load_image(path), size))
-            progress("reading images", len(pixels), len(paths))
+        pixels = _read(paths, size, progress)
         textures = self._load_textures(size)
-
-        cross_fit = settings.calibration == "cross-fit" or (settings.calibration == "auto" and len(paths) < FEW_IMAGES)
         scores, peaks = [], []
-        if cross_fit:
-            self.base_ = self._train(pixels, size, textures, FOLDS + 1, progress)
+        if self._cross_fits(pixels):
+            self.base_ = train_base(self.base, pixels, size, settings, textures, FOLDS + 1, progress)
             for fold in range(FOLDS):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
-                base = self._train(rest, size, textures, FOLDS + 1, _prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
+                told = _prefixed(progress, f"fold {fold + 1} of {FOLDS}: ")
+                base = train_base(self.base, rest, size, settings, textures, FOLDS + 1, told)
                 fold_scores, fold_peaks = _score(base, out, progress)
                 scores += fold_scores
                 peaks += fold_peaks
-            held_out_count = len(pixels)
         else:
-            share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(pixels))
-            train, held_out = split_held_out(pixels, share, MIN_HELD_OUT, settings.seed)
-            self.base_ = self._train(train, size, textures, 1, progress)
+            train, held_out = self._split(pixels)
+            self.base_ = train_base(self.base, train, size, settings, textures, 1, progress)
             scores, peaks = _score(self.base_, held_out, progress)
-            held_out_count = len(held_out)
-        self.calibration_ = calibrate(scores, peaks, settings.false_reject_rate, cross_fitted=cross_fit)
-        self._peaks = sorted(peaks)
+        self._calibrate(scores, peaks, cross_fitted=self._cross_fits(pixels))
         self.provenance_ = {
             "data_fingerprint": fingerprint(paths),
             "images": len(paths),
-            "held_out": held_out_count,
+            "held_out": len(scores),
             "seed": settings.seed,
             "versions": _versions(),
         }
         return self
 
+    def adjust(self, images: str | Path | Sequence[str | Path], settings: FitSettings, *, progress: Progress = no_progress) -> Glad:
+        """Change how a fitted ``lite`` detector inspects, without another training; the result is that of a fit with these settings.
+
+        Args:
+            images: Those it was fitted on.
+            settings: They differ from the detector's in ``adaptive``, ``fusion`` and ``false_reject_rate`` only.
+            progress: Told of every stage.
+
+        Returns:
+            This detector.
+
+        Raises:
+            ConfigError: Another setting differs, the base is not a ``lite`` one, or the calibration is cross-fitted.
+            DataError: The images are not those of the fit.
+        """
+        self._require_fit()
+        old, new = to_json(self.settings), to_json(settings)
+        if changed := sorted(name for name in new if new[name] != old[name] and name not in INSPECTION_SETTINGS):
+            raise ConfigError(f"{changed[0]} cannot be changed without another fit")
+        if self.calibration_.cross_fitted:
+            raise ConfigError("a cross-fitted detector cannot be adjusted, because the models of its folds are gone; fit it anew")
+        self.settings = settings
+        paths = self._chosen(images)
+        if fingerprint(paths) != self.provenance_["data_fingerprint"]:
+            raise DataError(f"{paths[0].parent}: not the images that this detector was fitted on")
+        train, held_out = self._split(_read(paths, self.working_size(paths), progress))
+        adjust_base(self.base_, train, settings, progress)
+        self._calibrate(*_score(self.base_, held_out, progress), cross_fitted=False)
+        return self
+
+    def _chosen(self, images: str | Path | Sequence[str | Path]) -> list[Path]:
+        """The images to learn from: all that were given, or a random choice."""
+        paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
+        limit = self.settings.max_images
+        if len(paths) > limit:
+            order = np.random.default_rng(self.settings.seed).permutation(len(paths))[:limit]
+            paths = [paths[i] for i in sorted(order.tolist())]
+        if len(paths) < 2 + MIN_HELD_OUT:
+            raise DataError(f"at least {2 + MIN_HELD_OUT} good images are needed, there are {len(paths)}; add good images")
+        return paths
+
+    def _cross_fits(self, pixels: Sequence[Pixels]) -> bool:
+        way = self.settings.calibration
+        return way == "cross-fit" or (way == "auto" and len(pixels) < FEW_IMAGES)
+
+    def _split(self, pixels: Sequence[Pixels]) -> tuple[list[Pixels], list[Pixels]]:
+        """Images to train on, and those held out for the calibration."""
+        share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(pixels))
+        return split_held_out(pixels, share, MIN_HELD_OUT, self.settings.seed)
+
+    def _calibrate(self, scores: Sequence[float], peaks: Sequence[float], *, cross_fitted: bool) -> None:
+        self.calibration_ = calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted)
+        self._peaks = sorted(peaks)
+
     def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
-        """``(H, W)`` the model works at: for ``lite`` with the median proportions of the images, for other bases square."""
-        if self.base != "lite":
+        """``(H, W)`` the model works at: for the feature bases with the median proportions of the images, for others square."""
+        if self.base not in FEATURE_BASES:
             side = self.settings.image_size or 512
             return side, side
         shapes = [load_image(path).shape for path in paths[:: max(1, len(paths) // 25)]]
@@ -209,22 +189,6 @@ class Glad:
             raise DataError(f"{folder}: holds no images to take textures from")
         order = np.random.default_rng(self.settings.seed).permutation(len(paths))[:MAX_TEXTURES]
         return [resize_pixels(load_image(paths[i]), size) for i in sorted(order.tolist())]
-
-    def _train(self, images: Sequence[Pixels], size: tuple[int, int], textures: Sequence[Pixels], share: int, progress: Progress) -> Base:
-        """Train one base with one ``share``-th of the budget."""
-        settings = self.settings
-        minutes = None if settings.minutes is None else settings.minutes / share
-        if self.base == "lite":
-            default = LiteTrainingConfig()
-            training = replace(default, steps=max(1, (settings.steps or default.steps) // share), minutes=minutes)
-            config = LiteConfig(image_size=size, seed=settings.seed, product=settings.product)
-            return fit_lite(images, config, training, textures=textures, foreground=settings.foreground, progress=progress)
-        if minutes is not None:
-            raise ConfigError("minutes is for the lite base; give steps")
-        pipeline = GladPipeline.from_base(self.base, settings.features, prompt=settings.prompt)
-        budget = FinetuneConfig(steps=max(1, (settings.steps or FinetuneConfig().steps) // share), seed=settings.seed)
-        paper = PaperConfig(image_size=size, feature_size=size, reconstruction=ReconstructionConfig(), seed=settings.seed)
-        return fit_paper(pipeline, images, paper, budget, textures=textures, foreground=settings.foreground, progress=progress)
 
     def set_false_reject_rate(self, rate: float) -> None:
         """Choose another false-reject rate; the thresholds follow from the stored held-out scores."""
@@ -327,10 +291,9 @@ class Glad:
         """
         folder = Path(folder)
         model = read_model_file(folder)
-        loaders: dict[str, Callable[[Path, dict[str, Any]], Base]] = {LiteBase.kind: LiteBase.load, PaperBase.kind: PaperBase.load}
         try:
             detector = cls(model["source"], from_json(FitSettings, model["settings"]))
-            detector.base_ = loaders[model["base"]](folder / BASE_FOLDER, model["config"])
+            detector.base_ = load_base(model["base"], folder / BASE_FOLDER, model["config"])
             calibration = read_json(folder / CALIBRATION_FILE)
             detector.calibration_ = Calibration.from_json(calibration)
             detector._peaks = [float(p) for p in calibration["map_peaks"]]
@@ -377,6 +340,15 @@ def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> t
         )
         for i in order
     )
+
+
+def _read(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
+    """Images ``[H, W, 3]`` at one size."""
+    pixels = []
+    for path in paths:
+        pixels.append(resize_pixels(load_image(path), size))
+        progress("reading images", len(pixels), len(paths))
+    return pixels
 
 
 def _score(base: Base, images: Sequence[Pixels], progress: Progress) -> tuple[list[float], list[float]]:

@@ -1,9 +1,10 @@
-"""Judging a detector on labelled images, and the report of it: JSON, CSV and one page of pictures."""
+"""Judging a detector on labelled images, and the files of a report: JSON, CSV, Markdown and a page."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,23 +12,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gladad import kept_maps
 from gladad.calibration import Calibration
 from gladad.errors import DataError
-from gladad.gallery import GalleryItem, gallery_item, write_gallery
+from gladad.gallery import FOLDER, GalleryItem, Picture, full_pictures, item_bytes, outcome, small_pictures
 from gladad.images import load_image, load_mask, resize_map
-from gladad.metrics import NAMES, PixelMetrics, decisions, image_curves, image_metrics, wilson_interval
+from gladad.metrics import PixelMetrics, auroc, decisions, image_curves, image_metrics, wilson_interval
 from gladad.parallel import in_order
-from gladad.results import COLUMNS, TABLE_FILE, readable, to_csv
+from gladad.pixel_metrics import MAX_FPR
+from gladad.report_page import write_page
+from gladad.report_text import markdown
+from gladad.results import TABLE_FILE, picture_names, readable, to_csv
 from gladad.storage import write_json, write_text
 from gladad.types import Prediction, Progress, Report, Sample, no_progress
 
 EVALUATION_SIZE = (256, 256)
 """``(H, W)`` at which maps and masks are compared, whatever the size of the images."""
 
-MAX_PICTURES = 400
-"""Images on the page of a report; more would not open."""
-
-TRUTH_COLUMNS = ("gt_label", "defect_type", "category")
+REPORT_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "index.html"
+SCHEMA, SCHEMA_VERSION = "gladad-report", 1
+COLUMNS = (
+    *("image", "category", "defect_type", "split", "gt_label", "score", "p_value", "label", "outcome", "step", "regions", "aupimo"),
+    *("raw_score", "seconds"),
+)
 
 
 class Inspector(Protocol):
@@ -50,9 +57,9 @@ class Inspector(Protocol):
 
 @dataclass(frozen=True)
 class _Looked:
-    """What evaluation keeps of one image."""
+    """What evaluation keeps of one image until its turn."""
 
-    prediction: Prediction
+    record: dict[str, Any]
     anomaly_map: NDArray[np.float32]
     mask: NDArray[np.bool_] | None
     item: GalleryItem | None
@@ -64,6 +71,8 @@ def evaluate(
     *,
     collect: Callable[[GalleryItem], None] | None = None,
     progress: Progress = no_progress,
+    pictures: Path | None = None,
+    maps: Path | None = None,
 ) -> Report:
     """Inspect labelled images and measure how well scores, maps and decisions agree with the labels.
 
@@ -73,108 +82,107 @@ def evaluate(
     Args:
         detector: A fitted detector.
         samples: Images with their labels.
-        collect: Called with every image as an item of the page, such as a list's ``append``. Without it no reconstructions are made.
+        collect: Called with every image as an item of the page, such as a list's ``append``. Without it and without ``pictures`` no
+            reconstructions are made.
         progress: Told of every image.
+        pictures: Folder for full-size pictures, which the page links to when it lies beside the folder.
+        maps: Folder for the maps, so that the report can be scored again (`gladad.rescoring`).
 
     Returns:
-        Metrics of `gladad.metrics.image_metrics` and `gladad.metrics.pixel_metrics`; ``threshold`` (raw score), ``recall`` and
-        ``false_reject_rate`` of the decisions; ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals, the decisions
-        ``per_type`` (fields of `gladad.metrics.DecisionRow`), and ``curves``: ``roc``, ``pr`` of images and ``pro`` of pixels, each
-        ``{"x": [...], "y": [...]}`` and absent where not defined.
+        What `judge` makes of the images.
 
     Raises:
         DataError: None of the images can be read.
     """
+    threshold = detector.calibration_.threshold.value
+    names = picture_names([sample.image_path for sample in samples])
+    limit = item_bytes(len(samples))
     with_pixels = any(sample.gt_label and sample.mask_path for sample in samples)
-    rows: list[dict[str, Any]] = []
-    scores: list[float] = []
-    labels: list[int] = []
-    rejected: list[bool] = []
-    seconds: list[float] = []
-    kinds: list[str] = []
-    unmasked = skipped = 0
 
-    def look(sample: Sample) -> _Looked | DataError:
+    def look(number: int) -> _Looked | DataError:
+        sample = samples[number]
         try:
             pixels = load_image(sample.image_path)
-            prediction = replace(detector.inspect(pixels, reconstruct=collect is not None), image_path=sample.image_path)
+            prediction = detector.inspect(pixels, reconstruct=collect is not None or pictures is not None)
         except DataError as error:
             return error
-        outline = _mask_of(sample, (pixels.shape[0], pixels.shape[1]))
-        item = None
-        if collect is not None:
-            name = f"{sample.defect_type}/{readable(sample.image_path.name)}"
-            item = gallery_item(prediction, pixels, name, sample.gt_label, outline)
-        return _Looked(
-            prediction=replace(prediction, reconstruction=None),
-            anomaly_map=_at_evaluation_size(prediction.anomaly_map),
-            mask=None if outline is None else _mask_of(sample, EVALUATION_SIZE),
-            item=item,
-        )
+        gt_mask = _mask_of(sample, (pixels.shape[0], pixels.shape[1]))
+        mask = None if gt_mask is None else _mask_of(sample, EVALUATION_SIZE)
+        if mask is not None and not mask.any():  # too small to be seen at this size: it would count as a normal image
+            mask = None
+        record = prediction.to_record() | {
+            "image": readable(sample.image_path),
+            "raw_score": prediction.pred_score * threshold,
+            "outcome": outcome(sample.gt_label, prediction.pred_label),
+            "mask": mask is not None,
+        }
+        if pictures is not None:
+            record["pictures"] = full_pictures(prediction, pixels, gt_mask, pictures, names[number])
+        small = small_pictures(prediction, pixels, gt_mask, limit) if collect is not None else []
+        record |= _truth(sample)
+        looked = _Looked(record, _at_evaluation_size(prediction.anomaly_map), mask, gallery_item(record, small) if small else None)
+        if maps is not None:
+            kept_maps.save_map(maps, number, kept_maps.KeptMap(looked.anomaly_map, mask, small))
+        return looked
 
-    pixels_seen = PixelMetrics()
-    looks = in_order(look, samples, detector.workers)
-    for done, (sample, looked) in enumerate(zip(samples, looks, strict=True), start=1):
-        progress("inspecting", done, len(samples))
-        truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category}
-        if isinstance(looked, DataError):
-            skipped += 1
-            rows.append({"image": readable(sample.image_path), "error": readable(str(looked)), **truth})
-            continue
-        prediction, mask = looked.prediction, looked.mask
-        rows.append(prediction.to_record() | {"image": readable(sample.image_path)} | truth)
-        scores.append(prediction.pred_score)
-        labels.append(sample.gt_label)
-        kinds.append(sample.defect_type)
-        rejected.append(prediction.pred_label)
-        seconds.append(prediction.seconds)
-        if sample.gt_label and mask is None:
-            unmasked += 1
-        elif with_pixels:
-            pixels_seen.add(looked.anomaly_map, np.zeros(EVALUATION_SIZE, bool) if mask is None else mask)
-        if collect is not None and looked.item is not None:
-            collect(looked.item)
+    rows: list[dict[str, Any]] = []
+    with PixelMetrics() as pixels_seen:
+        looks = in_order(look, range(len(samples)), detector.workers)
+        for done, (sample, looked) in enumerate(zip(samples, looks, strict=True), start=1):
+            progress("inspecting", done, len(samples))
+            if isinstance(looked, DataError):
+                rows.append({"image": readable(sample.image_path), "error": readable(str(looked)), **_truth(sample)})
+                continue
+            rows.append(looked.record)
+            if with_pixels:
+                add_pixels(pixels_seen, looked.record, looked.anomaly_map, looked.mask)
+            if collect is not None and looked.item is not None:
+                collect(looked.item)
+        report = judge(rows, pixels_seen, detector.calibration_, detector.workers)
+    report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None})
+    return report
 
-    if not scores:
-        raise DataError(f"none of the {len(samples)} images could be read" if samples else "there are no images to evaluate")
-    truths, rejections = np.array(labels, bool), np.array(rejected, bool)
+
+def add_pixels(pixels: PixelMetrics, row: dict[str, Any], anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
+    """Add an image to the pixel metrics, unless it is anomalous and nobody knows where."""
+    if not row["gt_label"] or mask is not None:
+        pixels.add(anomaly_map, np.zeros(anomaly_map.shape, bool) if mask is None else mask)
+
+
+def judge(rows: Sequence[dict[str, Any]], pixels: PixelMetrics, calibration: Calibration, workers: int, max_fpr: float = MAX_FPR) -> Report:
+    """Measure everything from the records of the images and their pixels, which `add_pixels` took in the same order.
+
+    Args:
+        rows: One record per image: fields of `Prediction.to_record` with ``raw_score``, ``outcome``, ``mask`` (whether there is one) and
+            the truth; or ``error`` for an image that could not be read. Each image's ``aupimo`` is added.
+        pixels: The maps and masks.
+        calibration: Of the decisions.
+        workers: Images inspected at a time.
+        max_fpr: Upper end of the integral of ``pixel_aupro``, in (0, 1].
+
+    Returns:
+        Metrics of `gladad.metrics.image_metrics` and `gladad.metrics.pixel_metrics`; ``threshold`` (raw score), ``recall`` and
+        ``false_reject_rate`` of the decisions; ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals, the decisions
+        ``per_type`` (fields of `gladad.metrics.DecisionRow`, for kinds of defect ``image_auroc`` against all normal images and mean
+        ``aupimo`` where defined), and ``curves``: ``roc``, ``pr`` of images and ``pro`` of pixels, each ``{"x": [...], "y": [...]}`` and
+        absent where not defined.
+
+    Raises:
+        DataError: There is no image.
+    """
+    seen = [row for row in rows if "error" not in row]
+    if not seen:
+        raise DataError(f"none of the {len(rows)} images could be read" if rows else "there are no images to evaluate")
+    truths = np.array([row["gt_label"] for row in seen], bool)
+    rejected = np.array([row["label"] == "anomalous" for row in seen], bool)
+    scores = np.array([row["score"] for row in seen])
     counts = {
         "normal": int((~truths).sum()),
         "anomalous": int(truths.sum()),
-        "masks": int(truths.sum()) - unmasked,
-        "anomalous_without_mask": unmasked,
-        "skipped": skipped,
+        "masks": sum(row["mask"] for row in seen),
+        "anomalous_without_mask": sum(bool(row["gt_label"]) and not row["mask"] for row in seen),
+        "skipped": len(rows) - len(seen),
     }
-    metrics, curves, notes = _metrics(scores, truths, pixels_seen, counts)
-    intervals: dict[str, tuple[float, float]] = {}
-    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
-        if members.any():
-            hits, trials = int(rejections[members].sum()), int(members.sum())
-            metrics[name] = hits / trials
-            intervals[name] = wilson_interval(hits, trials)
-    threshold = detector.calibration_.threshold
-    metrics |= {"threshold": threshold.value, "seconds_per_image": float(np.median(seconds))}
-    details = {
-        "intervals_95": intervals,
-        "per_type": [asdict(row) for row in decisions(truths, rejections, kinds)],
-        "curves": curves,
-        "notes": notes,
-        "units": {
-            "score": "multiples of the decision threshold: above 1 is rejected",
-            "threshold": "raw score of the model that is called 1",
-            "pixel_*": f"compared at {EVALUATION_SIZE[1]}x{EVALUATION_SIZE[0]} pixels; maps bilinear, masks nearest neighbour and > 0.5",
-            "seconds_per_image": f"median, without reading the file, {detector.workers} images at a time",
-        },
-        "false_reject_rate_requested": threshold.false_reject_rate,
-        "guarantee": threshold.statement,
-    }
-    return Report(metrics=metrics, counts=counts, rows=rows, details=details)
-
-
-def _metrics(
-    scores: list[float], truths: NDArray[np.bool_], pixels: PixelMetrics, counts: dict[str, int]
-) -> tuple[dict[str, float], dict[str, Any], list[str]]:
-    """Metrics that are defined, their curves, and notes on what is not."""
     metrics: dict[str, float] = {}
     curves: dict[str, Any] = {}
     notes: list[str] = []
@@ -183,18 +191,84 @@ def _metrics(
         curves |= image_curves(scores, truths)
     else:
         notes.append(f"image metrics need both classes; all images are {'anomalous' if truths.any() else 'normal'}")
-    with pixels:
-        if pixels.has_both_classes:
-            result = pixels.compute()
-            metrics |= result.metrics
-            curves["pro"] = result.curves["pro"]
-        else:
-            notes.append("pixel metrics need masks with defects in them; there are none")
+    if pixels.has_both_classes:
+        result = pixels.compute(max_fpr)
+        metrics |= result.metrics
+        curves["pro"] = result.curves["pro"]
+        if result.aupimo:
+            for row, value in zip((row for row in seen if row["mask"]), result.aupimo, strict=True):
+                row["aupimo"] = value
+    else:
+        notes.append("pixel metrics need masks with defects in them; there are none")
     if counts["anomalous_without_mask"] and counts["masks"]:
         notes.append(f"{counts['anomalous_without_mask']} anomalous images have no readable mask and take no part in the pixel metrics")
     if counts["skipped"]:
         notes.append(f"{counts['skipped']} images could not be read and were left out")
-    return metrics, curves, notes
+
+    threshold = calibration.threshold
+    intervals: dict[str, tuple[float, float]] = {}
+    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
+        if members.any():
+            hits, trials = int(rejected[members].sum()), int(members.sum())
+            metrics[name] = hits / trials
+            intervals[name] = wilson_interval(hits, trials)
+    metrics |= {"threshold": threshold.value, "seconds_per_image": float(np.median([row["seconds"] for row in seen]))}
+    height, width = EVALUATION_SIZE
+    details = {
+        "intervals_95": intervals,
+        "per_type": _per_type(seen, truths, rejected, scores),
+        "curves": curves,
+        "notes": notes,
+        "units": {
+            "score": "multiples of the decision threshold: above 1 is rejected",
+            "threshold": "raw score of the model that is called 1",
+            "pixel_*": f"compared at {width}x{height} pixels; maps bilinear, masks nearest neighbour and > 0.5",
+            "pixel_aupro": f"up to a false-positive rate of {max_fpr:g}",
+            "seconds_per_image": f"median, without reading the file, {workers} images at a time",
+        },
+        "false_reject_rate_requested": threshold.false_reject_rate,
+        "guarantee": threshold.statement,
+        "calibration": calibration.to_json(),
+        "max_fpr": max_fpr,
+        "workers": workers,
+    }
+    return Report(metrics=metrics, counts=counts, rows=list(rows), details=details)
+
+
+def _per_type(
+    rows: Sequence[dict[str, Any]], truths: NDArray[np.bool_], rejected: NDArray[np.bool_], scores: NDArray[np.float64]
+) -> list[dict[str, Any]]:
+    kinds = np.array([row["defect_type"] for row in rows])
+    found = []
+    for decision in decisions(truths, rejected, kinds.tolist()):
+        entry = asdict(decision)
+        members = truths & (kinds == decision.defect_type)
+        if decision.anomalous and not truths.all():
+            entry["image_auroc"] = auroc(scores[members | ~truths], truths[members | ~truths])
+        values = [row["aupimo"] for row, member in zip(rows, members, strict=True) if member and "aupimo" in row]
+        if decision.anomalous and values:
+            entry["aupimo"] = float(np.mean(values))
+        found.append(entry)
+    return found
+
+
+def gallery_item(row: dict[str, Any], pictures: Sequence[tuple[str, bytes]]) -> GalleryItem:
+    """The item of the page from the record of an image and its small pictures, ``(title, JPEG bytes)``."""
+    links = row.get("pictures", {})
+    return GalleryItem(
+        name=f"{row['defect_type']}/{Path(row['image']).name}",
+        pred_score=row["score"],
+        p_value=row["p_value"],
+        pred_label=row["label"] == "anomalous",
+        step=row["step"],
+        pictures=tuple(Picture(title, data, links.get(title, "")) for title, data in pictures),
+        gt_label=row["gt_label"],
+        defect_type=row["defect_type"],
+    )
+
+
+def _truth(sample: Sample) -> dict[str, Any]:
+    return {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category, "split": sample.split}
 
 
 def _at_evaluation_size(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -213,11 +287,11 @@ def _mask_of(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
 
 
 def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Path, title: str = "Evaluation") -> Path:
-    """Write ``report.json``, ``predictions.csv`` and ``index.html`` into a folder, each whole or not at all.
+    """Write ``report.json``, ``predictions.csv``, ``report.md`` and ``index.html`` into a folder, each whole or not at all.
 
     Args:
         report: What `evaluate` returned.
-        items: The images of the page; of more than 400 all wrong decisions are kept first.
+        items: The images of the page.
         folder: Made if it is not there.
         title: Heading of the page.
 
@@ -228,33 +302,18 @@ def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Pat
         WriteError: A file cannot be written.
     """
     folder = Path(folder)
-    write_json(folder / "report.json", asdict(report))
-    write_text(folder / TABLE_FILE, to_csv(report.rows, (*COLUMNS, *TRUTH_COLUMNS)))
-    shown = _chosen(items)
-    notes = [*report.details.get("notes", []), *([] if len(shown) == len(items) else [f"{len(shown)} of {len(items)} images are shown"])]
-    tiles: list[tuple[str, object]] = [(key.replace("_", " "), cell(key, value)) for key, value in summary(report)]
-    table = [["note"], *([note] for note in notes)] if notes else None
-    page = folder / "index.html"
-    write_gallery(page, title, tiles, shown, table)
+    write_json(folder / REPORT_FILE, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "title": title, **asdict(report)})
+    write_text(folder / TABLE_FILE, to_csv(report.rows, COLUMNS))
+    write_text(folder / MARKDOWN_FILE, markdown(report, title))
+    page = folder / PAGE_FILE
+    write_page(page, report, items, title)
     return page
 
 
-def summary(report: Report) -> list[tuple[str, float]]:
-    """The numbers that people look at first, those that are there, in order: ``(name, value)``."""
-    order = ["image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2", *NAMES, "recall", "false_reject_rate", "seconds_per_image"]
-    return [(name, report.metrics[name]) for name in order if name in report.metrics]
-
-
-def cell(name: str, value: float) -> str:
-    """One of these numbers as people read it: per cent, or seconds."""
-    return f"{value:.3f} s" if name == "seconds_per_image" else f"{value:.1%}"
-
-
-def _chosen(items: Sequence[GalleryItem]) -> list[GalleryItem]:
-    """At most `MAX_PICTURES` items: the wrong decisions, then an even choice over the scores of the others."""
-    if len(items) <= MAX_PICTURES:
-        return list(items)
-    wrong = [item for item in items if item.outcome in {"missed", "false alarm"}][:MAX_PICTURES]
-    rest = sorted((item for item in items if item.outcome not in {"missed", "false alarm"}), key=lambda item: item.pred_score)
-    places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
-    return [*wrong, *(rest[place] for place in places)]
+def leftovers(folder: Path, report: Report) -> list[Path]:
+    """Folders of pictures and maps of the report that lies in a folder, where the next one has none: they would not fit it."""
+    try:
+        earlier = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["details"]
+        return [folder / name for name in (FOLDER, kept_maps.FOLDER) if earlier[name] and not report.details[name]]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or not one of ours
+        return []

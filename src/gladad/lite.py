@@ -11,12 +11,11 @@ the anomaly map. The decoder serves people only: it shows what the model thinks 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -40,11 +39,11 @@ from gladad.efficientnet import EfficientNetLite0
 from gladad.errors import ConfigError, ModelFormatError
 from gladad.feature_space import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
 from gladad.images import resize_pixels, to_pixels, to_tensor
+from gladad.inference import channels_last, inference_copy, one_thread
 from gladad.storage import load_tensors, save_tensors
 from gladad.types import Inspection
 
 Pixels = NDArray[np.uint8]
-Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS_FILE = "lite.safetensors"
 Product = Literal["object", "texture"]
 
@@ -123,7 +122,7 @@ class LatentDenoiser(nn.Module):
             norm_num_groups=16,
             attention_head_dim=32,
         )
-        _channels_last(self.unet)
+        channels_last(self.unet)
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``."""
@@ -222,7 +221,7 @@ class LiteBase(nn.Module):
         if not self._fast:
             config = self.config
             empty = LatentDenoiser(config.dimensions, config.grid, config.widths)
-            self._fast = [_bfloat16_copy(self.trunk, EfficientNetLite0()), _bfloat16_copy(self.denoiser, empty)]
+            self._fast = [inference_copy(self.trunk, EfficientNetLite0()), inference_copy(self.denoiser, empty)]
         trunk, denoiser = self._fast
         return cast(EfficientNetLite0, trunk), cast(LatentDenoiser, denoiser)
 
@@ -348,17 +347,6 @@ class LiteBase(nn.Module):
         return base.eval().requires_grad_(False)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run the block's tensor operations on the calling thread alone. The setting is each thread's own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @lru_cache(maxsize=4)
 def _kept_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
     """`image_noise`, made once: every image is given the same."""
@@ -368,17 +356,3 @@ def _kept_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
 def pool(x: Tensor, window: int) -> Tensor:
     """Mean over ``window`` x ``window`` cells, borders counted by what is there."""
     return x if window == 1 else F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-
-
-def _bfloat16_copy(network: Network, copy: Network) -> Network:
-    """A bfloat16 copy for inference: about half the time of autocast, which converts the weights at every call."""
-    copy.load_state_dict(network.state_dict())
-    for parameter in (*copy.parameters(), *copy.buffers()):
-        parameter.data = parameter.data.to(torch.bfloat16)
-    copy = copy.eval().requires_grad_(False)
-    _channels_last(copy)
-    return copy
-
-
-def _channels_last(network: nn.Module) -> None:
-    cast(Any, network).to(memory_format=torch.channels_last)  # a call that the stubs of torch do not know

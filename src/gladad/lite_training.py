@@ -96,6 +96,21 @@ def fit_lite(
     return base.requires_grad_(False)
 
 
+def adjust_lite(base: LiteBase, config: LiteConfig, images: Sequence[Pixels], training: LiteTrainingConfig, progress: Progress) -> None:
+    """Give a trained base another configuration of the inspection: what `fit_lite` measures after the training is measured anew.
+
+    Args:
+        base: Changed in place.
+        config: As for `fit_lite`; its networks are those of the base.
+        images: Those the base was trained on.
+        training: As for `fit_lite`.
+        progress: Told of every stage.
+    """
+    base.config = config
+    choose_recipe(base)
+    measure_residuals(base, images, training, progress)
+
+
 def choose_recipe(base: LiteBase) -> None:
     """Settle, by the fitted feature space, what the settings leave open: the kind of product, and the timesteps of inspection."""
     config = base.config

@@ -1,0 +1,195 @@
+"""The bases a detector can stand on, by name: how each is trained, adjusted and loaded. The detector itself asks nothing of a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gladad.algorithm import ReconstructionConfig
+from gladad.anomalib_baselines import AnomalibBase, AnomalibConfig, fit_anomalib
+from gladad.calibration import check_rate
+from gladad.config import from_json
+from gladad.errors import ConfigError
+from gladad.finetune import FinetuneConfig
+from gladad.lite import LiteBase, LiteConfig
+from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite
+from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
+from gladad.paper import PaperBase, PaperConfig, fit_paper
+from gladad.pipeline import GladPipeline
+from gladad.synthesis import Foreground
+from gladad.types import Inspection, Progress
+
+Pixels = NDArray[np.uint8]
+BASELINES = ("memory-bank", "anomalib-patchcore", "anomalib-padim")
+"""Bases without diffusion, to compare with."""
+FEATURE_BASES = ("lite", *BASELINES)
+"""Bases over the same EfficientNet features, which work at the images' own proportions."""
+
+
+class Base(Protocol):
+    """What the detector needs of a base."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its form on disk."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Images that are best inspected at the same time, each on a thread of its own."""
+        ...
+
+    def inspect(self, pixels: Pixels) -> Inspection:
+        """Map and score of one image, in the base's own units."""
+        ...
+
+    def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels | None:
+        """The anomaly-free counterpart, for people; None if the base makes none."""
+        ...
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the weights; returns the JSON-ready config."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """What a user may choose about a fit. Everything else is data-driven or a default of the base."""
+
+    seed: int = 0  # of everything random
+    steps: int | None = None  # optimiser steps; None = the base's default
+    minutes: float | None = None  # wall-clock budget instead of steps (then a second run may differ)
+    false_reject_rate: float = 0.01  # share of good parts that may be rejected
+    image_size: int | None = None  # side of a square with as many pixels as the model works on; None = 256 (lite), 512 (others)
+    max_images: int = 1000  # good images used; a random choice of them if there are more
+    textures: str | None = None  # folder of images that synthetic anomalies take content from; None = generated textures
+    foreground: Foreground = "all"  # where synthetic anomalies may appear: all | bright | dark part of the image
+    product: Literal["auto", "object", "texture"] = "auto"  # lite: what counts as evidence; "auto" decides by the images
+    features: str | None = None  # extractor of a diffusers base: folder or Hub id; None = DINO ViT-B/8
+    prompt: str = "a photo of sks"  # of a diffusers base
+    calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
+    anomaly_oriented: bool = True  # ATP: train on synthetic anomalies; False = plain diffusion, for ablations
+    adaptive: bool = True  # ADS: search the denoising step per image; False = the same for all, for ablations
+    fusion: bool | None = None  # SAFF: keep the input where it is normal; None = the base's default (off for lite)
+
+    def __post_init__(self) -> None:
+        check_rate(self.false_reject_rate)
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {self.steps}")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"minutes must be positive, not {self.minutes}")
+        if self.steps is not None and self.minutes is not None:
+            raise ConfigError("give steps or minutes, not both")
+        if self.image_size is not None and not 64 <= self.image_size <= 2048:
+            raise ConfigError(f"image_size must be from 64 to 2048, not {self.image_size}")
+        if self.max_images < 2:
+            raise ConfigError(f"max_images must be at least 2, not {self.max_images}")
+
+
+def settings_of(values: dict[str, Any]) -> FitSettings:
+    """`FitSettings` of a table of names and values.
+
+    Raises:
+        ConfigError: A name is unknown, or a value of the wrong type.
+    """
+    return from_json(FitSettings, values)
+
+
+INSPECTION_SETTINGS = frozenset({"adaptive", "fusion", "false_reject_rate"})
+"""Settings that can be changed without another training, see `adjust_base`."""
+
+
+def train_base(
+    name: str,
+    images: Sequence[Pixels],
+    size: tuple[int, int],
+    settings: FitSettings,
+    textures: Sequence[Pixels],
+    share: int,
+    progress: Progress,
+) -> Base:
+    """Train one base with one ``share``-th of the budget.
+
+    Args:
+        name: ``lite``, one of `BASELINES`, or folder or Hub id of a Stable Diffusion in diffusers form.
+        images: ``[H, W, 3]`` uint8 normal images at ``size``.
+        size: ``(H, W)`` the base works at.
+        settings: The user's choices.
+        textures: Images of the same size that synthetic anomalies take content from.
+        share: Number of trainings that share the budget.
+        progress: Told of every stage.
+
+    Raises:
+        ConfigError: A setting is not for this base.
+    """
+    if name == "memory-bank":
+        return fit_memory_bank(images, MemoryBankConfig(image_size=size, seed=settings.seed), progress=progress)
+    if name in BASELINES:
+        method: Literal["patchcore", "padim"] = "patchcore" if name == "anomalib-patchcore" else "padim"
+        return fit_anomalib(images, AnomalibConfig(method=method, image_size=size, seed=settings.seed), progress=progress)
+    minutes = None if settings.minutes is None else settings.minutes / share
+    if name == "lite":
+        training = _lite_training(settings)
+        training = replace(training, steps=max(1, training.steps // share), minutes=minutes)
+        return fit_lite(
+            images, _lite_config(size, settings), training, textures=textures, foreground=settings.foreground, progress=progress
+        )
+    if minutes is not None:
+        raise ConfigError("minutes is for the lite base; give steps")
+    if not settings.anomaly_oriented:
+        raise ConfigError("anomaly_oriented can be switched off for the lite base only")
+    pipeline = GladPipeline.from_base(name, settings.features, prompt=settings.prompt)
+    budget = FinetuneConfig(steps=max(1, (settings.steps or FinetuneConfig().steps) // share), seed=settings.seed)
+    reconstruction = ReconstructionConfig(adaptive=settings.adaptive, fusion="none" if settings.fusion is False else "sigmoid")
+    paper = PaperConfig(image_size=size, feature_size=size, reconstruction=reconstruction, seed=settings.seed)
+    return fit_paper(pipeline, images, paper, budget, textures=textures, foreground=settings.foreground, progress=progress)
+
+
+def adjust_base(base: Base, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> None:
+    """Give a trained base the inspection settings that `train_base` would have given it; the weights stay.
+
+    Args:
+        base: Changed in place.
+        images: Those it was trained on.
+        settings: They differ from those of the training in `INSPECTION_SETTINGS` only.
+        progress: Told of every stage.
+
+    Raises:
+        ConfigError: The base is not a ``lite`` one.
+    """
+    if not isinstance(base, LiteBase):
+        raise ConfigError(f"the inspection of a {base.kind} base cannot be adjusted; fit it anew")
+    adjust_lite(base, _lite_config(base.config.image_size, settings), images, _lite_training(settings), progress)
+
+
+def load_base(kind: str, folder: Path, config: dict[str, Any]) -> Base:
+    """Read what a base's ``save`` wrote.
+
+    Raises:
+        KeyError: There is no such kind.
+        ModelFormatError: Folder and config do not fit together.
+    """
+    loaders: dict[str, Callable[[Path, dict[str, Any]], Base]] = {
+        LiteBase.kind: LiteBase.load,
+        PaperBase.kind: PaperBase.load,
+        MemoryBank.kind: MemoryBank.load,
+        "anomalib-patchcore": AnomalibBase.load,
+        "anomalib-padim": AnomalibBase.load,
+    }
+    return loaders[kind](folder, config)
+
+
+def _lite_config(size: tuple[int, int], settings: FitSettings) -> LiteConfig:
+    config = LiteConfig(image_size=size, seed=settings.seed, product=settings.product)
+    fusion: Literal["calibrated", "none"] = "calibrated" if settings.fusion else "none"
+    return replace(config, reconstruction=replace(config.reconstruction, adaptive=settings.adaptive, fusion=fusion))
+
+
+def _lite_training(settings: FitSettings) -> LiteTrainingConfig:
+    default = LiteTrainingConfig()
+    return replace(default, steps=settings.steps or default.steps, anomaly_oriented=settings.anomaly_oriented)

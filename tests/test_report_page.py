@@ -1,0 +1,623 @@
+"""The page of a report, in text and in a browser; its charts and pictures; maps that are kept and scored again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_category
+from PIL import Image
+
+from gladad import gallery, metrics
+from gladad.calibration import conformal_threshold
+from gladad.charts import bin_counts, bin_edges, charts
+from gladad.cli import main
+from gladad.data import category_samples
+from gladad.detector import Glad
+from gladad.errors import ConfigError, DataError
+from gladad.evaluation import evaluate, write_report
+from gladad.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, outcome, small_pictures
+from gladad.kept_maps import KeptMap, load_map, map_file, save_map
+from gladad.report_page import write_page
+from gladad.rescoring import rescore
+from gladad.storage import WriteError
+from gladad.types import Prediction, Report, Sample
+
+FILES = ("index.html", "predictions.csv", "report.json", "report.md")
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+def mislabelled(detector: Glad, category: Path) -> list[Sample]:
+    """The samples of the generated category, with a part that is accepted and one that is rejected under the wrong label as well."""
+    samples = category_samples(category)
+    rejected = {sample.image_path: detector.inspect(sample.image_path).pred_label for sample in samples}
+    accepted_part = next(path for path, answer in rejected.items() if not answer)
+    rejected_part = next(path for path, answer in reversed(rejected.items()) if answer)
+    return [
+        *samples,
+        Sample(accepted_part, None, 1, "widget", 'odd "kind" <1> & ünï'),
+        Sample(rejected_part, None, 0, "widget", "good"),
+    ]
+
+
+def put_report(detector: Glad, samples: list[Sample], folder: Path) -> Report:
+    items: list[GalleryItem] = []
+    report = evaluate(detector, samples, collect=items.append, pictures=folder / "pictures", maps=folder / "maps")
+    write_report(report, items, folder, title="Widgets & <gadgets>")
+    return report
+
+
+@pytest.fixture(scope="module")
+def folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything; read only."""
+    folder = tmp_path_factory.mktemp("report")
+    put_report(detector, mislabelled(detector, category), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_without_masks(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of the same images without their masks; read only."""
+    folder = tmp_path_factory.mktemp("report-without-masks")
+    put_report(detector, [replace(sample, mask_path=None) for sample in mislabelled(detector, category)], folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A report that may be changed."""
+    return Path(shutil.copytree(folder, tmp_path / "report"))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["rows"]
+    return rows
+
+
+def rejected_of(folder: Path, gt_label: int) -> tuple[int, int]:
+    """How many of the parts of a label were rejected, and how many there are."""
+    labels = [row["label"] for row in rows_of(folder) if row["gt_label"] == gt_label]
+    return labels.count("anomalous"), len(labels)
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps what the tests ask for."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, wanted: str) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == wanted]
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium, driven by Selenium; it never looks for a driver on the network."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for name in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "disable-dev-shm-usage", "no-first-run", "hide-scrollbars"):
+        options.add_argument(f"--{name}")
+    for name in ("disable-background-networking", "disable-component-update", "disable-sync", "window-size=1280,1000"):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
+        patch.setenv("no_proxy", "localhost,127.0.0.1")
+        driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def opened(browser: Any, page: Path, width: int = 1280) -> Any:
+    """Open a page at a width as a phone or a desktop does; earlier messages of the console are forgotten."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    return browser
+
+
+def until(browser: Any, condition: str) -> None:
+    """Wait until a JavaScript condition holds."""
+    end = time.monotonic() + 20
+    while not browser.execute_script(f"return {condition}"):
+        assert time.monotonic() < end, condition
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("folder", ["scores", "roc", "pr", "pro"]), ("folder_without_masks", ["scores", "roc", "pr"])]
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_shows_charts_and_pictures(browser, request, name, expected, width):
+    folder = request.getfixturevalue(name)
+    opened(browser, folder / "index.html", width)
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.chart')].map(chart => { const svg = chart.querySelector('svg');"
+        " const box = svg.getBoundingClientRect();"
+        " return [chart.id, box.width, box.height, svg.querySelectorAll('path').length, svg.getAttribute('aria-label')]; })"
+    )
+    assert [chart[0] for chart in drawn] == [f"chart-{name}" for name in expected]
+    for _, chart_width, height, paths, label in drawn:
+        assert 250 < chart_width <= width and 150 < height < 600 and paths > 5 and len(label) > 20
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    images = browser.execute_script("return document.querySelectorAll('#items img').length")
+    masks = 4 if name == "folder" else 0
+    assert images == 3 * len(rows_of(folder)) + masks
+    browser.execute_script("for (const image of document.images) image.loading = 'eager'")
+    until(browser, "[...document.querySelectorAll('#items img')].every(image => image.complete)")
+    sizes = browser.execute_script("return [...document.querySelectorAll('#items img')].map(i => [i.naturalWidth, i.naturalHeight])")
+    assert {tuple(size) for size in sizes} == {(72, 72)}
+    assert browser.get_log("browser") == []
+
+
+def shown(browser: Any) -> list[tuple[str, str]]:
+    found = browser.execute_script(
+        "return [...document.querySelectorAll('.item')].filter(i => i.checkVisibility()).map(i => [i.dataset.outcome, i.dataset.type])"
+    )
+    return [tuple(pair) for pair in found]
+
+
+def press(browser: Any, group: str, value: str) -> int:
+    """Press a filter as a keyboard does; returns the count that it announced."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    buttons = browser.find_elements(By.CSS_SELECTOR, f"button[data-group={group}]")
+    (button,) = [button for button in buttons if button.get_attribute("data-show") == value]
+    count = int(button.find_element(By.TAG_NAME, "span").text)
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-pressed") == "true"
+    assert sum(other.get_attribute("aria-pressed") == "true" for other in buttons) == 1
+    return count
+
+
+def test_filters(browser, folder):
+    opened(browser, folder / "index.html")
+    rows = rows_of(folder)
+    pairs = [(row["outcome"], row["defect_type"]) for row in rows]
+    assert {pair[0] for pair in pairs} == set(OUTCOMES)
+    assert sorted(shown(browser)) == sorted(pairs)
+    for result in (*OUTCOMES, ""):
+        for kind in (*sorted({pair[1] for pair in pairs}), ""):
+            press(browser, "outcome", result)
+            announced = press(browser, "type", kind)
+            expected = sorted(pair for pair in pairs if result in ("", pair[0]) and kind in ("", pair[1]))
+            assert sorted(shown(browser)) == expected and announced == len(expected)
+            assert browser.execute_script("return document.getElementById('shown').textContent") == f"{len(expected)} of {len(rows)} images"
+    assert browser.get_log("browser") == []
+
+
+def test_search_and_order(browser, folder):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.select import Select
+
+    opened(browser, folder / "index.html")
+    rows = rows_of(folder)
+    first = [pair[0] for pair in shown(browser)]
+    groups = [WRONG.index(result) if result in WRONG else len(WRONG) for result in first]
+    assert groups == sorted(groups) and set(groups) == {0, 1, 2}
+    order = Select(browser.find_element(By.ID, "order"))
+    for value, sign in (("up", 1), ("down", -1)):
+        order.select_by_value(value)
+        scores = browser.execute_script("return [...document.querySelectorAll('.item')].map(item => +item.dataset.score)")
+        assert scores == sorted((row["score"] for row in rows), key=lambda score: sign * score)
+    order.select_by_value("")
+    assert [pair[0] for pair in shown(browser)] == first
+    browser.find_element(By.ID, "search").send_keys("HOLE/002")
+    assert shown(browser) == [("found", "hole")]
+    browser.find_element(By.ID, "search").send_keys("x")
+    assert shown(browser) == [] and browser.execute_script("return document.getElementById('shown').textContent").startswith("0 of")
+
+
+def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, folder, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, folder / "index.html")
+    for number in range(4):
+        link = browser.find_elements(By.CSS_SELECTOR, "#items .pictures a")[number]
+        link.send_keys(Keys.ENTER)
+        until(browser, "document.querySelector('#large img').naturalWidth > 0 && document.getElementById('large').open")
+        assert browser.execute_script("return document.querySelector('#large img').src") == link.get_attribute("href")
+        assert "full size" not in browser.find_element(By.CSS_SELECTOR, "#large p").text
+        browser.find_element(By.CSS_SELECTOR, "#large button").send_keys(Keys.ESCAPE)
+        until(browser, "!document.getElementById('large').open")
+    assert browser.get_log("browser") == []
+    alone = shutil.copy(folder / "index.html", tmp_path)
+    opened(browser, Path(alone))
+    browser.find_element(By.CSS_SELECTOR, "#items .pictures a").send_keys(Keys.ENTER)
+    until(browser, "document.querySelector('#large img').src.startsWith('data:')")
+    assert "the full size is not beside this page" in browser.find_element(By.CSS_SELECTOR, "#large p").text
+
+
+def test_charts_follow_the_colours_of_the_page(browser, folder):
+    seen = []
+    for scheme in ("light", "dark"):
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        opened(browser, folder / "index.html")
+        back, text, line = browser.execute_script(
+            "const roc = document.querySelector('#chart-roc svg'), style = element => getComputedStyle(element);"
+            "const line = [...roc.querySelectorAll('path')].find(path => style(path).strokeWidth === '2px');"
+            "return [style(document.querySelector('.chart')).backgroundColor, style(document.body).color, style(line).stroke]"
+        )
+        assert line == text
+        seen.append([sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (back, text)])
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    (light_back, light_text), (dark_back, dark_text) = seen
+    assert light_back - light_text > 500 and dark_text - dark_back > 500
+
+
+# ------------------------------------------------------------------------------------------------------------- as text
+
+
+@pytest.mark.parametrize("name", ["folder", "folder_without_masks"])
+def test_the_page_needs_nothing_but_itself_and_its_pictures(request, name):
+    folder = request.getfixturevalue(name)
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed"}
+    assert all(re.match("data:image/jpeg;base64,", attrs["src"]) for attrs in page.all("img") if "src" in attrs)
+    links = [attrs["href"] for attrs in page.all("a")]
+    assert len(links) == len(page.all("img")) - 1  # the large one
+    assert all((folder / link).is_file() for link in links)
+    assert all(attrs["alt"] for attrs in page.all("img") if "src" in attrs)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+    shown = "".join(page.texts)
+    (good, goods), (bad, bads) = rejected_of(folder, 0), rejected_of(folder, 1)
+    headline = f"{bad} of {bads} bad parts found, {good} of {goods} good parts rejected"
+    for expected in ("Widgets & <gadgets>", headline, 'odd "kind" <1> & ünï', "nearest neighbour"):
+        assert expected in shown
+    assert ("AUPRO" in "".join(attrs.get("aria-label") or "" for attrs in page.all("svg"))) == (name == "folder")
+    assert ("no mask" in shown) and ("pixel AUROC" in shown) == (name == "folder")
+
+
+def test_the_same_report_is_the_same_page(folder, detector, category, tmp_path):
+    report = evaluate(detector, mislabelled(detector, category))
+    drawn = charts(report)
+    assert [chart.name for chart in drawn] == ["scores", "roc", "pr", "pro"]
+    assert charts(report) == drawn
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    put_report(detector, mislabelled(detector, category), tmp_path)
+    for name in ("index.html", "report.md"):  # but for the time it took
+        texts = [re.sub(rb"\d\.\d{3} s", b"", data) for data in (before[name], (tmp_path / name).read_bytes())]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(slice(0, 4), ["chart-scores"]), (slice(4, 8), ["chart-scores", "chart-pro"])])
+def test_one_class_only(detector, category, tmp_path, rows, expected):
+    report = put_report(detector, category_samples(category)[rows], tmp_path)
+    page = Page((tmp_path / "index.html").read_text())
+    assert [attrs["id"] for attrs in page.all("figure") if attrs.get("class") == "chart"] == expected
+    assert report.details["notes"][0] in "".join(page.texts)
+
+
+def test_a_page_without_images_and_with_odd_names(detector, category, tmp_path):
+    report = evaluate(detector, category_samples(category))
+    write_page(tmp_path / "a.html", report, [], "Nothing")
+    assert "No images." in Page((tmp_path / "a.html").read_text()).texts
+    write_page(tmp_path / "a.html", report, [item("bad\udcff.png", 1.5)], "Odd {title} {body}")
+    page = Page((tmp_path / "a.html").read_text())
+    assert "bad?.png" in page.texts and page.texts.count("Odd {title} {body}") == 2
+    assert "There are no full-size pictures" in "".join(page.texts)
+
+
+def test_nothing_on_the_page_is_taken_for_markup(detector, category, tmp_path):
+    nasty = "<script>alert('x')</script>&\"{body}{title}"
+    report = evaluate(detector, [replace(sample, defect_type=nasty) for sample in category_samples(category)])
+    write_page(tmp_path / "a.html", report, [replace(item(nasty, 1.5), defect_type=nasty)], nasty)
+    text = (tmp_path / "a.html").read_text()
+    assert len(Page(text).all("script")) == 1 and "alert('x')" not in text
+
+
+def test_a_failed_write_keeps_the_old_page(detector, category, tmp_path, monkeypatch):
+    path = tmp_path / "a.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(WriteError, match="disk full"):
+        write_page(path, evaluate(detector, category_samples(category)), [], "t")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.html"]
+
+
+# ------------------------------------------------------------------------------------------------- charts and pictures
+
+
+@pytest.mark.parametrize("scores", [[1.0], [0.2], [7.0], [0.9, 1.1], [0.01, 30.0], [0.0, 2.0], list(np.linspace(0.5, 3, 5000))])
+def test_the_threshold_is_an_edge_of_the_histogram(scores):
+    edges, logarithmic = bin_edges(scores)
+    assert (np.diff(edges) > 0).all() and 10 <= len(edges) <= 45
+    assert edges[0] <= min(scores) and max(scores) <= edges[-1] + 1e-9
+    place = int(np.argmin(np.abs(edges - 1)))
+    assert edges[place] == 1 and 0 < place < len(edges) - 1
+    assert logarithmic == (min(scores) > 0 and max(scores) / min(scores) > 8)
+    counts = bin_counts(scores, edges)
+    assert counts.sum() == len(scores) and counts[:place].sum() == sum(score <= 1 for score in scores)
+
+
+def test_charts_say_what_they_show(folder):
+    report = Report(**{key: value for key, value in json.loads((folder / "report.json").read_text()).items() if key in REPORT})
+    labels = {chart.name: re.search('aria-label="([^"]*)"', chart.svg)[1] for chart in charts(report)}
+    (good, goods), (bad, bads) = rejected_of(folder, 0), rejected_of(folder, 1)
+    assert labels["scores"].endswith(f"good: {goods - good} accepted, {good} rejected; bad: {bads - bad} accepted, {bad} rejected.")
+    assert f"AUROC {report.metrics['image_auroc']:.3f}" in labels["roc"] and "AUPRO" in labels["pro"]
+    assert labels["roc"].endswith(f"{good / goods:.1%}, {bad / bads:.1%}.")
+    assert labels["pr"].endswith(f"{bad / bads:.1%}, {bad / (good + bad):.1%}.")
+
+
+REPORT = ("metrics", "counts", "rows", "details")
+
+
+def predicted(size: tuple[int, int], seed: int = 0) -> tuple[Prediction, np.ndarray]:
+    """A prediction about an image of noise, which JPEG can do little with, and the image."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    anomaly_map = rng.random(size, np.float32) * 2
+    return Prediction(1.5, 0.01, True, 350, anomaly_map, anomaly_map > 1.9, (), size, pixels[::-1].copy()), pixels
+
+
+def item(name: str, score: float, gt_label: int = 1, pictures: tuple[Picture, ...] = ()) -> GalleryItem:
+    return GalleryItem(name, score, 0.5, score > 1, 350, pictures, gt_label, "kind")
+
+
+def test_a_page_of_500_images_stays_below_15_megabytes(detector, category, tmp_path):
+    """Of noise: photographs are smaller, and so keep larger pictures."""
+    limit = item_bytes(500)
+    items = []
+    for seed in range(3):
+        prediction, pixels = predicted((512, 512), seed)
+        small = small_pictures(prediction, pixels, prediction.pred_mask, limit)
+        assert [title for title, _ in small] == ["input", "reconstruction", "map", "ground truth"]
+        assert sum(len(data) for _, data in small) <= limit
+        items.append(item("a" * 60, 1.5, pictures=tuple(Picture(*pair, "pictures/" + "a" * 100) for pair in small)))
+    report = evaluate(detector, category_samples(category))
+    write_page(tmp_path / "a.html", report, [items[n % 3] for n in range(500)], "t")
+    assert 5e6 < (tmp_path / "a.html").stat().st_size < 15e6
+
+
+def test_pictures_are_as_large_as_there_is_room():
+    prediction, pixels = predicted((400, 600))
+    sides = []
+    for count in (5, 500, 1000, 10**6):
+        limit = item_bytes(count)
+        small = small_pictures(prediction, pixels, None, limit)
+        assert sum(len(data) for _, data in small) <= limit and len(small) == 3
+        sizes = {Image.open(io.BytesIO(data)).size for _, data in small}
+        assert len(sizes) == 1
+        sides.append(sizes.pop()[0])
+    assert sides == sorted(sides, reverse=True) and sides[0] > sides[2] == sides[3]
+    flat = replace(prediction, anomaly_map=np.zeros((400, 600), np.float32), pred_mask=np.zeros((400, 600), bool), reconstruction=None)
+    pictures = dict(small_pictures(flat, np.full_like(pixels, 99), None, item_bytes(1)))
+    assert pictures.keys() == {"input", "map"} and Image.open(io.BytesIO(pictures["input"])).size == (256, 171)
+
+
+def test_small_defects_are_seen_in_small_pictures():
+    prediction, pixels = predicted((1000, 1000))
+    speck = np.zeros((1000, 1000), bool)
+    speck[501, 502] = True
+    plain = replace(prediction, anomaly_map=np.zeros((1000, 1000), np.float32), pred_mask=np.zeros_like(speck))
+    pictures = dict(small_pictures(plain, np.full_like(pixels, 60), speck, item_bytes(1)))
+    marked, unmarked = (np.asarray(Image.open(io.BytesIO(pictures[name]))).astype(int) for name in ("ground truth", "map"))
+    assert np.abs(marked - unmarked).max() > 60
+
+
+@pytest.mark.parametrize(("truth", "rejected", "expected"), [(1, False, 0), (0, True, 1), (1, True, 2), (0, False, 3)])
+def test_outcomes(truth, rejected, expected):
+    assert outcome(truth, rejected) == OUTCOMES[expected]
+
+
+def test_the_most_wrong_come_first():
+    items = [item("a", 0.5), item("b", 0.9), item("c", 1.2, 0), item("d", 3.0, 0), item("e", 1.1), item("f", 9.0), item("g", 0.8, 0)]
+    names = re.findall("<h3>(.)</h3>", gallery.gallery_html(items[::-1]))
+    assert "".join(names) == "abdcegf"
+
+
+# --------------------------------------------------------------------------------------------- kept maps and rescoring
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_kept_maps_are_exact(tmp_path, masked):
+    rng = np.random.default_rng(0)
+    mask = rng.random((7, 9)) > 0.5 if masked else None
+    kept = KeptMap(rng.normal(size=(7, 9)).astype(np.float32), mask, [("input", b"\xff\xd8\x00"), ("map", b"")])
+    save_map(tmp_path / "maps", 12, kept)
+    again = load_map(tmp_path / "maps", 12)
+    assert again.anomaly_map.dtype == np.float32 and again.anomaly_map.tobytes() == kept.anomaly_map.tobytes()
+    assert (again.mask is None) == (mask is None) and (mask is None or np.array_equal(again.mask, mask))
+    assert again.pictures == kept.pictures
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["000012.npz"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: b"", lambda data: data[:-40], lambda data: b"not a zip file"])
+def test_damaged_maps_are_named(tmp_path, damage):
+    save_map(tmp_path, 3, KeptMap(np.zeros((7, 9), np.float32), None))
+    path = map_file(tmp_path, 3)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"000003.npz: damaged .*--keep-maps"):
+        load_map(tmp_path, 3)
+    with pytest.raises(DataError, match=r"000004.npz: missing; .*--keep-maps"):
+        load_map(tmp_path, 4)
+
+
+@pytest.mark.parametrize("name", ["folder", "folder_without_masks"])
+def test_scored_again_everything_is_the_same_to_the_last_byte(request, name, tmp_path):
+    original = request.getfixturevalue(name)
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    seen: list[tuple[str, int, int]] = []
+    report, items, title = rescore(copy, progress=lambda *call: seen.append(call))
+    assert title == "Widgets & <gadgets>" and len(items) == 10 and seen[-1] == ("reading maps", 10, 10)
+    stored = json.loads((original / "report.json").read_text())
+    assert report.metrics == stored["metrics"] and len(report.metrics) == (15 if name == "folder" else 9)
+    for path in (copy / file for file in FILES):
+        path.unlink()
+    write_report(report, items, copy, title)
+    for file in FILES:
+        assert (copy / file).read_bytes() == (original / file).read_bytes(), file
+
+
+def test_scored_again_at_another_rate_is_as_if_inspected_at_it(folder, model, category):
+    again, items, _ = rescore(folder, false_reject_rate=0.5)
+    detector = Glad.from_pretrained(model)
+    detector.set_false_reject_rate(0.5)
+    fresh = evaluate(detector, mislabelled(detector, category))
+    assert again.metrics.keys() == fresh.metrics.keys()
+    for name, value in fresh.metrics.items():
+        if name != "seconds_per_image":
+            assert again.metrics[name] == pytest.approx(value, rel=1e-6), name
+    for ours, theirs in zip(again.rows, fresh.rows, strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"]) and ours["p_value"] == theirs["p_value"]
+        assert (ours["label"], ours["outcome"]) == (theirs["label"], theirs["outcome"])
+    assert [(item.pred_score, item.outcome) for item in items] == [(row["score"], row["outcome"]) for row in again.rows]
+    before = json.loads((folder / "report.json").read_text())
+    assert again.metrics["threshold"] < before["metrics"]["threshold"]
+    assert again.details["guarantee"] == conformal_threshold(detector.calibration_.scores, 0.5).statement
+    assert again.details["notes"][-1].startswith("decided again at 50.00% false rejects")
+
+
+def test_scored_again_with_another_limit(folder):
+    report, _, _ = rescore(folder, max_fpr=0.1)
+    kept = [load_map(folder / "maps", number) for number, row in enumerate(report.rows) if row["mask"] or not row["gt_label"]]
+    masks = [np.zeros((256, 256), bool) if one.mask is None else one.mask for one in kept]
+    assert report.metrics["pixel_aupro"] == pytest.approx(metrics.aupro([one.anomaly_map for one in kept], masks, 0.1))
+    before = json.loads((folder / "report.json").read_text())
+    assert report.metrics["pixel_aupro"] != before["metrics"]["pixel_aupro"]
+    assert report.metrics["pixel_auroc"] == before["metrics"]["pixel_auroc"]
+    assert report.details["curves"]["pro"]["x"][-1] == 0.1
+    assert report.details["units"]["pixel_aupro"].endswith("0.1")
+
+
+def test_a_report_that_is_written_elsewhere_links_back(copy, tmp_path):
+    elsewhere = tmp_path / "deep/other one"
+    write_report(*rescore(copy, elsewhere, max_fpr=0.2)[:2], elsewhere)
+    links = [attrs["href"] for attrs in Page((elsewhere / "index.html").read_text()).all("a")]
+    assert len(links) == 34 and all((elsewhere / link).is_file() for link in links)
+    with pytest.raises(DataError, match="its maps were not kept"):
+        rescore(elsewhere)
+    shutil.rmtree(copy / "pictures")
+    write_report(*rescore(copy)[:2], copy)
+    page = Page((copy / "index.html").read_text())
+    assert page.all("a") == [] and len(page.all("img")) == 35 and "There are no full-size pictures" in "".join(page.texts)
+
+
+def test_what_cannot_be_scored_again(copy, tmp_path):
+    for setting in ({"max_fpr": 0.0}, {"max_fpr": 1.1}, {"false_reject_rate": 0.6}):
+        with pytest.raises(ConfigError, match=f"{next(iter(setting))} must"):
+            rescore(copy, **setting)
+    with pytest.raises(DataError, match=r"holds no report \(report.json\); give the folder that 'gladad evaluate' wrote"):
+        rescore(tmp_path)
+    stored = json.loads((copy / "report.json").read_text())
+
+    def refused(value: Any, message: str) -> None:
+        (copy / "report.json").write_text(value if isinstance(value, str) else json.dumps(value))
+        with pytest.raises(DataError, match=message):
+            rescore(copy)
+
+    refused("{", "cannot be read as JSON")
+    refused([], "not a report of this program")
+    refused({**stored, "schema": "other"}, "not a report of this program")
+    refused({**stored, "schema_version": 99}, "has version 99, this program reads 1")
+    refused({**stored, "rows": [{"image": "a"}]}, "key missing or wrong")
+    refused({key: value for key, value in stored.items() if key != "details"}, "key missing or wrong")
+    refused({**stored, "details": {**stored["details"], "maps": False}}, "maps were not kept; run 'gladad evaluate --keep-maps' first")
+    (copy / "maps/000000.npz").unlink()
+    refused(stored, "000000.npz: missing")
+
+
+# ------------------------------------------------------------------------------------------------------ on the command line
+
+
+def test_the_commands(model, tmp_path, capsys):
+    category, out = write_category(tmp_path / "widget", train=0, test=3), tmp_path / "out"
+    (category / "test/hole/001.png").write_bytes(b"broken")
+    assert main(["evaluate", str(model), str(category), "-o", str(out), "--keep-maps"]) == 0
+    printed, errors = capsys.readouterr()
+    assert errors.startswith("skipped: ") and errors.count("\n") == 1 and str(out / "index.html") in printed
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "maps", "pictures", *FILES[1:]]
+    assert sorted(path.name for path in (out / "maps").iterdir()) == [f"{number:06}.npz" for number in (0, 1, 2, 3, 5)]
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["defect_type"] for row in rows] == ["good"] * 3 + ["hole"] * 3 and "broken.png" not in rows[4]["error"]
+    before = {name: (out / name).read_bytes() for name in FILES}
+    shutil.rmtree(category)
+    assert main(["rescore", str(out), "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert main(["rescore", str(out), "-o", str(tmp_path / "other"), "--false-reject-rate", "0.4", "--max-fpr", "0.1"]) == 0
+    assert "decided again at 40.00%" in capsys.readouterr().out
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == list(FILES)
+
+
+def test_the_commands_refuse(model, category, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["evaluate", str(model), str(category), "-o", str(out), "-q", "--no-pictures"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == list(FILES)
+    for arguments, message in (
+        ([str(out)], f"error: {out}: its maps were not kept; run 'gladad evaluate --keep-maps' first"),
+        ([str(tmp_path)], f"error: {tmp_path}: holds no report"),
+        ([str(out), "--max-fpr", "7"], "error: max_fpr must lie in (0, 1], not 7.0"),
+    ):
+        assert main(["rescore", *arguments]) == 1
+        printed, errors = capsys.readouterr()
+        assert errors.startswith(message) and errors.count("\n") == 1 and printed == ""
+
+
+def test_a_later_report_without_maps_and_pictures_removes_the_earlier_ones(model, category, tmp_path):
+    out = tmp_path / "out"
+    command = ["evaluate", str(model), str(category), "-o", str(out), "-q"]
+    assert main([*command, "--keep-maps"]) == 0 and (out / "maps").is_dir() and (out / "pictures").is_dir()
+    assert main([*command, "--no-pictures"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == list(FILES)
+    (out / "pictures").mkdir()
+    (out / "pictures/mine.txt").write_text("not of the report")
+    assert main([*command, "--no-pictures"]) == 0
+    assert (out / "pictures/mine.txt").exists()
