@@ -187,7 +187,7 @@ def test_evaluate(gladad, model, category, tmp_path):
     out = tmp_path / "report"
     result = gladad("evaluate", model, category, "-o", out)
     assert (result.status, result.err) == (0, "")
-    assert names(out) == ["index.html", "predictions.csv", "report.json"]
+    assert names(out) == ["index.html", "pictures", "predictions.csv", "report.json", "report.md"]
     metrics = json.loads((out / "report.json").read_text())["metrics"]
     assert metrics["image_auroc"] > 0.9 and "pixel_aupro" in metrics
     assert "image auroc" in result.out and "95 % interval" in result.out and "normal: 4" in result.out

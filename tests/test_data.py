@@ -94,6 +94,21 @@ def test_good_beside_defects(tmp_path):
     assert names(tmp_path, good_images(tmp_path)) == ["good/a.png", "good/deeper/b.png"]
 
 
+@pytest.mark.parametrize("bad", ["a/b/Anomaly/x.png", "a/b/scratch/x.png", "x.png", "bad/x.png"])
+def test_good_and_bad_further_down_are_not_learnt_together(tmp_path, bad):
+    put(tmp_path / "a/b/c/Normal/a.png")
+    assert names(tmp_path, good_images(tmp_path)) == ["a/b/c/Normal/a.png"]
+    put(tmp_path / bad)
+    with pytest.raises(DataError, match=r"holds good images and others; give the folder of the good ones, such as .*Normal$"):
+        good_images(tmp_path)
+
+
+def test_masks_beside_images_are_not_learnt_from(tmp_path):
+    for name in ("a.png", "a_mask.png", "b_mask.png"):
+        put(tmp_path / "good" / name)
+    assert names(tmp_path, good_images(tmp_path)) == ["good/a.png", "good/b_mask.png"]
+
+
 def test_test_images_are_refused_for_learning(category):
     for folder in ("test", "test/good", "ground_truth", "ground_truth/broken"):
         with pytest.raises(DataError, match="not for learning"):

@@ -121,6 +121,13 @@ def test_anomalous_training_images_are_recorded_and_not_learnt_from(tmp_path):
     assert [p.parent.name for p in dataset.training_images()] == ["good", "good", "good"]
 
 
+def test_images_without_a_label_are_counted(tmp_path):
+    root = mvtec(tmp_path / "bottle")
+    put(root, "test/loose.png", "test/another.JPG")
+    dataset = read_dataset(root)
+    assert (len(dataset.samples), dataset.unlabelled) == (8, 2)
+
+
 def test_mvtec_loco(tmp_path):
     root = tmp_path / "loco/pushpins"
     put(root, "train/good/000.png", "validation/good/000.png", "test/good/000.png")
@@ -277,6 +284,13 @@ def test_visa_without_a_table(tmp_path, part):
         good_images(root)
 
 
+def test_visa_among_others(tmp_path):
+    visa(tmp_path / "VisA", "candle")
+    mvtec(tmp_path / "mvtec/bottle")
+    with pytest.raises(DataError, match=r"holds VisA and more; give .*VisA for the data set of 1cls\.csv"):
+        read_dataset(tmp_path)
+
+
 def test_nothing_of_visa(tmp_path):
     put(tmp_path, "a/b.png")
     with pytest.raises(DataError, match=r"no split_csv/1cls\.csv and no <category>/Data/Images/Normal"):
@@ -336,8 +350,12 @@ def test_links_that_lead_back_up_are_no_kind_of_defect(tmp_path):
     root = mvtec(tmp_path / "bottle")
     (root / "test/again").symlink_to(root / "test")
     (root / "test/scratch/again").symlink_to(root / "test/scratch")
+    (root / "test/scratch/deeper").mkdir()
+    for folder in ("train/good", "test/good", "test/scratch/deeper", "ground_truth/scratch"):
+        (root / folder / "up").symlink_to(root)
     (root / "up").symlink_to(tmp_path)
     assert len(read_dataset(root).samples) == 8
+    assert len(good_images(root)) == len(good_images(root / "train/good")) == 3
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(DataError, match="no such file or folder"):

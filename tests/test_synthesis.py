@@ -301,11 +301,12 @@ DOTS[:4], DOTS[-4:], DOTS[:, :4], DOTS[:, -4:] = 50, 50, 50, 50
         (np.where(block(np.s_[20:70], np.s_[25:95]) > 99, 240, np.linspace(10, 140, 120)), "vary by 2"),  # a part, and light from one side
         (block(np.s_[10:80], np.s_[:]), "the ground would hold only"),  # reaches two sides
         (block(np.s_[:], np.s_[:60]), "the ground would hold only"),  # covers a half
+        (np.maximum(block(np.s_[36:54], np.s_[:]), block(np.s_[:], np.s_[50:72])), "the ground would hold only 8"),  # a little of all four
         (block(np.s_[30:60], np.s_[0:60]), "on one side"),  # reaches one side
         (block(np.s_[3:-3], np.s_[4:-4]), "would take 8"),  # a frame
         (DOTS, "largest pieces"),
     ],
-    ids=["grain", "ramp", "spotlight", "slope", "bar", "half", "edge", "frame", "dots"],
+    ids=["grain", "ramp", "spotlight", "slope", "bar", "half", "cross", "edge", "frame", "dots"],
 )
 def test_without_a_part_it_is_the_whole_image(level, why):
     choice = choose_foreground([plain(level, seed=seed) for seed in range(6)])

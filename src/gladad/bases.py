@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gladad.algorithm import ReconstructionConfig
 from gladad.anomalib_baselines import AnomalibBase, AnomalibConfig, fit_anomalib
 from gladad.calibration import check_rate
 from gladad.config import from_json
@@ -21,6 +20,7 @@ from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite
 from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.paper import PaperBase, PaperConfig, fit_paper
 from gladad.pipeline import GladPipeline
+from gladad.presets import Preset, load_preset
 from gladad.synthesis import Foreground
 from gladad.types import Inspection, Progress
 
@@ -67,11 +67,13 @@ class FitSettings:
     false_reject_rate: float = 0.01  # share of good parts that may be rejected
     image_size: int | None = None  # side of a square with as many pixels as the model works on; None = 256 (lite), 512 (others)
     max_images: int = 1000  # good images used; a random choice of them if there are more
+    shots: int | None = None  # learn from so few (1, 2, 4, 8), which a random choice leaves; None = from all
     textures: str | None = None  # folder of images that synthetic anomalies take content from; None = generated textures
-    foreground: Foreground = "all"  # where synthetic anomalies may appear: all | bright | dark part of the image
+    foreground: Literal["all", "bright", "dark", "auto"] = "all"  # part of the image where synthetic anomalies may appear
     product: Literal["auto", "object", "texture"] = "auto"  # lite: what counts as evidence; "auto" decides by the images
     features: str | None = None  # extractor of a diffusers base: folder or Hub id; None = DINO ViT-B/8
     prompt: str = "a photo of sks"  # of a diffusers base
+    preset: str | None = None  # of a diffusers base: published constants by name, such as "mvtec_ad/bottle", see gladad.presets
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
     anomaly_oriented: bool = True  # ATP: train on synthetic anomalies; False = plain diffusion, for ablations
     adaptive: bool = True  # ADS: search the denoising step per image; False = the same for all, for ablations
@@ -89,6 +91,8 @@ class FitSettings:
             raise ConfigError(f"image_size must be from 64 to 2048, not {self.image_size}")
         if self.max_images < 2:
             raise ConfigError(f"max_images must be at least 2, not {self.max_images}")
+        if self.shots is not None and self.shots < 1:
+            raise ConfigError(f"shots must be at least 1, not {self.shots}")
 
 
 def settings_of(values: dict[str, Any]) -> FitSettings:
@@ -110,6 +114,7 @@ def train_base(
     size: tuple[int, int],
     settings: FitSettings,
     textures: Sequence[Pixels],
+    foreground: Foreground,
     share: int,
     progress: Progress,
 ) -> Base:
@@ -121,12 +126,15 @@ def train_base(
         size: ``(H, W)`` the base works at.
         settings: The user's choices.
         textures: Images of the same size that synthetic anomalies take content from.
+        foreground: Where synthetic anomalies may appear.
         share: Number of trainings that share the budget.
         progress: Told of every stage.
 
     Raises:
         ConfigError: A setting is not for this base.
     """
+    if settings.preset is not None and name in FEATURE_BASES:
+        raise ConfigError(f"presets are constants of the paper's form of base, not of {name}; leave preset out")
     if name == "memory-bank":
         return fit_memory_bank(images, MemoryBankConfig(image_size=size, seed=settings.seed), progress=progress)
     if name in BASELINES:
@@ -136,18 +144,22 @@ def train_base(
     if name == "lite":
         training = _lite_training(settings)
         training = replace(training, steps=max(1, training.steps // share), minutes=minutes)
-        return fit_lite(
-            images, _lite_config(size, settings), training, textures=textures, foreground=settings.foreground, progress=progress
-        )
+        return fit_lite(images, _lite_config(size, settings), training, textures=textures, foreground=foreground, progress=progress)
     if minutes is not None:
         raise ConfigError("minutes is for the lite base; give steps")
     if not settings.anomaly_oriented:
         raise ConfigError("anomaly_oriented can be switched off for the lite base only")
-    pipeline = GladPipeline.from_base(name, settings.features, prompt=settings.prompt)
-    budget = FinetuneConfig(steps=max(1, (settings.steps or FinetuneConfig().steps) // share), seed=settings.seed)
-    reconstruction = ReconstructionConfig(adaptive=settings.adaptive, fusion="none" if settings.fusion is False else "sigmoid")
-    paper = PaperConfig(image_size=size, feature_size=size, reconstruction=reconstruction, seed=settings.seed)
-    return fit_paper(pipeline, images, paper, budget, textures=textures, foreground=settings.foreground, progress=progress)
+    preset = None if settings.preset is None else load_preset(settings.preset)
+    pipeline = GladPipeline.from_base(name, settings.features, prompt=preset.prompt if preset else settings.prompt)
+    default = preset.train_steps if preset else FinetuneConfig().steps
+    budget = FinetuneConfig(steps=max(1, (settings.steps or default) // share), seed=settings.seed)
+    paper = _paper_config(size, settings, preset)
+    if preset:
+        foreground = preset.synthesis_foreground
+    calibrated = preset is None or preset.step_threshold_calibrated
+    return fit_paper(
+        pipeline, images, paper, budget, textures=textures, foreground=foreground, calibrate_step=calibrated, progress=progress
+    )
 
 
 def adjust_base(base: Base, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> None:
@@ -188,6 +200,23 @@ def _lite_config(size: tuple[int, int], settings: FitSettings) -> LiteConfig:
     config = LiteConfig(image_size=size, seed=settings.seed, product=settings.product)
     fusion: Literal["calibrated", "none"] = "calibrated" if settings.fusion else "none"
     return replace(config, reconstruction=replace(config.reconstruction, adaptive=settings.adaptive, fusion=fusion))
+
+
+def _paper_config(size: tuple[int, int], settings: FitSettings, preset: Preset | None) -> PaperConfig:
+    config = PaperConfig(image_size=size, feature_size=size, seed=settings.seed)
+    if preset is not None:
+        config = replace(
+            config,
+            feature_size=preset.feature_size if settings.image_size is None else size,
+            guidance_scale=preset.guidance_scale,
+            reconstruction=preset.reconstruction,
+            scoring=preset.scoring,
+            foreground=preset.scoring_foreground,
+        )
+    reconstruction = replace(config.reconstruction, adaptive=settings.adaptive)
+    if settings.fusion is False:
+        reconstruction = replace(reconstruction, fusion="none")
+    return replace(config, reconstruction=reconstruction)
 
 
 def _lite_training(settings: FitSettings) -> LiteTrainingConfig:

@@ -68,8 +68,13 @@ def check_rate(false_reject_rate: float) -> None:
         raise ConfigError(f"false_reject_rate must be above 0 and at most 0.5, not {false_reject_rate}")
 
 
-def conformal_threshold(normal_scores: Sequence[float], false_reject_rate: float) -> Threshold:
+def conformal_threshold(normal_scores: Sequence[float], false_reject_rate: float, images: int | None = None) -> Threshold:
     """The decision threshold for a requested false-reject rate (see the module's text).
+
+    Args:
+        normal_scores: Raw scores.
+        false_reject_rate: In (0, 0.5].
+        images: Number of different images behind the scores, where some are of copies of others: these support no guarantee.
 
     Raises:
         ConfigError: The rate is not in (0, 0.5].
@@ -82,7 +87,9 @@ def conformal_threshold(normal_scores: Sequence[float], false_reject_rate: float
         raise DataError(f"calibration needs at least {MIN_HELD_OUT} held-out good images, there are {n}; add good images")
     needed = required_images(false_reject_rate)
     rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
-    if rank <= n:
+    if images is not None and images < n:
+        n = images
+    elif rank <= n:
         return Threshold(float(scores[rank - 1]), false_reject_rate, n, "conformal", needed)
     logs = np.log(np.maximum(scores, 1e-12))
     fitted = math.exp(float(logs.mean()) + NormalDist().inv_cdf(1 - false_reject_rate) * float(logs.std(ddof=1)))
@@ -134,7 +141,12 @@ class Calibration:
 
 
 def calibrate(
-    normal_scores: Sequence[float], normal_map_peaks: Sequence[float], false_reject_rate: float, *, cross_fitted: bool = False
+    normal_scores: Sequence[float],
+    normal_map_peaks: Sequence[float],
+    false_reject_rate: float,
+    *,
+    cross_fitted: bool = False,
+    images: int | None = None,
 ) -> Calibration:
     """Fit the decision and the pixel threshold on held-out normal images.
 
@@ -146,10 +158,11 @@ def calibrate(
         normal_map_peaks: Largest raw map value of each.
         false_reject_rate: Requested rate, in (0, 0.5].
         cross_fitted: Recorded, see `Calibration`.
+        images: Number of different images, see `conformal_threshold`.
     """
     return Calibration(
         scores=tuple(sorted(float(s) for s in normal_scores)),
-        threshold=conformal_threshold(normal_scores, false_reject_rate),
-        pixel_threshold=conformal_threshold(normal_map_peaks, false_reject_rate).value,
+        threshold=conformal_threshold(normal_scores, false_reject_rate, images),
+        pixel_threshold=conformal_threshold(normal_map_peaks, false_reject_rate, images).value,
         cross_fitted=cross_fitted,
     )

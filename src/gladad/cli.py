@@ -51,6 +51,7 @@ class Foreground(StrEnum):
     all = "all"
     bright = "bright"
     dark = "dark"
+    auto = "auto"
 
 
 class Product(StrEnum):
@@ -155,11 +156,17 @@ def fit(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     false_reject_rate: Annotated[float, typer.Option(help="Share of good parts that may be rejected.")] = 0.01,
     textures: Annotated[Path | None, typer.Option(help="Folder of images to make defects from.", show_default=False)] = None,
-    foreground: Annotated[Foreground, typer.Option(help="Part of the image where defects are made.")] = Foreground.all,
+    foreground: Annotated[
+        Foreground, typer.Option(help="Part of the image where defects are made; auto decides by the good images.")
+    ] = Foreground.all,
     product: Annotated[Product, typer.Option(help="Object with structure, or texture (lite).")] = Product.auto,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels to work at [256 for lite].", show_default=False)] = None,
     max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
+    shots: Annotated[int | None, typer.Option(help="Learn from so few good images (1, 2, 4, 8).", show_default=False)] = None,
     features: Annotated[str | None, typer.Option(help="Extractor of other bases: folder or Hub id.", show_default=False)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published constants, such as mvtec_ad/bottle (other bases).", show_default=False)
+    ] = None,
     calibration: Annotated[CalibrationWay, typer.Option(help="Images the threshold is made from.")] = CalibrationWay.auto,
     category: Category = None,
     layout: Layout = "auto",
@@ -184,6 +191,8 @@ def fit(
         false_reject_rate=false_reject_rate,
         image_size=image_size,
         max_images=max_images,
+        shots=shots,
+        preset=preset,
         textures=None if textures is None else str(textures),
         foreground=foreground.value,
         product=product.value,
@@ -195,7 +204,9 @@ def fit(
         detector = Glad.from_base(base, settings=settings).fit(paths, progress=progress)
     detector.save_pretrained(output)
     if not quiet:
-        print(f"{output}: fitted on {min(len(paths), max_images)} good images in {_duration(time.monotonic() - started)}")
+        print(f"{output}: fitted on {detector.provenance_['images']} good images in {_duration(time.monotonic() - started)}")
+        if foreground is Foreground.auto:
+            print(f"defects were made on {detector.provenance_['foreground']['reason']}")
         print(detector.calibration_.threshold.statement)
 
 
@@ -414,7 +425,11 @@ def benchmark(
     cells, notes = plan(chosen, data, shift=shift, configurations=configuration or (), categories=category or (), seeds=seed or ())
     for note in notes:
         tell(f"note: {note}")
-    failed = [] if tables else run(cells, output, jobs=jobs, tell=tell)
+    try:
+        failed = [] if tables else run(cells, output, jobs=jobs, tell=tell)
+    except KeyboardInterrupt:
+        _complain("interrupted; finished cells are kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
     outcome = Outcome(finished(cells, output), failed, notes)
     page = write_tables(output, chosen.title, outcome)
     if not quiet:
@@ -461,14 +476,13 @@ def demo(
 
 def show_report(report: Report) -> None:
     """Print the numbers of an evaluation as a table."""
-    from gladad.report_text import cell, summary
+    from gladad.report_text import cell, headline, interval, summary
 
     table = Table("metric", "value", "95 % interval")
-    intervals = report.details["intervals_95"]
     for name, value in summary(report):
-        low, high = intervals.get(name, (None, None))
-        table.add_row(name.replace("_", " "), cell(name, value), "" if low is None else f"{low:.1%} to {high:.1%}")
+        table.add_row(name.replace("_", " "), cell(name, value), interval(report, name))
     Console().print(table)
+    print(headline(report))
     print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in report.counts.items()))
     for note in [*report.details["notes"], report.details["guarantee"]]:
         print(note)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,7 @@ def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
         ConfigError: The name is unknown, or the severity is not 1...5.
     """
     shift, strength = _find(name, severity)
-    return shift.apply(pixels, strength, _generator(name, seed))
+    return shift.apply(pixels, strength, np.random.default_rng(seed))
 
 
 def corrupt_mask(mask: Mask, name: str, severity: int, seed: int) -> Mask:
@@ -79,7 +78,7 @@ def corrupt_mask(mask: Mask, name: str, severity: int, seed: int) -> Mask:
         ConfigError: The name is unknown, or the severity is not 1...5.
     """
     shift, strength = _find(name, severity)
-    return mask if shift.move is None else shift.move(mask, strength, _generator(name, seed))
+    return mask if shift.move is None else shift.move(mask, strength, np.random.default_rng(seed))
 
 
 def _find(name: str, severity: int) -> tuple[Shift, Any]:
@@ -88,10 +87,6 @@ def _find(name: str, severity: int) -> tuple[Shift, Any]:
     if severity not in SEVERITIES:
         raise ConfigError(f"severity {severity!r} of {name}: must be 1, 2, 3, 4 or 5")
     return SHIFTS[name], SHIFTS[name].strengths[severity - 1]
-
-
-def _generator(name: str, seed: int) -> np.random.Generator:
-    return np.random.default_rng((seed, zlib.crc32(name.encode())))
 
 
 def _to_pixels(levels: NDArray[np.floating[Any]]) -> Pixels:

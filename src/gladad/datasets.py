@@ -391,6 +391,8 @@ def _read_visa_without_table(path: Path) -> _Found:
     found = _Found()
     for folder in category_folders(path):
         if visa_images(folder):
+            if (table := _visa_table(folder)[0]) is not None:
+                raise DataError(f"{path}: holds VisA and more; give {table.parent.parent} for the data set of {table.name}")
             _add_category(found, folder, product_name(folder))
     if not found.samples:
         raise DataError(f"{path}: no split_csv/1cls.csv and no <category>/Data/Images/Normal; give the folder that holds them")

@@ -21,9 +21,12 @@ from gladad.config import from_json, to_json
 from gladad.data import expand_paths, fingerprint, good_images, split_held_out
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
 from gladad.feature_space import size_for_aspect
+from gladad.few_shot import FEW, views, with_copies
 from gladad.images import as_pixels, list_images, load_image, resize_pixels
 from gladad.parallel import in_order
+from gladad.presets import load_preset
 from gladad.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
+from gladad.synthesis import Foreground, choose_foreground
 from gladad.types import Prediction, Progress, Region, no_progress
 
 Pixels = NDArray[np.uint8]
@@ -90,26 +93,39 @@ class Glad:
         size = self.working_size(paths)
         pixels = _read(paths, size, progress)
         textures = self._load_textures(size)
-        scores, peaks = [], []
-        if self._cross_fits(pixels):
-            self.base_ = train_base(self.base, pixels, size, settings, textures, FOLDS + 1, progress)
+        foreground, reason = self._foreground(pixels)
+        few = len(pixels) < FEW
+
+        def train(images: Sequence[Pixels], share: int, told: Progress) -> Base:
+            shown = with_copies(images, settings.seed) if few else images
+            return train_base(self.base, shown, size, settings, textures, foreground, share, told)
+
+        scores: list[float] = []
+        peaks: list[float] = []
+        cross_fitted = self._cross_fits(pixels)
+        if len(pixels) == 1:  # nothing but its own copies to be judged by
+            self.base_ = train(pixels, 1, progress)
+            scores, peaks = _score(self.base_, views(pixels, settings.seed), progress)
+        elif cross_fitted:
+            self.base_ = train(pixels, FOLDS + 1, progress)
             for fold in range(FOLDS):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
-                told = _prefixed(progress, f"fold {fold + 1} of {FOLDS}: ")
-                base = train_base(self.base, rest, size, settings, textures, FOLDS + 1, told)
-                fold_scores, fold_peaks = _score(base, out, progress)
+                base = train(rest, FOLDS + 1, _prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
+                fold_scores, fold_peaks = _score(base, views(out, settings.seed) if few else out, progress)
                 scores += fold_scores
                 peaks += fold_peaks
         else:
-            train, held_out = self._split(pixels)
-            self.base_ = train_base(self.base, train, size, settings, textures, 1, progress)
+            kept, held_out = self._split(pixels)
+            self.base_ = train(kept, 1, progress)
             scores, peaks = _score(self.base_, held_out, progress)
-        self._calibrate(scores, peaks, cross_fitted=self._cross_fits(pixels))
+        held_out_count = len(pixels) if cross_fitted else len(scores)
+        self._calibrate(scores, peaks, cross_fitted=cross_fitted, images=held_out_count)
         self.provenance_ = {
             "data_fingerprint": fingerprint(paths),
             "images": len(paths),
-            "held_out": len(scores),
+            "held_out": held_out_count,
+            "foreground": {"foreground": foreground, "reason": reason},
             "seed": settings.seed,
             "versions": _versions(),
         }
@@ -142,38 +158,49 @@ class Glad:
             raise DataError(f"{paths[0].parent}: not the images that this detector was fitted on")
         train, held_out = self._split(_read(paths, self.working_size(paths), progress))
         adjust_base(self.base_, train, settings, progress)
-        self._calibrate(*_score(self.base_, held_out, progress), cross_fitted=False)
+        self._calibrate(*_score(self.base_, held_out, progress), cross_fitted=False, images=len(held_out))
         return self
 
     def _chosen(self, images: str | Path | Sequence[str | Path]) -> list[Path]:
         """The images to learn from: all that were given, or a random choice."""
         paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
-        limit = self.settings.max_images
+        settings = self.settings
+        limit = settings.shots or settings.max_images
         if len(paths) > limit:
-            order = np.random.default_rng(self.settings.seed).permutation(len(paths))[:limit]
+            order = np.random.default_rng(settings.seed).permutation(len(paths))[:limit]
             paths = [paths[i] for i in sorted(order.tolist())]
-        if len(paths) < 2 + MIN_HELD_OUT:
-            raise DataError(f"at least {2 + MIN_HELD_OUT} good images are needed, there are {len(paths)}; add good images")
+        needed = settings.shots or 2 + MIN_HELD_OUT
+        if len(paths) < needed:
+            advice = "ask for fewer shots" if settings.shots else "add good images, or learn from fewer with --shots, without any promise"
+            raise DataError(f"at least {needed} good images are needed, there are {len(paths)}; {advice}")
         return paths
+
+    def _foreground(self, pixels: Sequence[Pixels]) -> tuple[Foreground, str]:
+        """Where synthetic anomalies may appear, and why."""
+        if self.settings.foreground != "auto":
+            return self.settings.foreground, "set by the user, or the default"
+        choice = choose_foreground(pixels)
+        return choice.foreground, choice.reason
 
     def _cross_fits(self, pixels: Sequence[Pixels]) -> bool:
         way = self.settings.calibration
-        return way == "cross-fit" or (way == "auto" and len(pixels) < FEW_IMAGES)
+        return way == "cross-fit" or (way == "auto" and len(pixels) < FEW_IMAGES) or len(pixels) < 2 + MIN_HELD_OUT
 
     def _split(self, pixels: Sequence[Pixels]) -> tuple[list[Pixels], list[Pixels]]:
         """Images to train on, and those held out for the calibration."""
         share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(pixels))
         return split_held_out(pixels, share, MIN_HELD_OUT, self.settings.seed)
 
-    def _calibrate(self, scores: Sequence[float], peaks: Sequence[float], *, cross_fitted: bool) -> None:
-        self.calibration_ = calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted)
+    def _calibrate(self, scores: Sequence[float], peaks: Sequence[float], *, cross_fitted: bool, images: int) -> None:
+        self.calibration_ = calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted, images=images)
         self._peaks = sorted(peaks)
 
     def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
         """``(H, W)`` the model works at: for the feature bases with the median proportions of the images, for others square."""
         if self.base not in FEATURE_BASES:
+            preset = None if self.settings.preset is None else load_preset(self.settings.preset)
             side = self.settings.image_size or 512
-            return side, side
+            return preset.encode_size if preset and self.settings.image_size is None else (side, side)
         shapes = [load_image(path).shape for path in paths[:: max(1, len(paths) // 25)]]
         aspect = float(np.median([width / height for height, width, _ in shapes]))
         return size_for_aspect(aspect, self.settings.image_size or 256)
@@ -194,7 +221,7 @@ class Glad:
         """Choose another false-reject rate; the thresholds follow from the stored held-out scores."""
         self._require_fit()
         old = self.calibration_
-        self.calibration_ = calibrate(old.scores, self._peaks, rate, cross_fitted=old.cross_fitted)
+        self.calibration_ = calibrate(old.scores, self._peaks, rate, cross_fitted=old.cross_fitted, images=old.threshold.n)
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
@@ -308,7 +335,9 @@ class Glad:
         calibration = self.calibration_.to_json()
         scores = calibration.pop("scores")
         config = getattr(self.base_, "config", None)
-        return {
+        preset = None if self.settings.preset is None else load_preset(self.settings.preset)
+        chosen = {} if preset is None else {"preset": {"name": preset.name, "tuned_on": preset.tuned_on, "source": preset.source}}
+        return chosen | {
             "base": self.base_.kind,
             "source": self.base,
             "settings": to_json(self.settings),

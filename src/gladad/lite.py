@@ -76,6 +76,8 @@ class LiteConfig:
     widths: tuple[int, ...] = (96, 128, 192)  # channels of the denoiser's levels
     reconstruction: OneCallConfig = field(default_factory=lambda: OneCallConfig(timesteps=()))  # no timesteps = set by training
     seed: int = 0  # of the noise added at inspection, the same for every image
+    categories: tuple[str, ...] = ()  # products that share the denoiser, which is told which one it sees; none = it knows one only
+    category: str = ""  # the product of this model, one of these
     product: Literal["auto", "object", "texture"] = "auto"  # which of RECIPES; "auto" = set by training
     position_share: float | None = None  # share of the per-position normal energy in the normalisation; None = set by training
     blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
@@ -86,6 +88,8 @@ class LiteConfig:
             raise ConfigError(f"image_size must be two multiples of {SIDE_MULTIPLE}, each at least 64, not {self.image_size}")
         if not 1 <= self.dimensions < FEATURE_CHANNELS:
             raise ConfigError(f"dimensions must be from 1 to {FEATURE_CHANNELS - 1}, not {self.dimensions}")
+        if self.categories and self.category not in self.categories:
+            raise ConfigError(f"category must be one of {', '.join(self.categories)}, not {self.category!r}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -97,11 +101,14 @@ class LiteConfig:
 
 
 class LatentDenoiser(nn.Module):
-    """A small UNet over the 2x2 space-to-depth of the latent, with position channels; predicts the velocity."""
+    """A small UNet over the 2x2 space-to-depth of the latent, with position channels; predicts the velocity.
+
+    With ``classes`` it is told the product by an embedding that joins the timestep's.
+    """
 
     position: Tensor
 
-    def __init__(self, dimensions: int, grid: tuple[int, int], widths: Sequence[int]):
+    def __init__(self, dimensions: int, grid: tuple[int, int], widths: Sequence[int], classes: int = 0):
         super().__init__()
         height, width = grid[0] // 2, grid[1] // 2
         y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
@@ -121,16 +128,17 @@ class LatentDenoiser(nn.Module):
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
             norm_num_groups=16,
             attention_head_dim=32,
+            num_class_embeds=classes or None,
         )
         channels_last(self.unet)
 
-    def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``."""
+    def forward(self, x_t: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
+        """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``, of products ``[B]`` int64 where there are classes."""
         packed = F.pixel_unshuffle(x_t, 2)
         packed = torch.cat([packed, self.position.to(packed.dtype).expand(len(packed), -1, -1, -1)], dim=1)
         if any(self.pad):
             packed = F.pad(packed, self.pad, mode="replicate")
-        out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep).sample
+        out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep, class_labels=label).sample
         height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
         return F.pixel_shuffle(out[..., :height, :width].contiguous(), 2).float()
 
@@ -180,7 +188,7 @@ class LiteBase(nn.Module):
         self.schedule = Schedule.scaled_linear()
         self.trunk = trunk
         self.space = FeatureSpace(config.dimensions, config.whitening)
-        self.denoiser = LatentDenoiser(config.dimensions, config.grid, config.widths)
+        self.denoiser = self._empty_denoiser()
         self.decoder = LatentDecoder(config.dimensions)
         self.register_buffer("residual_scale", torch.ones(1, config.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(2, FEATURE_CHANNELS))
@@ -206,7 +214,7 @@ class LiteBase(nn.Module):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """Noise implied by the denoiser's velocity."""
-        velocity = self._fast_networks()[1](latent.to(torch.bfloat16), timestep)
+        velocity = self._fast_networks()[1](latent.to(torch.bfloat16), timestep, self.labels(len(latent)))
         return velocity_to_noise(latent, velocity, self.schedule.alpha_bar(timestep))
 
     def latent_features(self, latent: Tensor) -> Tensor:
@@ -217,11 +225,18 @@ class LiteBase(nn.Module):
         """Drop the fast copies of the networks; to be called after their weights changed."""
         self._fast = []
 
+    def labels(self, count: int) -> Tensor | None:
+        """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""
+        config = self.config
+        return torch.full((count,), config.categories.index(config.category)) if config.categories else None
+
+    def _empty_denoiser(self) -> LatentDenoiser:
+        config = self.config
+        return LatentDenoiser(config.dimensions, config.grid, config.widths, len(config.categories))
+
     def _fast_networks(self) -> tuple[EfficientNetLite0, LatentDenoiser]:
         if not self._fast:
-            config = self.config
-            empty = LatentDenoiser(config.dimensions, config.grid, config.widths)
-            self._fast = [inference_copy(self.trunk, EfficientNetLite0()), inference_copy(self.denoiser, empty)]
+            self._fast = [inference_copy(self.trunk, EfficientNetLite0()), inference_copy(self.denoiser, self._empty_denoiser())]
         trunk, denoiser = self._fast
         return cast(EfficientNetLite0, trunk), cast(LatentDenoiser, denoiser)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,22 +78,84 @@ def fit_lite(
     Raises:
         DataError: There are fewer than two images.
     """
-    if len(images) < 2:
-        raise DataError(f"training needs at least 2 good images besides the held-out ones, there are {len(images)}; add good images")
+    return fit_lite_multi_class(
+        {config.category: images},
+        config,
+        training,
+        textures=textures,
+        foregrounds={config.category: foreground},
+        trunk=trunk,
+        progress=progress,
+    )[config.category]
+
+
+def fit_lite_multi_class(
+    images: Mapping[str, Sequence[Pixels]],
+    config: LiteConfig,
+    training: LiteTrainingConfig,
+    *,
+    textures: Sequence[Pixels] = (),
+    foregrounds: Mapping[str, Foreground],
+    trunk: EfficientNetLite0 | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, LiteBase]:
+    """Train one denoiser for several products, which it is told apart by their class; everything else is each product's own.
+
+    Args:
+        images: Category -> ``[H, W, 3]`` uint8 normal images, already at ``config.image_size``.
+        config: Shape and scoring, the same for all; with more than one category, ``config.categories`` names them.
+        training: Budget and recipe; the steps and the pool of synthetic anomalies are shared.
+        textures: Images of the same size that synthetic anomalies take content from; generated textures when there are none.
+        foregrounds: Category -> where synthetic anomalies may appear.
+        trunk: The frozen feature network; None loads the ImageNet weights.
+        progress: Told of every stage.
+
+    Returns:
+        Category -> its base. All hold the same denoiser.
+
+    Raises:
+        DataError: A category has fewer than two images.
+    """
+    for category, own in images.items():
+        if len(own) < 2:
+            of = f" of {category}" if category else ""
+            raise DataError(f"training needs at least 2 good images{of} besides the held-out ones, there are {len(own)}; add good images")
     started = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        base = LiteBase(config, pretrained() if trunk is None else trunk)
-    base.eval()
+    trunk = pretrained() if trunk is None else trunk
+    parts = []
+    for category, own in images.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            base = LiteBase(replace(config, category=category), trunk)
+        base.eval()
+        normal = _fit_space(base, own, progress)
+        choose_recipe(base)
+        share = replace(training, pool=training.pool // len(images))
+        parts.append(_Part(base, normal, *_synthetic_pool(base, own, share, textures, foregrounds[category], progress)))
+    _train_denoiser(parts, training, generator, started, progress)
+    for part, own in zip(parts, images.values(), strict=True):
+        _train_decoder(part.base, part.normal, own, training, generator, progress)
+        measure_residuals(part.base, own, training, progress)
+        part.base.requires_grad_(False)
+    return {part.base.config.category: part.base for part in parts}
 
-    normal = _fit_space(base, images, progress)
-    choose_recipe(base)
-    anomalous, source = _synthetic_pool(base, images, training, textures, foreground, progress)
-    _train_denoiser(base, normal, anomalous, source, training, generator, started, progress)
-    _train_decoder(base, normal, images, training, generator, progress)
-    measure_residuals(base, images, training, progress)
-    return base.requires_grad_(False)
+
+@dataclass(frozen=True)
+class _Part:
+    """What the denoiser learns of one product.
+
+    Attributes:
+        base: The product's base.
+        normal: ``[N, D, h, w]`` float16 latents of its normal images.
+        anomalous: ``[P, D, h, w]`` float16 latents of synthetic anomalies.
+        source: ``[P]`` the normal image of each.
+    """
+
+    base: LiteBase
+    normal: Tensor
+    anomalous: Tensor
+    source: Tensor
 
 
 def adjust_lite(base: LiteBase, config: LiteConfig, images: Sequence[Pixels], training: LiteTrainingConfig, progress: Progress) -> None:
@@ -166,29 +228,20 @@ def _synthetic_pool(
 
 
 def _train_denoiser(
-    base: LiteBase,
-    normal: Tensor,
-    anomalous: Tensor,
-    source: Tensor,
-    training: LiteTrainingConfig,
-    generator: torch.Generator,
-    started: float,
-    progress: Progress,
+    parts: Sequence[_Part], training: LiteTrainingConfig, generator: torch.Generator, started: float, progress: Progress
 ) -> None:
     """Train towards the normal latent. v-prediction; the x0-weighted loss is the squared error of the implied clean latent."""
-    denoiser, schedule, steps = base.denoiser, base.schedule, training.steps
+    denoiser, schedule, steps = parts[0].base.denoiser, parts[0].base.schedule, training.steps
     denoiser.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())
     averaged = [p.detach().clone() for p in parameters]
-    span = base.recipe.trained if training.timesteps is None else training.timesteps
     step, times = 0, [time.monotonic()]
     while step < steps:
         warmup = min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * warmup * _cosine(step / steps)
-        z_normal, z_input = _draw_pairs(normal, anomalous, source, training, generator)
-        timestep = torch.randint(*span, (len(z_normal),), generator=generator)
+        z_normal, z_input, timestep, label = _draw_batch(parts, training, generator)
         if training.fade:
             z_input = mix_anomaly(z_normal, z_input, timestep, schedule.num_timesteps)
         alpha_bar = schedule.alpha_bar(timestep)
@@ -196,7 +249,7 @@ def _train_denoiser(
         # the velocity whose implied clean latent is the normal one
         target = (alpha_bar.sqrt() * x_t - z_normal) / (1 - alpha_bar).sqrt()
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = denoiser(x_t, timestep)
+            velocity = denoiser(x_t, timestep, label)
         error = (velocity - target).square()
         loss = (error * (1 - alpha_bar)).mean() if training.weighting == "x0" else error.mean()
         optimizer.zero_grad()
@@ -214,7 +267,9 @@ def _train_denoiser(
         for parameter, average in zip(parameters, averaged, strict=True):
             parameter.copy_(average)
     denoiser.eval().requires_grad_(False)
-    base.refresh()
+    for part in parts:
+        part.base.denoiser = denoiser
+        part.base.refresh()
 
 
 def _cosine(progress: float) -> float:
@@ -229,17 +284,35 @@ def _affordable_steps(minutes: float, started: float, times: Sequence[float]) ->
     return max(MIN_STEPS, TIMING_STEPS + int(left / per_step))
 
 
+def _draw_batch(
+    parts: Sequence[_Part], training: LiteTrainingConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Normal latents and the latents to be repaired into them ``[B, D, h, w]`` float32, timesteps ``[B]``, labels ``[B]`` of products."""
+    counts = [training.batch_size]
+    if len(parts) > 1:
+        counts = torch.randint(len(parts), (training.batch_size,), generator=generator).bincount(minlength=len(parts)).tolist()
+    pairs, timesteps, labels = [], [], []
+    for part, count in zip(parts, counts, strict=True):
+        if count:
+            span = part.base.recipe.trained if training.timesteps is None else training.timesteps
+            pairs.append(_draw_pairs(part.normal, part.anomalous, part.source, count, training.anomaly_share, generator))
+            timesteps.append(torch.randint(*span, (count,), generator=generator))
+            labels.append(part.base.labels(count))
+    known = [label for label in labels if label is not None]
+    z_normal, z_input = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return z_normal, z_input, torch.cat(timesteps), torch.cat(known) if known else None
+
+
 def _draw_pairs(
-    normal: Tensor, anomalous: Tensor, source: Tensor, training: LiteTrainingConfig, generator: torch.Generator
+    normal: Tensor, anomalous: Tensor, source: Tensor, size: int, anomaly_share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A batch of normal latents and of the latents to be repaired into them, both ``[B, D, h, w]`` float32."""
-    size = training.batch_size
+    """``size`` normal latents and the latents to be repaired into them, both ``[B, D, h, w]`` float32."""
     own = torch.randint(len(normal), (size,), generator=generator)
     if not len(anomalous):
         z_normal = normal[own].float()
         return z_normal, z_normal
     from_pool = torch.randint(len(anomalous), (size,), generator=generator)
-    repaired = torch.rand(size, generator=generator) < training.anomaly_share
+    repaired = torch.rand(size, generator=generator) < anomaly_share
     z_normal = normal[torch.where(repaired, source[from_pool], own)].float()
     return z_normal, torch.where(repaired.view(-1, 1, 1, 1), anomalous[from_pool].float(), z_normal)
 

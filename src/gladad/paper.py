@@ -99,6 +99,7 @@ def fit_paper(
     *,
     textures: Sequence[Pixels] = (),
     foreground: Foreground = "all",
+    calibrate_step: bool = True,
     progress: Progress = no_progress,
 ) -> PaperBase:
     """Fine-tune a diffusers base on normal images and set the delta of its step search.
@@ -113,6 +114,7 @@ def fit_paper(
         training: Training budget.
         textures: Images of the same size that synthetic anomalies take content from.
         foreground: Where synthetic anomalies may appear.
+        calibrate_step: Set delta; False keeps that of the config, for reproducing published results.
         progress: Told of every step.
     """
     finetune_denoiser(
@@ -124,7 +126,7 @@ def fit_paper(
         foreground,
         lambda done, total, loss: progress("denoiser", done, total),
     )
-    if config.reconstruction.adaptive:
+    if config.reconstruction.adaptive and calibrate_step:
         search = replace(config.reconstruction, step_threshold=UNREACHABLE)
         probe = PaperBase(config, pipeline)
         peaks = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gladad.charts import Chart, charts
 from gladad.gallery import GalleryItem, chosen, gallery_html
-from gladad.report_text import LABELS, TYPE_HEAD, cell, headline, interval, notes, summary, type_rows
+from gladad.report_text import LABELS, cell, headline, interval, notes, summary, type_table
 from gladad.storage import write_text
 from gladad.types import Report
 
@@ -67,14 +67,15 @@ def _chart(chart: Chart) -> str:
 
 def _types(report: Report) -> str:
     """The table of kinds; a bar shows each rate in its interval."""
+    titles, lines = type_table(report)
     rows = []
-    for row, texts in zip(report.details["per_type"], type_rows(report), strict=True):
+    for row, texts in zip(report.details["per_type"], lines, strict=True):
         low, high, rate = (100 * row[name] for name in ("low", "high", "rate"))
         colour = "bad" if row["anomalous"] else "good"
         bar = f'<span class="bar {colour}"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{rate:.1f}%"></b></span>'
         cells = [f"<td>{escape(text)}</td>" for text in texts]
         rows.append(f"<tr>{cells[0]}<td>{bar}</td>{''.join(cells[1:])}</tr>")
-    head = "".join(f'<th scope="col">{text}</th>' for text in (TYPE_HEAD[0], "0 to 100 %", *TYPE_HEAD[1:]))
+    head = "".join(f'<th scope="col">{text}</th>' for text in (titles[0], "0 to 100 %", *titles[1:]))
     return _scrolled(f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>")
 
 
@@ -119,6 +120,7 @@ header p { margin: .2rem 0; }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
 dd:nth-child(2) { font-size: 1.35rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: .8rem; }
+.charts:has(> :nth-child(3):last-child) { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .chart { padding: .6rem .8rem; margin: 0; }
 .chart svg { display: block; width: 100%; height: auto; max-height: 27rem; font-family: inherit; }
 .chart figcaption { font-size: 1rem; color: inherit; font-weight: 600; margin: 0 0 .3rem; }
@@ -126,7 +128,7 @@ dd:nth-child(2) { font-size: 1.35rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-.bar { display: block; position: relative; width: 10rem; height: .8rem; background: var(--line); border-radius: .2rem; }
+.bar { display: block; position: relative; width: clamp(4.5rem, 18vw, 10rem); height: .8rem; background: var(--line); border-radius: .2rem; }
 .bar i, .bar b { position: absolute; top: 0; height: 100%; background: currentColor; }
 .bar i { opacity: .45; min-width: 2px; }
 .bar b { width: 3px; margin-left: -1.5px; }

@@ -54,9 +54,15 @@ def headline(report: Report) -> str:
     return ", ".join(parts)
 
 
-def type_rows(report: Report) -> list[tuple[str, ...]]:
-    """The table of kinds, bad ones last, as text under `TYPE_HEAD`."""
-    return [_type_row(row) for row in report.details["per_type"]]
+def type_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of kinds as text, good ones first: head and rows, without the columns that nothing is known for."""
+    rows = [_type_row(row) for row in report.details["per_type"]]
+    known = [place for place in range(len(TYPE_HEAD)) if any(row[place] for row in rows)]
+
+    def only_known(row: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(row[place] for place in known)
+
+    return only_known(TYPE_HEAD), [only_known(row) for row in rows]
 
 
 def _type_row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -80,7 +86,7 @@ def markdown(report: Report, title: str) -> str:
         report.details["guarantee"],
         _table(("metric", "value", "95 % interval"), metrics),
         "## Kinds of parts",
-        _table(TYPE_HEAD, type_rows(report)),
+        _table(*type_table(report)),
         "## Images",
         _table(("images", "count"), counts),
         "## Notes",

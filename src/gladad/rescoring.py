@@ -103,7 +103,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _at_rate(calibration: Calibration, rate: float) -> Calibration:
     check_rate(rate)
-    return replace(calibration, threshold=conformal_threshold(calibration.scores, rate))
+    return replace(calibration, threshold=conformal_threshold(calibration.scores, rate, calibration.threshold.n))
 
 
 def _decided(row: dict[str, Any], threshold: Threshold, before: Threshold) -> dict[str, Any]:

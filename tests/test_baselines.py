@@ -1,0 +1,69 @@
+"""The memory bank, and anomalib's models where anomalib is installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_part
+
+from gladad.bases import FitSettings
+from gladad.detector import Glad
+from gladad.errors import ConfigError, MissingExtraError, ModelFormatError
+from gladad.memory_bank import MemoryBankConfig, fit_memory_bank
+
+SETTINGS = FitSettings(image_size=64, false_reject_rate=0.2, calibration="held-out")
+HAS_ANOMALIB = find_spec("anomalib") is not None
+THEIRS = pytest.mark.skipif(not HAS_ANOMALIB, reason="anomalib is not installed")
+BASES = ["memory-bank", pytest.param("anomalib-patchcore", marks=THEIRS), pytest.param("anomalib-padim", marks=THEIRS)]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_baseline_is_a_base_like_any_other(base, category: Path, tmp_path: Path):
+    detector = Glad.from_base(base, settings=SETTINGS).fit(category)
+    good, bad = (detector.inspect(draw_part(500, defective=defective)[0]) for defective in (False, True))
+    mask = np.asarray(draw_part(500, defective=True)[1]) > 0
+    assert bad.pred_score > good.pred_score and bad.pred_label
+    assert bad.anomaly_map[mask].mean() > bad.anomaly_map[~mask].mean() > good.anomaly_map.mean()
+    assert bad.reconstruction is None and bad.step == 0
+    detector.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    again = Glad.from_base(base, settings=SETTINGS).fit(category)
+    for other in (loaded, again):
+        found = other.inspect(draw_part(500, defective=True)[0])
+        assert found.pred_score == bad.pred_score and np.array_equal(found.anomaly_map, bad.anomaly_map)
+
+
+def test_what_is_remembered_is_at_distance_zero():
+    images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
+    config = MemoryBankConfig(image_size=(64, 64), memory=10_000)
+    bank = fit_memory_bank(images, config)
+    assert len(bank.memory) == 2 * 8 * 8  # all of it fits
+    # not quite zero: the square root of what rounding leaves of a sum of 328 squares
+    assert bank.inspect(images[0]).map.max() < 0.2
+    assert bank.inspect(np.asarray(draw_part(9, defective=True)[0])).map.max() > 2
+    assert len(fit_memory_bank(images, replace(config, memory=50)).memory) == 50
+
+
+def test_a_damaged_bank(category: Path, tmp_path: Path):
+    Glad.from_base("memory-bank", settings=SETTINGS).fit(category).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/base/memory_bank.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelFormatError, match="memory_bank"):
+        Glad.from_pretrained(tmp_path / "model")
+
+
+def test_settings_that_are_not_for_a_baseline(category: Path):
+    with pytest.raises(ConfigError, match="presets"):
+        Glad.from_base("memory-bank", settings=replace(SETTINGS, preset="visa/pcb1")).fit(category)
+    detector = Glad.from_base("memory-bank", settings=SETTINGS).fit(category)
+    with pytest.raises(ConfigError, match="memory-bank base cannot be adjusted"):
+        detector.adjust(category, replace(SETTINGS, adaptive=False))
+
+
+@pytest.mark.skipif(HAS_ANOMALIB, reason="anomalib is installed")
+def test_without_anomalib_the_extra_is_named(category: Path):
+    with pytest.raises(MissingExtraError, match=r"gladad\[anomalib\]"):
+        Glad.from_base("anomalib-padim", settings=SETTINGS).fit(category)

@@ -1,0 +1,308 @@
+"""Benchmarks: the plan, cells that survive, and tables; on a generated product, with next to no training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import write_category
+
+from gladad import benchmark_tables
+from gladad.benchmark import Cell, Outcome, finished, plan, run, run_cell
+from gladad.benchmark_config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
+from gladad.benchmark_tables import to_csv, to_markdown, write_tables
+from gladad.cli import main
+from gladad.errors import ConfigError, DataError
+
+BANK = Configuration(name="bank", base="memory-bank", settings={"image_size": 64})
+TOML = """
+title = "Widgets"
+seeds = [0, 1]
+[[dataset]]
+name = "Widgets"
+path = "widgets"
+[[configuration]]
+name = "bank"
+base = "memory-bank"
+settings = { image_size = 64 }
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two categories, the second without masks."""
+    root = tmp_path_factory.mktemp("data")
+    write_category(root / "widgets/gear", train=26)
+    write_category(root / "widgets/lever", train=26)
+    for mask in (root / "widgets/lever/ground_truth/hole").iterdir():
+        mask.unlink()
+    return root
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "widgets.toml"
+    path.write_text(TOML)
+    return path
+
+
+def config(*configurations: Configuration, **changes: object) -> BenchmarkConfig:
+    entry = DatasetEntry(name="Widgets", path="widgets")
+    return replace(BenchmarkConfig(title="Widgets", datasets=(entry,), configurations=configurations or (BANK,)), **changes)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def test_a_file_is_read(config_file):
+    read = read_config(config_file)
+    assert read == config(seeds=(0, 1))
+    assert read.configurations[0].settings_of("gear", 3) == {"image_size": 64, "seed": 3}
+    assert Configuration(name="p", settings={"preset": "visa/{category}"}).settings_of("pcb1", 0)["preset"] == "visa/pcb1"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_files_hold_settings_that_exist(name):
+    from gladad.bases import settings_of
+    from gladad.presets import load_preset
+
+    read = read_config(name)
+    for configuration in read.configurations:
+        for entry in read.datasets:
+            for category in entry.categories or ("anything",):
+                settings = settings_of(configuration.settings_of(category, 0))
+                if settings.preset:
+                    load_preset(settings.preset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("seeds", "speeds"), "unknown key 'speeds'"),
+        (("[0, 1]", '"all"'), "seeds must be a list"),
+        (("[[dataset]]", "[[datum]]"), "unknown key 'datum'"),
+        (('path = "widgets"', ""), "'path' is missing"),
+        (('base = "memory-bank"', "bass = 1"), "unknown setting 'bass'"),
+        (("seeds = [0, 1]", "seeds ="), "not TOML"),
+        (("[[configuration]]", '[[configuration]]\nname = "bank"\n[[configuration]]'), "two \\[\\[configuration\\]\\] are called 'bank'"),
+        (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nconfigurations = ["tank"]'), "names 'tank'"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(config_file, change, message):
+    config_file.write_text(TOML.replace(*change))
+    with pytest.raises(ConfigError, match=rf"widgets\.toml.*{message}"):
+        read_config(config_file)
+
+
+def test_a_name_that_is_not_shipped():
+    with pytest.raises(ConfigError, match="four_products"):
+        read_config("four_product")
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_the_plan_goes_seed_by_seed(data):
+    other = Configuration(name="other", base="memory-bank")
+    cells, notes = plan(config(BANK, other, seeds=(0, 1)), data)
+    assert [(c.seed, c.category, c.configuration.name) for c in cells[:4]] == [
+        (0, "gear", "bank"), (0, "gear", "other"), (0, "lever", "bank"), (0, "lever", "other"),
+    ]  # fmt: skip
+    assert len(cells) == len({cell.key for cell in cells}) == 8 and not notes
+    few, _ = plan(config(BANK, other), data, configurations=["other"], categories=["lever"], seeds=[7])
+    assert [(c.seed, c.category, c.configuration.name) for c in few] == [(7, "lever", "other")]
+
+
+def test_what_is_not_there_is_left_out_and_said(data, monkeypatch):
+    monkeypatch.setattr("gladad.benchmark.find_spec", lambda name: None)
+    absent = DatasetEntry(name="Absent", path="nowhere")
+    half = DatasetEntry(name="Half", path="widgets", categories=("gear", "wheel"))
+    cells, notes = plan(config(BANK, Configuration(name="theirs", base="anomalib-padim"), datasets=(absent, half)), data)
+    assert [(c.dataset, c.category, c.configuration.name) for c in cells] == [("Half", "gear", "bank")]
+    assert len(notes) == 3 and "gladad[anomalib]" in notes[0] and "nowhere" in notes[1] and "wheel" in notes[2]
+    with pytest.raises(DataError, match="nowhere is not there"):
+        plan(config(datasets=(absent,)), data)
+    with pytest.raises(DataError, match="no configuration 'tank'.*bank"):
+        plan(config(), data, configurations=["tank"])
+
+
+def test_shifts_are_cells_of_their_own(data):
+    shift = ShiftEntry(corruptions=("brightness", "rotation"), severities=(1, 3), contamination=(0.0, 0.1))
+    assert len(plan(config(shift=shift), data)[0]) == 2
+    cells = plan(config(shift=shift), data, shift=True, categories=["gear"])[0]
+    assert [(c.kind, c.corruption, c.severities, c.shares) for c in cells] == [
+        ("plain", "", (), ()), ("corruption", "brightness", (1, 3), ()), ("corruption", "rotation", (1, 3), ()),
+        ("contamination", "", (), (0.0, 0.1)),
+    ]  # fmt: skip
+
+
+def test_a_key_names_what_the_result_depends_on(data, tmp_path):
+    cell = plan(config(), data)[0][0]
+    renamed = replace(cell.configuration, name="another name")
+    assert cell.key != replace(cell, seed=1).key != replace(cell, images="x").key
+    assert cell.key != replace(cell, configuration=replace(BANK, settings={"image_size": 96})).key
+    assert cell.key.split("_")[-1] == replace(cell, root="elsewhere", configuration=renamed).key.split("_")[-1]
+    other = write_category(tmp_path / "widgets/gear", train=27)
+    assert plan(config(), other.parent.parent)[0][0].key != cell.key
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
+    cells = plan(config(BANK, Configuration(name="none", base=str(tmp_path / "nowhere"))), data, categories=["lever"])[0]
+    lines: list[str] = []
+    failed = run(cells, tmp_path, jobs=2, tell=lines.append)
+    assert [(cell.configuration.name, "neither a folder" in problem) for cell, problem in failed] == [("none", True)]
+    assert sum("FAILED" in line for line in lines) == 1 and sum("image AUROC" in line for line in lines) == 1
+    first = cells[0].file(tmp_path)
+    before = first.stat().st_mtime_ns
+    lines.clear()
+    assert len(run(cells, tmp_path, tell=lines.append)) == 1
+    assert first.stat().st_mtime_ns == before and lines[0] == "1 of 2 cells were finished before"
+    (record,) = finished(cells, tmp_path)
+    (result,) = record["results"]
+    assert result["fitted"] and result["fit_seconds"] > 0 and 0.05 < record["peak_memory_gib"] < 8
+    assert "image_auroc" in result["metrics"] and "pixel_auroc" not in result["metrics"]
+
+
+def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("gladad.bases.LiteTrainingConfig", small_training)
+    lite = Configuration(name="lite", settings={"steps": 3, "image_size": 64})
+    fixed = replace(lite, name="fixed", settings=lite.settings | {"adaptive": False})
+    shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.1), configurations=("lite",))
+    cells = plan(config(lite, fixed, shift=shift), data, shift=True, categories=["gear"])[0]
+    for cell in cells:
+        run_cell(cell, tmp_path)
+    plain, noise, mixed, other = finished(cells, tmp_path)
+    assert [r["results"][0]["fitted"] for r in (plain, noise, mixed, other)] == [True, False, False, False]
+    assert len(list((tmp_path / "models").iterdir())) == 2  # the shared one, and the one with a defective image in it
+    assert [result["severity"] for result in noise["results"]] == [1, 5]
+    assert all("pixel_auroc" not in result["metrics"] for result in noise["results"])
+    assert noise["results"][1]["metrics"]["image_auroc"] <= plain["results"][0]["metrics"]["image_auroc"]
+    assert [(r["share"], r["defective"]) for r in mixed["results"]] == [(0.0, 0), (0.1, 3)]
+    assert {r["counts"]["anomalous"] for r in mixed["results"]} == {1}  # all are judged without those that were mixed in
+
+    # An adjusted model is that of a fit with these settings.
+    run_cell(other_cell := cells[-1], tmp_path / "alone")
+    alone = finished([other_cell], tmp_path / "alone")[0]["results"][0]
+    assert alone["fitted"] and alone["metrics"]["threshold"] == other["results"][0]["metrics"]["threshold"]
+    assert alone["metrics"]["pixel_auroc"] == other["results"][0]["metrics"]["pixel_auroc"]
+
+
+def small_training(**given: object):
+    from gladad.lite_training import LiteTrainingConfig
+
+    return LiteTrainingConfig(**{"batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6} | given)  # type: ignore[arg-type]
+
+
+def test_too_many_defective_images(data, tmp_path):
+    cell = Cell(
+        dataset="Widgets", root=str(data / "widgets"), layout="mvtec_ad", category="gear", configuration=BANK, seed=0,
+        kind="contamination", shares=(0.5,),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="26 defective images are to be mixed in, and there are 4"):
+        run_cell(cell, tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp_path, how):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("cells/*.json")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(how)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode in {130, -signal.SIGKILL}
+    if how == signal.SIGINT:
+        assert "finished cells are kept" in message and "nothing was written" not in message
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
+    assert 1 <= len(before) < 4
+    assert main([*command[3:], "--jobs", "2", "--quiet"]) == 0
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    assert len(list(out.glob("cells/*.json"))) == 4 and not list(out.rglob("*.partial"))
+    rows = list(csv.DictReader(io.StringIO((out / "results.csv").read_text())))
+    assert [(row["category"], row["seed"]) for row in rows] == [("gear", "0"), ("lever", "0"), ("gear", "1"), ("lever", "1")]
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def record(category: str, configuration: str, seed: int, kind: str = "plain", **facts: object) -> dict[str, object]:
+    metrics = {name: facts.pop(name) for name in ("image_auroc", "false_reject_rate", "pixel_auroc") if name in facts}
+    result = {"metrics": metrics | {"seconds_per_image": 0.02}, "fit_seconds": 30.0, "fitted": True} | facts
+    return {
+        "cell": {"dataset": "D", "category": category, "configuration": configuration, "seed": seed},
+        "kind": kind, "corruption": facts.get("corruption", ""), "results": [result], "peak_memory_gib": 1.5,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("a", "one", 0, image_auroc=0.9, false_reject_rate=0.04, pixel_auroc=0.7),
+    record("a", "one", 1, image_auroc=0.8, false_reject_rate=0.02, pixel_auroc=0.7),
+    record("a", "two", 0, image_auroc=0.7, false_reject_rate=0.0),
+    record("b", "one", 0, image_auroc=0.5, false_reject_rate=0.0),
+    record("b", "one", 1, image_auroc=0.7, false_reject_rate=0.0),
+    record("a", "one", 0, "corruption", corruption="motion_blur", severity=3, image_auroc=0.6, false_reject_rate=0.5),
+    record("a", "one", 0, "contamination", share=0.05, image_auroc=0.75),
+]
+
+
+def test_tables_in_the_fields_format():
+    text = to_markdown("T", Outcome(RECORDS, [], ["PaDiM: left out"]))
+    lines = text.splitlines()
+    assert "* PaDiM: left out" in lines
+    # mean ± sample standard deviation over the seeds; the mean of all categories per seed first
+    assert lines[lines.index("### Image AUROC") + 2 :][:5] == [
+        "| category | one | two |",
+        "|---|---|---|",
+        "| a | **85.0 ± 7.1** | 70.0 |",
+        f"| b | 60.0 ± 14.1 | {benchmark_tables.DASH} |",
+        f"| **mean** | 72.5 ± 3.5 | {benchmark_tables.DASH} |",
+    ]
+    assert "| a | 3.0 ± 1.4 | **0.0** |" in lines  # fewer false rejects are better
+    assert f"| a | 70.0 ± 0.0 | {benchmark_tables.DASH} |" in lines
+    assert "### Pixel AP" not in lines
+    assert "| one | 30 | 20 | 1.5 | 4 |" in lines
+    assert "| motion blur 3 | 60.0 |" in lines and "| none | 85.0 ± 7.1 | 60.0 ± 14.1 |" in lines
+    assert "| 5% defective | 75.0 |" in lines
+
+
+def test_tables_of_failures_and_of_nothing():
+    cell = Cell(dataset="D", root="", layout="auto", category="a", configuration=BANK, seed=0)
+    assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", Outcome([], [(cell, "no memory")], []))
+    assert to_csv([]).startswith("dataset,category,configuration,seed,kind")
+
+
+def test_files_of_tables(tmp_path):
+    page = write_tables(tmp_path, "T", Outcome(RECORDS, [], []))
+    assert page.read_text().startswith("# T\n")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert len(rows) == len(RECORDS) and rows[5]["severity"] == "3" and rows[6]["share"] == "0.05"
+    assert float(rows[0]["image_auroc"]) == 0.9 and rows[0]["pixel_ap"] == ""
+    assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == len(RECORDS)
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_lists_and_refuses(capfd, tmp_path, config_file, data):
+    assert main(["benchmark", "--list"]) == 0
+    assert "four_products: Four products" in capfd.readouterr().out
+    assert main(["benchmark"]) == 1 and "--list" in capfd.readouterr().err
+    assert main(["benchmark", str(config_file), "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "none of the benchmark's data sets" in capfd.readouterr().err
+    arguments = ["benchmark", str(config_file), "--data", str(data), "-o", str(tmp_path / "out"), "--tables"]
+    assert main(arguments) == 0
+    assert "0 of 4 cells finished" in capfd.readouterr().out and (tmp_path / "out/results.md").is_file()
