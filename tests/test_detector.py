@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_part
 from PIL import Image
 from tiny_base import build_base
 
 from gladad import bases
 from gladad.bases import FitSettings
-from gladad.detector import Glad, find_regions
+from gladad.detector import Glad
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
+from gladad.few_shot import views, with_copies
 from gladad.lite import LiteConfig
 from gladad.lite_training import LiteTrainingConfig
+from gladad.regions import find_regions
 from gladad.storage import WriteError
 
 
@@ -27,9 +30,7 @@ def quick_settings(**changes: object) -> FitSettings:
 @pytest.fixture(autouse=True)
 def small_lite(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lite base that trains in a second; everything else as shipped."""
-    monkeypatch.setattr(
-        bases, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6)
-    )
+    monkeypatch.setattr(bases, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6))
     monkeypatch.setattr(bases, "LiteConfig", lambda **given: LiteConfig(**{"dimensions": 8, "widths": (32, 32)} | given))
 
 
@@ -184,3 +185,98 @@ def test_a_base_in_the_papers_form(good: Path, tmp_path: Path) -> None:
     assert loaded.describe()["base"] == "diffusers"
     assert detector.base_.config.reconstruction.step_threshold > 0  # calibrated, not the paper's constant
     assert detector.base_.config.guidance_scale == 1.0
+
+
+# ---------------------------------------------------------------------------------------- several products, few images
+
+
+def test_one_denoiser_for_several_products(good: Path, tmp_path: Path) -> None:
+    images = {"a": sorted(good.iterdir())[:25], "b": sorted(good.iterdir())[5:]}
+    detectors = Glad.fit_together(images, settings=quick_settings())
+    assert detectors["a"].base_.denoiser is detectors["b"].base_.denoiser
+    one, two = (detectors[name].inspect(draw_part(50)[0]) for name in ("a", "b"))
+    assert one.pred_score != two.pred_score
+    detectors["b"].save_pretrained(tmp_path / "b")
+    loaded = Glad.from_pretrained(tmp_path / "b")
+    assert loaded.inspect(draw_part(50)[0]).pred_score == two.pred_score
+    assert Glad.fit_together(images, settings=quick_settings())["b"].inspect(draw_part(50)[0]).pred_score == two.pred_score
+    # The denoiser is told which product it sees.
+    latent = torch.zeros(1, loaded.base_.config.dimensions, 8, 8)
+    told = loaded.base_.predict_noise(latent, torch.tensor([300]))
+    loaded.base_.config = replace(loaded.base_.config, category="a")
+    assert not torch.equal(told, loaded.base_.predict_noise(latent, torch.tensor([300])))
+
+
+def test_what_cannot_be_fitted_together(good: Path) -> None:
+    with pytest.raises(DataError, match="b: at least 24 good images"):
+        Glad.fit_together({"a": sorted(good.iterdir()), "b": sorted(good.iterdir())[:9]}, settings=quick_settings())
+    with pytest.raises(ConfigError, match="lite base only, not for memory-bank"):
+        Glad.fit_together({"a": sorted(good.iterdir())}, "memory-bank", quick_settings())
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4, 8])
+def test_few_shots_promise_nothing(good: Path, shots: int) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings(shots=shots, false_reject_rate=0.1)).fit(good)
+    threshold = fitted.calibration_.threshold
+    # with copies there are 4 scores per image, and more than the 9 that a guarantee for 10 % would need
+    assert len(fitted.calibration_.scores) == 4 * shots and threshold.n == fitted.provenance_["images"] == shots
+    assert threshold.method == "extrapolated" and threshold.value >= max(fitted.calibration_.scores)
+    fitted.set_false_reject_rate(0.2)
+    assert fitted.calibration_.threshold.method == "extrapolated"
+
+
+def test_copies_are_close_to_their_image_and_never_the_same() -> None:
+    image = np.asarray(draw_part(3)[0])
+    copies = with_copies([image], seed=0)
+    assert len(copies) == 24 and copies[0] is image and all(copy.shape == image.shape for copy in copies)
+    everything = [*copies, *views([image], seed=0)[1:]]
+    assert len({copy.tobytes() for copy in everything}) == 24 + 3
+    assert all(np.abs(copy.astype(float) - image).mean() < 30 for copy in everything)
+    assert [copy.tobytes() for copy in with_copies([image], seed=0)] == [copy.tobytes() for copy in copies]
+    assert len(with_copies([image] * 30, seed=0)) == 30
+
+
+def test_more_shots_than_images(good: Path) -> None:
+    with pytest.raises(DataError, match="ask for fewer shots"):
+        Glad.from_base("lite", settings=quick_settings(shots=8)).fit(sorted(good.iterdir())[:7])
+
+
+def test_the_foreground_is_chosen_and_reported(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for index in range(8):
+        pixels = rng.normal(30, 3, (72, 72, 3))
+        pixels[20:50, 18:54] += 150 + rng.normal(0, 3)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    fitted = Glad.from_base("lite", settings=quick_settings(foreground="auto")).fit(folder)
+    assert fitted.provenance_["foreground"]["foreground"] == "bright" and "dark ground" in fitted.provenance_["foreground"]["reason"]
+
+
+def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(good: Path) -> None:
+    for change in ({"adaptive": False}, {"fusion": True}, {"false_reject_rate": 0.3}):
+        wanted = quick_settings(**change)
+        adjusted = Glad.from_base("lite", settings=quick_settings()).fit(good).adjust(good, wanted)
+        fresh = Glad.from_base("lite", settings=wanted).fit(good)
+        assert adjusted.calibration_ == fresh.calibration_ and adjusted.settings == wanted
+        assert adjusted.inspect(draw_part(50)[0]).pred_score == fresh.inspect(draw_part(50)[0]).pred_score
+
+
+def test_what_cannot_be_adjusted(good: Path) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    with pytest.raises(ConfigError, match="seed cannot be changed"):
+        fitted.adjust(good, quick_settings(seed=2))
+    with pytest.raises(DataError, match="not the images"):
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(adaptive=False))
+    few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
+    with pytest.raises(ConfigError, match="cross-fitted"):
+        few.adjust(sorted(good.iterdir())[:12], quick_settings(adaptive=False))
+
+
+def test_a_preset_sets_the_papers_constants(good: Path, tmp_path: Path) -> None:
+    settings = FitSettings(steps=1, image_size=64, features=str(build_base(tmp_path / "tiny") / "dino"), preset="mvtec_ad/transistor")
+    fitted = Glad.from_base(str(tmp_path / "tiny" / "sd"), settings=settings).fit(sorted(good.iterdir())[:8])
+    config = fitted.base_.config
+    assert (config.reconstruction.max_step, config.reconstruction.step_threshold, config.guidance_scale) == (850, 0.5, 9.0)
+    assert config.scoring.symmetric
+    assert fitted.describe()["preset"]["tuned_on"] == "test"

@@ -16,7 +16,7 @@ SOURCE = Path(gladad.__file__).parent
 # From the bottom up; a module may import from the lines above its own, and from those named as its neighbours.
 LAYERS = [
     {"errors", "parallel", "types"},
-    {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference"},
+    {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference", "regions"},
     {"benchmark_config", "pixel_metrics"},
     {"charts", "metrics", "data", "manifests", "feature_space", "synthesis", "visualization"},
     {"datasets", "features", "lite", "pipeline", "gallery", "kept_maps", "presets", "report_text", "results"},

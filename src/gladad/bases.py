@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,7 @@ from gladad.config import from_json
 from gladad.errors import ConfigError
 from gladad.finetune import FinetuneConfig
 from gladad.lite import LiteBase, LiteConfig
-from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite
+from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite, fit_lite_multi_class
 from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.paper import PaperBase, PaperConfig, fit_paper
 from gladad.pipeline import GladPipeline
@@ -162,6 +163,38 @@ def train_base(
     )
 
 
+def train_bases(
+    name: str,
+    images: Mapping[str, Sequence[Pixels]],
+    size: tuple[int, int],
+    settings: FitSettings,
+    textures: Sequence[Pixels],
+    foregrounds: Mapping[str, Foreground],
+    progress: Progress,
+) -> Mapping[str, Base]:
+    """Train one base for each of several categories, over one denoiser that is told the category.
+
+    Args:
+        name: ``lite``.
+        images: Category -> ``[H, W, 3]`` uint8 normal images at ``size``.
+        size: ``(H, W)`` the bases work at.
+        settings: The user's choices.
+        textures: Images of the same size that synthetic anomalies take content from.
+        foregrounds: Category -> where synthetic anomalies may appear.
+        progress: Told of every stage.
+
+    Raises:
+        ConfigError: The base has no denoiser that could be shared.
+    """
+    if name != "lite":
+        raise ConfigError(f"one model for several categories is there for the lite base only, not for {name}")
+    training = _lite_training(settings)
+    steps = settings.steps or round(training.steps * math.sqrt(len(images)))
+    config = replace(_lite_config(size, settings), categories=tuple(images), category=next(iter(images)))
+    training = replace(training, steps=steps, minutes=settings.minutes)
+    return fit_lite_multi_class(images, config, training, textures=textures, foregrounds=foregrounds, progress=progress)
+
+
 def adjust_base(base: Base, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> None:
     """Give a trained base the inspection settings that `train_base` would have given it; the weights stay.
 
@@ -176,7 +209,9 @@ def adjust_base(base: Base, images: Sequence[Pixels], settings: FitSettings, pro
     """
     if not isinstance(base, LiteBase):
         raise ConfigError(f"the inspection of a {base.kind} base cannot be adjusted; fit it anew")
-    adjust_lite(base, _lite_config(base.config.image_size, settings), images, _lite_training(settings), progress)
+    old = base.config
+    config = replace(_lite_config(old.image_size, settings), categories=old.categories, category=old.category)
+    adjust_lite(base, config, images, _lite_training(settings), progress)
 
 
 def load_base(kind: str, folder: Path, config: dict[str, Any]) -> Base:

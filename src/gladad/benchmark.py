@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from gladad import __version__
 from gladad.benchmark_config import BenchmarkConfig, Configuration
 from gladad.config import to_json
-from gladad.errors import DataError, GladError
-from gladad.storage import MODEL_FILE, read_json, write_json
+from gladad.errors import ConfigError, DataError, GladError
+from gladad.storage import read_json, write_json
 from gladad.types import Sample
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Cell:
         severities: Of the corruption.
         shares: Of defective images mixed into training, for "contamination".
         images: Digest of names and sizes of the images.
+        together: All categories of the data set that are run, where one model is for all of them.
     """
 
     dataset: str
@@ -73,6 +74,7 @@ class Cell:
     severities: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
     images: str = ""
+    together: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def plan(
             notes.append(f"{configuration.name}: left out, because anomalib is not installed; run: pip install 'gladad[anomalib]'")
         else:
             chosen.append(configuration)
-    places: list[Callable[..., Cell]] = []
+    places: list[tuple[Callable[..., Cell], tuple[str, ...], str]] = []
     for entry in config.datasets:
         root = Path(data) / entry.path
         if not root.exists():
@@ -165,18 +167,20 @@ def plan(
         dataset = read_dataset(root, entry.layout)
         if missing := sorted(set(entry.categories) - set(dataset.categories)):
             notes.append(f"{entry.name}: left out {', '.join(missing)}, not in {root}")
-        for category in entry.categories or dataset.categories:
-            if category not in dataset.categories or (categories and category not in categories):
-                continue
-            images = _digest_of_files(root, (sample.image_path for sample in dataset.samples if sample.category == category))
-            places.append(partial(Cell, dataset=entry.name, root=str(root), layout=dataset.layout, category=category, images=images))
+        wanted = [name for name in entry.categories or dataset.categories if name in dataset.categories]
+        wanted = [name for name in wanted if not categories or name in categories]
+        place = partial(Cell, dataset=entry.name, root=str(root), layout=dataset.layout)
+        digests = {name: _digest_of_files(root, (s.image_path for s in dataset.samples if s.category == name)) for name in wanted}
+        places += [(partial(place, category=name, images=digests[name]), tuple(wanted), _digest(digests)) for name in wanted]
     if not places:
         raise DataError(f"{data}: none of the benchmark's data sets or categories is there ({'; '.join(notes) or 'none was chosen'})")
     cells = []
     for seed in seeds or config.seeds:
-        for place in places:
+        for make, together, digest in places:
             for configuration in chosen:
-                cell = place(configuration=configuration, seed=seed)
+                cell = make(configuration=configuration, seed=seed)
+                if configuration.multi_class:
+                    cell = replace(cell, together=together, images=digest)
                 cells.append(cell)
                 if shift and (not config.shift.configurations or configuration.name in config.shift.configurations):
                     severities = config.shift.severities
@@ -244,7 +248,8 @@ def _by_training(cells: Iterable[Cell]) -> list[list[Cell]]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         trained = {name: value for name, value in cell.settings.items() if name not in INSPECTION_SETTINGS}
-        groups.setdefault(_digest([cell.root, cell.category, cell.configuration.base, trained]), []).append(cell)
+        whole = cell.together or cell.category
+        groups.setdefault(_digest([cell.root, whole, cell.configuration.base, trained]), []).append(cell)
     return list(groups.values())
 
 
@@ -276,6 +281,10 @@ def run_cell(cell: Cell, folder: Path) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     dataset = read_dataset(cell.root, cell.layout, cell.category)
     train, test = dataset.training_images(), dataset.test_samples()
+    if cell.kind == CONTAMINATION and cell.together:
+        raise ConfigError(
+            "contamination is measured on models of one category; leave multi-class configurations out of shift.configurations"
+        )
     if cell.kind == CONTAMINATION:
         results = _contaminated(cell, folder, train, test)
     else:
@@ -306,19 +315,38 @@ def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Pat
     settings = settings_of(cell.settings)
     images = [*train, *extra]
     trained = {name: value for name, value in to_json(settings).items() if name not in INSPECTION_SETTINGS}
-    identity = [cell.configuration.base, trained, cell.images, [os.path.relpath(path, cell.root) for path in extra]]
-    place = folder / MODELS / f"{cell.category}_{_digest(identity)}"
-    if (place / MODEL_FILE).is_file():
+    identity = [cell.configuration.base, trained, cell.images, [os.path.relpath(path, cell.root) for path in extra], cell.together]
+    name = f"{'together' if cell.together else cell.category}_{_digest(identity)}"
+    place = folder / MODELS / name / cell.category if cell.together else folder / MODELS / name
+    if fresh := not (place / FIT_FILE).is_file():
+        started = time.monotonic()
+        detectors = _fit_together(cell, settings) if cell.together else {}
+        detector = detectors.get(cell.category) or Glad.from_base(cell.configuration.base, settings=settings).fit(images)
+        seconds = time.monotonic() - started
+        for category, other in detectors.items():
+            _keep(other, place.parent / category, seconds)
+        if not detectors:
+            _keep(detector, place, seconds)
+    else:
         detector = Glad.from_pretrained(place)
         if detector.settings != settings:
             detector.adjust(images, settings)
-        return detector, {"fit_seconds": float(read_json(place / FIT_FILE)["seconds"]), "fitted": False}
-    started = time.monotonic()
-    detector = Glad.from_base(cell.configuration.base, settings=settings).fit(images)
-    seconds = time.monotonic() - started
+    return detector, {"fit_seconds": float(read_json(place / FIT_FILE)["seconds"]), "fitted": fresh}
+
+
+def _fit_together(cell: Cell, settings: Any) -> dict[str, Glad]:
+    from gladad.datasets import read_dataset
+    from gladad.detector import Glad
+
+    images = {name: read_dataset(cell.root, cell.layout, name).training_images() for name in cell.together}
+    return Glad.fit_together(images, cell.configuration.base, settings)
+
+
+def _keep(detector: Glad, place: Path, seconds: float) -> None:
+    """Save a model with the time of its training, which is there when the model is."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     detector.save_pretrained(place)
     write_json(place / FIT_FILE, {"seconds": seconds})
-    return detector, {"fit_seconds": seconds, "fitted": True}
 
 
 def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, **facts: Any) -> dict[str, Any]:

@@ -139,6 +139,9 @@ def _parsed(values: dict[str, Any], name: str) -> BenchmarkConfig:
     for kind, names in (("dataset", [d.name for d in config.datasets]), ("configuration", [c.name for c in config.configurations])):
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"{name}: two [[{kind}]] are called {twice[0]!r}; give them different names")
+    for configuration in config.configurations:
+        if configuration.multi_class and any(PLACEHOLDER in str(value) for value in configuration.settings.values()):
+            raise ConfigError(f"{name}: {configuration.name!r} is one model for all categories, so {PLACEHOLDER} has no value there")
     if strange := sorted(set(config.shift.configurations) - {c.name for c in config.configurations}):
         raise ConfigError(f"{name}: shift.configurations names {strange[0]!r}, which is not there")
     return config

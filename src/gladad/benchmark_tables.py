@@ -99,7 +99,7 @@ def _shift_tables(shifted: Sequence[dict[str, Any]], plain: Sequence[dict[str, A
     lines: list[str] = []
     for configuration in _unique(record["cell"]["configuration"] for record in shifted):
         own = [record for record in shifted if record["cell"]["configuration"] == configuration]
-        clean = [record for record in plain if record["cell"]["configuration"] == configuration]
+        clean = [record for record in plain if record["cell"] in [other["cell"] for other in own]]
         for kind, heading in ((CORRUPTION, "shifted test images"), (CONTAMINATION, "defective images among the training images")):
             records = [record for record in own if record["kind"] == kind]
             if not records:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-from gladad.bases import FEATURE_BASES, INSPECTION_SETTINGS, Base, FitSettings, adjust_base, load_base, train_base
+from gladad.bases import FEATURE_BASES, INSPECTION_SETTINGS, Base, FitSettings, adjust_base, load_base, train_base, train_bases
 from gladad.calibration import MIN_HELD_OUT, Calibration, calibrate
 from gladad.config import from_json, to_json
 from gladad.data import expand_paths, fingerprint, good_images, split_held_out
@@ -25,9 +24,10 @@ from gladad.few_shot import FEW, views, with_copies
 from gladad.images import as_pixels, list_images, load_image, resize_pixels
 from gladad.parallel import in_order
 from gladad.presets import load_preset
+from gladad.regions import find_regions
 from gladad.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
 from gladad.synthesis import Foreground, choose_foreground
-from gladad.types import Prediction, Progress, Region, no_progress
+from gladad.types import Prediction, Progress, no_progress
 
 Pixels = NDArray[np.uint8]
 CALIBRATION_FILE = "calibration.json"
@@ -38,7 +38,6 @@ FEW_IMAGES = 24
 """Below this many images none can be spared: the calibration is cross-fitted."""
 FOLDS = 2
 MAX_TEXTURES = 300
-MAX_REGIONS = 100
 
 
 class Glad:
@@ -121,15 +120,65 @@ class Glad:
             scores, peaks = _score(self.base_, held_out, progress)
         held_out_count = len(pixels) if cross_fitted else len(scores)
         self._calibrate(scores, peaks, cross_fitted=cross_fitted, images=held_out_count)
+        self._remember(paths, held_out_count, foreground, reason)
+        return self
+
+    @classmethod
+    def fit_together(
+        cls,
+        images: Mapping[str, Sequence[str | Path]],
+        base: str = "lite",
+        settings: FitSettings | None = None,
+        *,
+        progress: Progress = no_progress,
+    ) -> dict[str, Glad]:
+        """Fit one denoiser for several products, which it is told apart by their name; each product gets a detector that uses it.
+
+        Everything but the denoiser is the product's own, the thresholds included. Each detector is saved and loaded by itself.
+
+        Args:
+            images: Category -> paths of its good images; at least 24 for each.
+            base: ``lite``.
+            settings: What may be chosen about the fit; the default of the steps grows with the square root of the number of products.
+            progress: Told of every stage.
+
+        Raises:
+            ConfigError: The base cannot be shared.
+            DataError: There are too few images, or one cannot be read (it is named).
+        """
+        detectors = {category: cls(base, settings) for category in sorted(images)}
+        chosen = {category: detector._chosen(images[category]) for category, detector in detectors.items()}
+        for category, paths in chosen.items():
+            if len(paths) < FEW_IMAGES:
+                raise DataError(
+                    f"{category}: at least {FEW_IMAGES} good images are needed to fit it together with others, not {len(paths)}"
+                )
+        first = next(iter(detectors.values()))
+        # One grid for all: that of the images together.
+        size = first.working_size([path for paths in chosen.values() for path in paths[:: max(1, len(paths) // 25)]])
+        kept, held_out, foregrounds, reasons = {}, {}, {}, {}
+        for category, detector in detectors.items():
+            pixels = _read(chosen[category], size, _prefixed(progress, f"{category}: "))
+            foregrounds[category], reasons[category] = detector._foreground(pixels)
+            kept[category], held_out[category] = detector._split(pixels)
+        textures = first._load_textures(size)
+        bases = train_bases(base, kept, size, first.settings, textures, foregrounds, progress)
+        for category, detector in detectors.items():
+            detector.base_ = bases[category]
+            scores, peaks = _score(detector.base_, held_out[category], _prefixed(progress, f"{category}: "))
+            detector._calibrate(scores, peaks, cross_fitted=False, images=len(scores))
+            detector._remember(chosen[category], len(scores), foregrounds[category], reasons[category])
+        return detectors
+
+    def _remember(self, paths: Sequence[Path], held_out: int, foreground: Foreground, reason: str) -> None:
         self.provenance_ = {
             "data_fingerprint": fingerprint(paths),
             "images": len(paths),
-            "held_out": held_out_count,
+            "held_out": held_out,
             "foreground": {"foreground": foreground, "reason": reason},
-            "seed": settings.seed,
+            "seed": self.settings.seed,
             "versions": _versions(),
         }
-        return self
 
     def adjust(self, images: str | Path | Sequence[str | Path], settings: FitSettings, *, progress: Progress = no_progress) -> Glad:
         """Change how a fitted ``lite`` detector inspects, without another training; the result is that of a fit with these settings.
@@ -349,26 +398,6 @@ class Glad:
     def _require_fit(self) -> None:
         if not hasattr(self, "calibration_"):
             raise NotFittedError("this detector has not been fitted; call fit() or load one with Glad.from_pretrained()")
-
-
-def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> tuple[Region, ...]:
-    """8-connected areas of a mask ``[H, W]``, largest peak first, at most 100."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if not count:
-        return ()
-    index = np.arange(1, count + 1)
-    peaks = ndimage.maximum(anomaly_map, labels, index)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    boxes = ndimage.find_objects(labels)
-    order = np.argsort(-np.asarray(peaks), kind="stable")[:MAX_REGIONS]
-    return tuple(
-        Region(
-            box=(boxes[i][1].start, boxes[i][0].start, boxes[i][1].stop, boxes[i][0].stop),
-            area=int(areas[i]),
-            peak=float(peaks[i]),
-        )
-        for i in order
-    )
 
 
 def _read(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
