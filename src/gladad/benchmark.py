@@ -269,9 +269,14 @@ def _in_a_process_of_its_own(cell: Cell, folder: Path, threads: int) -> str:
 
 
 def _few_threads(threads: int) -> None:
-    """Set up a process: Ctrl-C is for the one that started it, and the cores are shared."""
+    """Set up a process: Ctrl-C is for the one that started it, and the cores are shared.
+
+    Two OpenMP programs that both take all cores wait for each other most of the time.
+    """
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 def run_cell(cell: Cell, folder: Path) -> None:

@@ -128,7 +128,8 @@ dd:nth-child(2) { font-size: 1.35rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-.bar { display: block; position: relative; width: clamp(4.5rem, 18vw, 10rem); height: .8rem; background: var(--line); border-radius: .2rem; }
+.bar { display: block; position: relative; width: clamp(4.5rem, 18vw, 10rem); height: .8rem; background: var(--line);
+  border-radius: .2rem; }
 .bar i, .bar b { position: absolute; top: 0; height: 100%; background: currentColor; }
 .bar i { opacity: .45; min-width: 2px; }
 .bar b { width: 3px; margin-left: -1.5px; }
