@@ -4,6 +4,7 @@
 .DELETE_ON_ERROR:
 
 VENV := .venv
+DATA ?= data
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,7 +15,7 @@ help:
 	@echo "make demo   train on real solar cells, find the broken ones, write demo/index.html"
 	@echo "make test   run the tests"
 	@echo "make check  formatting, lint and types"
-	@echo "make bench  measure the numbers of the README"
+	@echo "make bench  measure the numbers of the README, on the four products below DATA=folder"
 	@echo "make clean  remove what these made, but not .venv"
 
 setup: $(STAMP)
@@ -43,7 +44,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python scripts/bench.py
+	$(BIN)/gladad benchmark four_products --data $(DATA) -o runs/four_products
 
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache

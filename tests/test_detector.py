@@ -130,7 +130,19 @@ def test_textures_are_used(good: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"minutes": -1.0}, {"steps": 3, "minutes": 1.0}, {"false_reject_rate": 0}, {"image_size": 10}, {"max_images": 1}]
+    "bad",
+    [
+        {"steps": 0},
+        {"minutes": -1.0},
+        {"steps": 3, "minutes": 1.0},
+        {"false_reject_rate": 0},
+        {"image_size": 10},
+        {"max_images": 1},
+        {"shots": 0},
+        {"timesteps": (400, 600)},
+        {"timesteps": (1000,)},
+        {"timesteps": ()},
+    ],
 )
 def test_impossible_settings(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
@@ -254,7 +266,7 @@ def test_the_foreground_is_chosen_and_reported(tmp_path: Path) -> None:
 
 
 def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(good: Path) -> None:
-    for change in ({"adaptive": False}, {"fusion": True}, {"false_reject_rate": 0.3}):
+    for change in ({"adaptive": False}, {"fusion": True}, {"timesteps": (500,)}, {"false_reject_rate": 0.3}):
         wanted = quick_settings(**change)
         adjusted = Glad.from_base("lite", settings=quick_settings()).fit(good).adjust(good, wanted)
         fresh = Glad.from_base("lite", settings=wanted).fit(good)

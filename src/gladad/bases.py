@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,7 @@ class FitSettings:
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
     anomaly_oriented: bool = True  # ATP: train on synthetic anomalies; False = plain diffusion, for ablations
     adaptive: bool = True  # ADS: search the denoising step per image; False = the same for all, for ablations
+    timesteps: tuple[int, ...] | None = None  # lite: of the denoiser calls at inspection, falling; None = those of the product's kind
     fusion: bool | None = None  # SAFF: keep the input where it is normal; None = the base's default (off for lite)
 
     def __post_init__(self) -> None:
@@ -92,6 +94,9 @@ class FitSettings:
             raise ConfigError(f"image_size must be from 64 to 2048, not {self.image_size}")
         if self.max_images < 2:
             raise ConfigError(f"max_images must be at least 2, not {self.max_images}")
+        steps = self.timesteps
+        if steps is not None and (not steps or not all(0 < t < 1000 for t in steps) or any(a <= b for a, b in itertools.pairwise(steps))):
+            raise ConfigError(f"timesteps must fall and lie between 0 and 1000, such as 600 and 400, not {list(steps)}")
         if self.shots is not None and self.shots < 1:
             raise ConfigError(f"shots must be at least 1, not {self.shots}")
 
@@ -105,7 +110,7 @@ def settings_of(values: dict[str, Any]) -> FitSettings:
     return from_json(FitSettings, values)
 
 
-INSPECTION_SETTINGS = frozenset({"adaptive", "fusion", "false_reject_rate"})
+INSPECTION_SETTINGS = frozenset({"adaptive", "timesteps", "fusion", "false_reject_rate"})
 """Settings that can be changed without another training, see `adjust_base`."""
 
 
@@ -234,7 +239,9 @@ def load_base(kind: str, folder: Path, config: dict[str, Any]) -> Base:
 def _lite_config(size: tuple[int, int], settings: FitSettings) -> LiteConfig:
     config = LiteConfig(image_size=size, seed=settings.seed, product=settings.product)
     fusion: Literal["calibrated", "none"] = "calibrated" if settings.fusion else "none"
-    return replace(config, reconstruction=replace(config.reconstruction, adaptive=settings.adaptive, fusion=fusion))
+    timesteps = settings.timesteps or config.reconstruction.timesteps
+    reconstruction = replace(config.reconstruction, timesteps=timesteps, adaptive=settings.adaptive, fusion=fusion)
+    return replace(config, reconstruction=reconstruction)
 
 
 def _paper_config(size: tuple[int, int], settings: FitSettings, preset: Preset | None) -> PaperConfig:

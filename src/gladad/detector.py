@@ -185,7 +185,7 @@ class Glad:
 
         Args:
             images: Those it was fitted on.
-            settings: They differ from the detector's in ``adaptive``, ``fusion`` and ``false_reject_rate`` only.
+            settings: They differ from the detector's in those of `gladad.bases.INSPECTION_SETTINGS` only.
             progress: Told of every stage.
 
         Returns:
