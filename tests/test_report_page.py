@@ -246,6 +246,7 @@ def test_the_same_report_is_the_same_page(folder, detector, category, tmp_path):
     drawn = charts(report)
     assert [chart.name for chart in drawn] == ["scores", "roc", "pr", "pro"]
     assert charts(report) == drawn
+    assert not any(re.search("(fill|stroke): #", chart.svg) for chart in drawn)  # every colour is one of the page
     before = {name: (folder / name).read_bytes() for name in FILES}
     put_report(detector, mislabelled(detector, category), tmp_path)
     for name in ("index.html", "report.md"):  # but for the time it took

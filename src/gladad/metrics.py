@@ -123,14 +123,15 @@ def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr must lie in (0, 1], not {max_fpr}")
     values, positive = _images(maps, masks)
-    normal, anomalous = values[~positive], values[positive]
-    if not len(normal) or not len(anomalous):
+    anomalous = values[positive]
+    normal_pixels = positive.size - len(anomalous)
+    if not normal_pixels or not len(anomalous):
         raise ValueError("not defined for one class only: both normal and anomalous pixels are needed")
     weights = 1 / np.concatenate([region_areas(mask) for mask in positive]).astype(np.float64)
     order = np.argsort(anomalous, kind="stable")[::-1]
-    highest = _highest(normal, math.floor(max_fpr * len(normal)) + 1)
-    curve = corners(highest, anomalous[order], weights[order]).closed(len(normal))
-    return area_until(curve.fp / len(normal), curve.overlap, max_fpr) / (max_fpr * float(curve.overlap[-1]))
+    highest = _highest_normal(values, positive, math.floor(max_fpr * normal_pixels) + 1, normal_pixels)
+    curve = corners(highest, anomalous[order], weights[order]).closed(normal_pixels)
+    return area_until(curve.fp / normal_pixels, curve.overlap, max_fpr) / (max_fpr * float(curve.overlap[-1]))
 
 
 def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> float:
@@ -241,12 +242,19 @@ def _images(maps: ArrayLike, masks: ArrayLike) -> tuple[NDArray[np.generic], NDA
     return values, positive
 
 
-def _highest(values: NDArray[np.generic], count: int) -> NDArray[np.generic]:
-    """At least the ``count`` highest values and all equal to one of them; a few more where that is found out faster."""
-    some = np.sort(values[:: max(1, len(values) // 50_000)])
-    place = len(some) - math.ceil(len(some) * (count / len(values) + 0.01))
-    found = values[values >= some[place]] if place > 0 else values
-    return found if len(found) >= count else values
+def _highest_normal(values: NDArray[np.generic], positive: NDArray[np.bool_], count: int, total: int) -> NDArray[np.generic]:
+    """At least the ``count`` highest of the ``total`` normal values and all equal to one of them; more where that is found out faster."""
+    stride = max(1, values.size // 50_000)
+    some = np.sort(values.ravel()[::stride][~positive.ravel()[::stride]])
+    place = len(some) - math.ceil(len(some) * (count / total + 0.01))
+    if place > 0:
+        taken = values >= some[place]
+        taken &= ~positive
+        found = values[taken]
+        if len(found) >= count:
+            return found
+    everything: NDArray[np.generic] = values[~positive]
+    return everything
 
 
 def _collected(maps: ArrayLike, masks: ArrayLike) -> PixelMetrics:
