@@ -133,6 +133,10 @@ def test_what_is_not_there_is_left_out_and_said(data, monkeypatch):
         plan(config(datasets=(absent,)), data)
     with pytest.raises(DataError, match=r"no configuration 'tank'.*bank"):
         plan(config(), data, configurations=["tank"])
+    with pytest.raises(ConfigError, match=r"configuration 'bank': .*'stepz'"):
+        plan(config(replace(BANK, settings={"stepz": 1})), data)
+    with pytest.raises(ConfigError, match="unknown corruption 'fire'"):
+        plan(config(shift=ShiftEntry(corruptions=("fire",))), data)
 
 
 def test_shifts_are_cells_of_their_own(data):
@@ -150,7 +154,7 @@ def test_a_key_names_what_the_result_depends_on(data, tmp_path):
     renamed = replace(cell.configuration, name="another name")
     assert cell.key != replace(cell, seed=1).key != replace(cell, images="x").key
     assert cell.key != replace(cell, configuration=replace(BANK, settings={"image_size": 96})).key
-    assert cell.key.split("_")[-1] == replace(cell, root="elsewhere", configuration=renamed).key.split("_")[-1]
+    assert cell.key == replace(cell, root="elsewhere", dataset="Another", configuration=renamed).key
     other = write_category(tmp_path / "widgets/gear", train=27)
     assert plan(config(), other.parent.parent)[0][0].key != cell.key
 
@@ -170,6 +174,9 @@ def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
     assert len(run(cells, tmp_path, tell=lines.append)) == 1
     assert first.stat().st_mtime_ns == before and lines[0] == "1 of 2 cells were finished before"
     (record,) = finished(cells, tmp_path)
+    (renamed,) = finished([replace(cells[0], dataset="Other", configuration=replace(BANK, name="BANK"))], tmp_path)
+    assert renamed["cell"] == record["cell"] | {"dataset": "Other", "configuration": "BANK"}
+    assert renamed["results"] == record["results"]
     (result,) = record["results"]
     assert result["fitted"] and result["fit_seconds"] > 0 and 0.05 < record["peak_memory_gib"] < 8
     assert "image_auroc" in result["metrics"] and "pixel_auroc" not in result["metrics"]

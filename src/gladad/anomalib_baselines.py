@@ -163,5 +163,7 @@ def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: 
                 base.model.fit()
         finally:
             np.random.set_state(state)  # noqa: NPY002
+    for _, owner, attribute in base._learned():  # as they will be after loading: the order of sums follows the layout
+        setattr(owner, attribute, getattr(owner, attribute).contiguous())
     base.model.eval()
     return base

@@ -149,7 +149,7 @@ def train_base(
     minutes = None if settings.minutes is None else settings.minutes / share
     if name == "lite":
         training = _lite_training(settings)
-        training = replace(training, steps=max(1, training.steps // share), minutes=minutes)
+        training = replace(training, steps=max(1, training.steps // share), pool=max(1, training.pool // share), minutes=minutes)
         return fit_lite(images, _lite_config(size, settings), training, textures=textures, foreground=foreground, progress=progress)
     if minutes is not None:
         raise ConfigError("minutes is for the lite base; give steps")

@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -82,6 +83,11 @@ class Cell:
         return self.configuration.settings_of(self.category, self.seed)
 
     @property
+    def names(self) -> dict[str, Any]:
+        """Its place in the tables."""
+        return {"dataset": self.dataset, "category": self.category, "configuration": self.configuration.name, "seed": self.seed}
+
+    @property
     def label(self) -> str:
         """What to call it in messages."""
         shift = {PLAIN: "", CORRUPTION: f" {self.corruption}", CONTAMINATION: " contamination"}[self.kind]
@@ -89,10 +95,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of its file: readable, and with a digest of everything that its result depends on."""
+        """Name of its file: a digest of everything that its result depends on, which names of columns and of folders do not."""
         identity = {name: value for name, value in to_json(self).items() if name not in {"root", "dataset"}}
         identity["configuration"] = {name: value for name, value in identity["configuration"].items() if name != "name"}
-        parts = [self.category, self.configuration.name, self.corruption or self.kind, f"seed{self.seed}", _digest(identity)]
+        parts = [self.category, self.corruption or self.kind, f"seed{self.seed}", _digest(identity)]
         return "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts)
 
     def file(self, folder: Path) -> Path:
@@ -142,6 +148,7 @@ def plan(
 
     Raises:
         DataError: None of the data sets is there, or a name given does not exist.
+        ConfigError: A setting is wrong (its configuration is named), or a corruption is unknown.
     """
     from gladad.datasets import read_dataset
 
@@ -157,6 +164,7 @@ def plan(
         if configuration.base.startswith("anomalib-") and find_spec("anomalib") is None:
             notes.append(f"{configuration.name}: left out, because anomalib is not installed; run: pip install 'gladad[anomalib]'")
         else:
+            _check(configuration, config)
             chosen.append(configuration)
     places: list[tuple[Callable[..., Cell], tuple[str, ...], str]] = []
     for entry in config.datasets:
@@ -190,6 +198,19 @@ def plan(
     return cells, notes
 
 
+def _check(configuration: Configuration, config: BenchmarkConfig) -> None:
+    """Refuse now what every cell would refuse later."""
+    from gladad.bases import settings_of
+    from gladad.corruptions import SHIFTS
+
+    try:
+        settings_of(configuration.settings_of("category", 0))
+    except ConfigError as error:
+        raise ConfigError(f"configuration {configuration.name!r}: {error}") from error
+    if unknown := sorted(set(config.shift.corruptions) - set(SHIFTS)):
+        raise ConfigError(f"unknown corruption {unknown[0]!r}; known are {', '.join(sorted(SHIFTS))}")
+
+
 # -- running ----------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +235,12 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
     failed: list[tuple[Cell, str]] = []
     count = itertools.count(1)
 
+    stopping = threading.Event()
+
     def work(group: Sequence[Cell]) -> None:
         for cell in group:
+            if stopping.is_set():
+                return
             started = time.monotonic()
             problem = _in_a_process_of_its_own(cell, folder, threads)
             if problem:
@@ -229,6 +254,7 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
             for future in as_completed(futures):
                 future.result()
         except BaseException:  # Ctrl-C: what runs is stopped, what is finished stays
+            stopping.set()
             executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -237,8 +263,8 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
 
 
 def finished(cells: Iterable[Cell], folder: str | Path) -> list[dict[str, Any]]:
-    """The records of those cells that are finished, in their order."""
-    return [read_json(cell.file(Path(folder))) for cell in cells if cell.file(Path(folder)).is_file()]
+    """The records of those cells that are finished, in their order and under their present names."""
+    return [read_json(cell.file(Path(folder))) | {"cell": cell.names} for cell in cells if cell.file(Path(folder)).is_file()]
 
 
 def _by_training(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -300,7 +326,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
             results = [_judged(detector, test, pixels=True)]
         results = [result | facts for result in results]
     record = {
-        "cell": {"dataset": cell.dataset, "category": cell.category, "configuration": cell.configuration.name, "seed": cell.seed},
+        "cell": cell.names,
         "kind": cell.kind,
         "corruption": cell.corruption,
         "settings": cell.settings,

@@ -241,7 +241,7 @@ def images_directly_in(path: Path) -> list[Path]:
 
 def images_and_masks(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The images below a folder, and the files ``<name>_mask.*`` beside an image ``<name>.*`` by their name without suffix."""
-    keys = {image: _key(image.relative_to(folder)) for image in _images_below(folder)}
+    keys = {image: _key(image.relative_to(folder)) for image in list_images(folder)}
     names = set(keys.values())
     masks = {key: image for image, key in keys.items() if key.endswith("_mask") and key.removesuffix("_mask") in names}
     return [image for image, key in keys.items() if key not in masks], masks
@@ -285,22 +285,9 @@ def _has_normal(path: Path) -> bool:
     return bool(folders_named(path, NORMAL_NAMES))
 
 
-def _images_below(path: Path) -> list[Path]:
-    """All images below a folder, but none that a link back up leads to: they are of another kind or split."""
-    above = set(path.resolve().parents)
-    ways = {path: True}
-
-    def stays_below(folder: Path) -> bool:
-        if folder not in ways:
-            ways[folder] = stays_below(folder.parent) and not (folder.is_symlink() and folder.resolve() in above)
-        return ways[folder]
-
-    return [image for image in list_images(path) if stays_below(image.parent)]
-
-
 def _images_outside(path: Path, names: Set[str]) -> list[Path]:
     """All images below a folder but those below folders of these names."""
-    return [p for p in _images_below(path) if names.isdisjoint(part.lower() for part in p.relative_to(path).parts[:-1])]
+    return [p for p in list_images(path) if names.isdisjoint(part.lower() for part in p.relative_to(path).parts[:-1])]
 
 
 def _is_held_back(path: Path) -> bool:

@@ -36,9 +36,9 @@ def is_image(path: Path) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by path; links are followed, hidden folders are passed over."""
+    """All image files below a folder, sorted by path; links are followed but not back up, hidden folders are passed over."""
     found: list[Path] = []
-    seen: set[Path] = set()  # a link may lead back up
+    seen = set(folder.resolve().parents)
     for root, folders, files in os.walk(folder, followlinks=True):
         here = Path(root)
         if here.resolve() in seen:

@@ -252,7 +252,7 @@ def _highest_normal(values: NDArray[np.generic], positive: NDArray[np.bool_], co
         taken &= ~positive
         found = values[taken]
         if len(found) >= count:
-            return found
+            return np.asarray(found)
     everything: NDArray[np.generic] = values[~positive]
     return everything
 
