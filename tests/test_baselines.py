@@ -56,11 +56,12 @@ def test_a_damaged_bank(category: Path, tmp_path: Path):
 
 
 def test_settings_that_are_not_for_a_baseline(category: Path):
-    with pytest.raises(ConfigError, match="presets"):
+    with pytest.raises(ConfigError, match="preset is not a setting of the base memory-bank"):
         Glad.from_base("memory-bank", settings=replace(SETTINGS, preset="visa/pcb1")).fit(category)
     detector = Glad.from_base("memory-bank", settings=SETTINGS).fit(category)
     with pytest.raises(ConfigError, match="memory-bank base cannot be adjusted"):
         detector.adjust(category, replace(SETTINGS, adaptive=False))
+    assert detector.adjust(category, replace(SETTINGS, false_reject_rate=0.5)).calibration_.threshold.false_reject_rate == 0.5
 
 
 @pytest.mark.skipif(HAS_ANOMALIB, reason="anomalib is installed")

@@ -5,22 +5,32 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import write_category
+from conftest import draw_part, write_category
+from filelock import FileLock
 
 from gladad import benchmark_tables
-from gladad.benchmark import Cell, Outcome, finished, plan, run, run_cell
+from gladad.benchmark import Cell, Outcome, finished, plan, run, runnable
+from gladad.benchmark_cell import run_cell
 from gladad.benchmark_config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
 from gladad.benchmark_tables import to_csv, to_markdown, write_tables
+from gladad.benchmark_worker import KILLED, Workers
 from gladad.cli import main
-from gladad.errors import ConfigError, DataError
+from gladad.errors import ConfigError, DataError, MissingExtraError
+from gladad.storage import WriteError
 
 BANK = Configuration(name="bank", base="memory-bank", settings={"image_size": 64})
 TOML = """
@@ -64,7 +74,7 @@ def config(*configurations: Configuration, **changes: object) -> BenchmarkConfig
 
 def test_a_file_is_read(config_file):
     read = read_config(config_file)
-    assert read == config(seeds=(0, 1))
+    assert read == config(seeds=(0, 1), source=str(config_file))
     assert read.configurations[0].settings_of("gear", 3) == {"image_size": 64, "seed": 3}
     assert Configuration(name="p", settings={"preset": "visa/{category}"}).settings_of("pcb1", 0)["preset"] == "visa/pcb1"
 
@@ -94,6 +104,9 @@ def test_shipped_files_hold_settings_that_exist(name):
         (("seeds = [0, 1]", "seeds ="), "not TOML"),
         (("[[configuration]]", '[[configuration]]\nname = "bank"\n[[configuration]]'), "two \\[\\[configuration\\]\\] are called 'bank'"),
         (("{ image_size = 64 }", '{ preset = "visa/{category}" }\nmulti_class = true'), "one model for all categories"),
+        (("seeds = [0, 1]", "seeds = [0]\n[shift]\nseverities = [7]"), "severities must be from 1 to 5, not 7"),
+        (("seeds = [0, 1]", "seeds = [0]\n[shift]\ncontamination = [1.0]"), "shares from 0 to 0.5, not 1.0"),
+        (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nseverities = ["x"]'), r"ShiftEntry.severities: \['x'\] is not"),
         (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nconfigurations = ["tank"]'), "names 'tank'"),
     ],
 )
@@ -127,16 +140,46 @@ def test_what_is_not_there_is_left_out_and_said(data, monkeypatch):
     absent = DatasetEntry(name="Absent", path="nowhere")
     half = DatasetEntry(name="Half", path="widgets", categories=("gear", "wheel"))
     cells, notes = plan(config(BANK, Configuration(name="theirs", base="anomalib-padim"), datasets=(absent, half)), data)
-    assert [(c.dataset, c.category, c.configuration.name) for c in cells] == [("Half", "gear", "bank")]
-    assert len(notes) == 3 and "gladad[anomalib]" in notes[0] and "nowhere" in notes[1] and "wheel" in notes[2]
+    assert [(c.dataset, c.category, c.configuration.name) for c in cells] == [("Half", "gear", "bank"), ("Half", "gear", "theirs")]
+    assert len(notes) == 2 and "nowhere" in notes[0] and "wheel" in notes[1]
+    possible, missing = runnable(cells)
+    assert possible == cells[:1] and len(missing) == 1 and "theirs" in missing[0] and "gladad[anomalib]" in missing[0]
     with pytest.raises(DataError, match="nowhere is not there"):
         plan(config(datasets=(absent,)), data)
+
+
+def test_mistakes_are_named_before_anything_is_run(data):
     with pytest.raises(DataError, match=r"no configuration 'tank'.*bank"):
         plan(config(), data, configurations=["tank"])
-    with pytest.raises(ConfigError, match=r"configuration 'bank': .*'stepz'"):
-        plan(config(replace(BANK, settings={"stepz": 1})), data)
+    with pytest.raises(DataError, match=r"no category 'wheel'.*gear, lever"):
+        plan(config(), data, categories=["gear", "wheel"])
+    for settings, message in (({"stepz": 1}, "'stepz'"), ({"preset": "visa/zzz"}, "preset"), ({"timesteps": [500, "x"]}, "timesteps")):
+        with pytest.raises(ConfigError, match=rf"mine\.toml: configuration 'wrong': .*{message}"):
+            plan(config(Configuration(name="wrong", settings=settings), source="mine.toml"), data)
+    with pytest.raises(ConfigError, match="lite base only"):
+        plan(config(replace(BANK, multi_class=True)), data)
     with pytest.raises(ConfigError, match="unknown corruption 'fire'"):
-        plan(config(shift=ShiftEntry(corruptions=("fire",))), data)
+        plan(config(shift=ShiftEntry(corruptions=("fire",))), data, shift=True)
+    with pytest.raises(ConfigError, match="leave --shift out"):
+        plan(config(), data, shift=True)
+
+
+def test_a_data_set_without_a_split_is_refused(tmp_path):
+    for name in ("good/1.png", "good/2.png", "bad/3.png"):
+        path = tmp_path / "widgets/nut" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_part(0)[0].save(path)
+    with pytest.raises(DataError, match=r"1\.png: is both for training and for testing \(nut\)"):
+        plan(config(), tmp_path)
+
+
+def test_one_model_for_all_is_for_all_whatever_is_chosen(data):
+    together = Configuration(name="together", multi_class=True)
+    shift = ShiftEntry(corruptions=("brightness",), contamination=(0.1,))
+    everything, notes = plan(config(together, shift=shift), data, shift=True)
+    one, _ = plan(config(together, shift=shift), data, categories=["lever"])
+    assert one == [everything[2]] and one[0].together == ("gear", "lever")
+    assert [cell.kind for cell in everything] == ["plain", "corruption"] * 2 and "one category only" in notes[0]
 
 
 def test_shifts_are_cells_of_their_own(data):
@@ -152,11 +195,35 @@ def test_shifts_are_cells_of_their_own(data):
 def test_a_key_names_what_the_result_depends_on(data, tmp_path):
     cell = plan(config(), data)[0][0]
     renamed = replace(cell.configuration, name="another name")
-    assert cell.key != replace(cell, seed=1).key != replace(cell, images="x").key
-    assert cell.key != replace(cell, configuration=replace(BANK, settings={"image_size": 96})).key
     assert cell.key == replace(cell, root="elsewhere", dataset="Another", configuration=renamed).key
-    other = write_category(tmp_path / "widgets/gear", train=27)
-    assert plan(config(), other.parent.parent)[0][0].key != cell.key
+    others = [replace(cell, seed=1), replace(cell, images="x"), replace(cell, path="raw"), replace(cell, category="lever"),
+              replace(cell, configuration=replace(BANK, settings={"image_size": 96})), replace(cell, kind="contamination", shares=(0.1,)),
+              replace(cell, configuration=replace(BANK, settings=BANK.settings | {"false_reject_rate": 0.1}))]  # fmt: skip
+    assert len({cell.key, *(other.key for other in others)}) == 1 + len(others)
+    spelled_out = replace(cell, configuration=replace(BANK, settings=BANK.settings | {"calibration": "auto"}))
+    assert cell.key == spelled_out.key and cell.model_key() == others[-1].model_key() != others[0].model_key()
+
+
+@pytest.mark.parametrize("change", ["mask", "label", "split", "image"])
+def test_a_key_follows_the_images(tmp_path, change):
+    write_category(tmp_path / "parts", train=6, test=2)
+    rows = [("parts/test/hole/000.png", 1, "parts/ground_truth/hole/000_mask.png", "test"), ("parts/test/good/000.png", 0, "", "test"),
+            ("parts/train/good/000.png", 0, "", "train"), ("parts/train/good/001.png", 0, "", "train")]  # fmt: skip
+    other = list(rows)
+    if change == "mask":
+        other[0] = (*rows[0][:2], "", "test")
+    elif change == "label":
+        other[1] = (rows[1][0], 1, "", "test")
+    elif change == "split":
+        other[1], other[3] = (*rows[1][:3], "train"), (*rows[3][:3], "test")
+    else:
+        other.append(("parts/train/good/002.png", 0, "", "train"))
+    keys = []
+    for lines in (rows, other):
+        text = "".join(f"{image},{label},{mask},{split}\n" for image, label, mask, split in lines)
+        (tmp_path / "widgets.csv").write_text("image,label,mask,split\n" + text)
+        keys.append(plan(config(datasets=(DatasetEntry(name="M", path="widgets.csv"),)), tmp_path)[0][0].key)
+    assert keys[0] != keys[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- running
@@ -192,6 +259,7 @@ def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, t
         run_cell(cell, tmp_path)
     plain, noise, mixed, other = finished(cells, tmp_path)
     assert [r["results"][0]["fitted"] for r in (plain, noise, mixed, other)] == [True, False, False, False]
+    assert plain["threads"] == plain["results"][0]["fit_threads"] >= 1
     assert len(list((tmp_path / "models").iterdir())) == 2  # the shared one, and the one with a defective image in it
     assert [result["severity"] for result in noise["results"]] == [1, 5]
     assert all("pixel_auroc" not in result["metrics"] for result in noise["results"])
@@ -227,36 +295,114 @@ def test_one_model_for_all_categories_is_trained_once(data, tmp_path, monkeypatc
         run_cell(replace(cells[0], kind="contamination", shares=(0.1,)), tmp_path)
 
 
-def test_too_many_defective_images(data, tmp_path):
-    cell = Cell(
-        dataset="Widgets", root=str(data / "widgets"), layout="mvtec_ad", category="gear", configuration=BANK, seed=0,
-        kind="contamination", shares=(0.5,),
-    )  # fmt: skip
-    with pytest.raises(DataError, match="26 defective images are to be mixed in, and there are 4"):
+def test_shares_that_take_too_many_defective_images_are_left_out(data, tmp_path):
+    cell = replace(plan(config(), data)[0][0], kind="contamination", shares=(0.05, 0.2))
+    run_cell(cell, tmp_path)
+    (record,) = finished([cell], tmp_path)
+    assert [result["share"] for result in record["results"]] == [0.05] and "gear: 20% contamination left out" in record["notes"][0]
+    with pytest.raises(DataError, match="it takes 6 defective images, over half of the 4 there are"):
+        run_cell(replace(cell, shares=(0.2,)), tmp_path)
+
+
+def test_another_rate_of_a_baseline_shares_its_model(data, tmp_path):
+    cells = plan(config(BANK, replace(BANK, name="loose", settings=BANK.settings | {"false_reject_rate": 0.3})), data, categories=["gear"])[
+        0
+    ]
+    for cell in cells:
         run_cell(cell, tmp_path)
+    strict, loose = (record["results"][0] for record in finished(cells, tmp_path))
+    assert (strict["fitted"], loose["fitted"]) == (True, False)
+    assert loose["metrics"]["threshold"] < strict["metrics"]["threshold"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_model_of_other_images_is_not_used(data, tmp_path):
+    shutil.copytree(data / "widgets", tmp_path / "widgets")
+    cell = plan(config(), tmp_path, categories=["gear"])[0][0]
+    run_cell(cell, tmp_path)
+    image = next((tmp_path / "widgets/gear/train/good").iterdir())
+    image.write_bytes(image.read_bytes()[:-1] + b"!")  # of the same name and size
+    before = cell.file(tmp_path).read_text()
+    run_cell(cell, tmp_path)
+    assert finished([cell], tmp_path)[0]["results"][0]["fitted"] and json.loads(before)["results"][0]["fitted"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp_path, how):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("cells/*.json")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(how)
+    config_file.write_text(
+        TOML + '[[configuration]]\nname = "loose"\nbase = "memory-bank"\nsettings = { image_size = 64, false_reject_rate = 0.3 }'
+    )
+    command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out), "--seed", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: list(out.glob("cells/*.json")), process)
+        wait_for(lambda: children(process.pid), process)
+        workers = children(process.pid)
+        if how == signal.SIGKILL:
+            process.kill()
+        elif how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as a terminal does
+        else:
+            process.send_signal(how)
         message = process.communicate(timeout=60)[1]
         assert process.returncode in {130, -signal.SIGKILL}
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert "finished cells are kept" in message and "nothing was written" not in message
+        assert "FAILED" not in message and "Traceback" not in message
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers):  # a worker does not outlive the program
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
     assert 1 <= len(before) < 4
+    (out / "cells/.half.json.x.partial").write_text("half")
     assert main([*command[3:], "--jobs", "2", "--quiet"]) == 0
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     assert len(list(out.glob("cells/*.json"))) == 4 and not list(out.rglob("*.partial"))
     rows = list(csv.DictReader(io.StringIO((out / "results.csv").read_text())))
-    assert [(row["category"], row["seed"]) for row in rows] == [("gear", "0"), ("lever", "0"), ("gear", "1"), ("lever", "1")]
+    assert [(row["category"], row["configuration"]) for row in rows] == [
+        ("gear", "bank"), ("gear", "loose"), ("lever", "bank"), ("lever", "loose"),
+    ]  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def children(parent: int) -> list[int]:
+    """The workers of a benchmark."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def test_one_benchmark_at_a_time_in_a_folder(data, tmp_path):
+    cells = plan(config(), data)[0]
+    with FileLock(tmp_path / ".lock"), pytest.raises(WriteError, match="another benchmark"):
+        run(cells, tmp_path)
+
+
+def explode(what: str) -> None:
+    """A job that goes wrong."""
+    if what == "exit":
+        os._exit(3)
+    if what == "known":
+        raise MissingExtraError("this", "'gladad[that]'")
+    raise UnicodeDecodeError("ascii", b"x", 0, 1, "odd")  # one whose constructor takes more than a sentence
+
+
+@pytest.mark.parametrize(("what", "said"), [("exit", KILLED), ("known", r"gladad\[that\]"), ("odd", "UnicodeDecodeError: .*odd")])
+def test_what_goes_wrong_in_a_worker_is_said(what, said):
+    with ThreadPoolExecutor(1) as executor:
+        assert re.search(said, executor.submit(partial(Workers().run, explode, what, threads=1)).result())
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -266,6 +412,7 @@ def record(category: str, configuration: str, seed: int, kind: str = "plain", **
     metrics = {name: facts.pop(name) for name in ("image_auroc", "false_reject_rate", "pixel_auroc") if name in facts}
     result = {"metrics": metrics | {"seconds_per_image": 0.02}, "fit_seconds": 30.0, "fitted": True} | facts
     return {
+        "notes": [], "version": "1", "threads": 1,
         "cell": {"dataset": "D", "category": category, "configuration": configuration, "seed": seed},
         "kind": kind, "corruption": facts.get("corruption", ""), "results": [result], "peak_memory_gib": 1.5,
     }  # fmt: skip
@@ -303,7 +450,7 @@ def test_tables_in_the_fields_format():
 
 
 def test_tables_of_failures_and_of_nothing():
-    cell = Cell(dataset="D", root="", layout="auto", category="a", configuration=BANK, seed=0)
+    cell = Cell(dataset="D", root="", path="", layout="auto", category="a", configuration=BANK, seed=0)
     assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", Outcome([], [(cell, "no memory")], []))
     assert to_csv([]).startswith("dataset,category,configuration,seed,kind")
 
@@ -329,3 +476,14 @@ def test_the_command_lists_and_refuses(capfd, tmp_path, config_file, data):
     arguments = ["benchmark", str(config_file), "--data", str(data), "-o", str(tmp_path / "out"), "--tables"]
     assert main(arguments) == 0
     assert "0 of 4 cells finished" in capfd.readouterr().out and (tmp_path / "out/results.md").is_file()
+
+
+def test_tables_are_of_everything_that_is_finished(data, tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text(
+        TOML + '[[configuration]]\nname = "loose"\nbase = "memory-bank"\nsettings = { image_size = 64, false_reject_rate = 0.3 }'
+    )
+    arguments = ["benchmark", str(path), "--data", str(data), "-o", str(tmp_path / "out"), "--category", "gear", "--seed", "0", "-q"]
+    for name in ("bank", "loose"):
+        assert main([*arguments, "--configuration", name]) == 0
+    assert "| category | bank | loose |" in (tmp_path / "out/results.md").read_text()

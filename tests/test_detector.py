@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from gladad.bases import FitSettings
 from gladad.detector import Glad
 from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
 from gladad.few_shot import views, with_copies
-from gladad.lite import LiteConfig
+from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig
 from gladad.regions import find_regions
 from gladad.storage import WriteError
@@ -79,12 +80,53 @@ def test_order_and_company_do_not_matter(good: Path) -> None:
     assert together == {path: detector.inspect(path, reconstruct=False).pred_score for path in paths}
 
 
+class Seen:
+    """What every training and every calibration of a fit is shown."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.trained: list[set[bytes]] = []
+        self.judged: list[bytes] = []
+        for name in ("fit_lite", "fit_lite_multi_class"):
+            monkeypatch.setattr(bases, name, partial(self.train, getattr(bases, name)))
+        inspect = LiteBase.inspect
+        monkeypatch.setattr(LiteBase, "inspect", lambda base, pixels: (self.judged.append(pixels.tobytes()), inspect(base, pixels))[1])
+
+    def train(self, function, images, *args, **kwargs):
+        everything = [image for own in images.values() for image in own] if isinstance(images, dict) else images
+        self.trained.append({image.tobytes() for image in everything})
+        return function(images, *args, **kwargs)
+
+
 def test_held_out_images_are_not_trained_on(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    train = bases.fit_lite
-    monkeypatch.setattr(bases, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    seen = Seen(monkeypatch)
     detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
-    assert seen == [24] and len(detector.calibration_.scores) == 6
+    (trained,) = seen.trained
+    assert len(trained) == 24 and len(seen.judged) == len(detector.calibration_.scores) == 6
+    assert trained.isdisjoint(seen.judged)
+    assert detector.calibration_.threshold.statement.startswith("no guarantee: 1.00% false rejects need 99")
+
+
+def test_held_out_images_of_products_fitted_together_are_not_trained_on(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen(monkeypatch)
+    Glad.fit_together({"a": sorted(good.iterdir())[:24]}, settings=quick_settings())
+    assert len(seen.judged) == 5 and seen.trained[0].isdisjoint(seen.judged)
+
+
+@pytest.mark.parametrize("count", [12, 4])
+def test_cross_fitted_images_are_judged_by_models_that_did_not_see_them(good: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    seen = Seen(monkeypatch)
+    Glad.from_base("lite", settings=quick_settings(shots=count)).fit(good)
+    _, *folds = seen.trained
+    half = len(seen.judged) // 2
+    assert [fold.isdisjoint(judged) for fold, judged in zip(folds, (seen.judged[:half], seen.judged[half:]), strict=True)] == [True, True]
+
+
+def test_a_cross_fitted_threshold_is_called_an_approximation(good: Path) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings(false_reject_rate=0.2)).fit(sorted(good.iterdir())[:12])
+    assert fitted.calibration_.threshold.method == "cross-fitted"
+    assert "approximation, no guarantee" in fitted.calibration_.threshold.statement
+    with pytest.raises(DataError, match="holding out 4 good images needs 8, there are 7"):
+        Glad.from_base("lite", settings=quick_settings(calibration="held-out")).fit(sorted(good.iterdir())[:7])
 
 
 def test_few_images_are_cross_fitted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +265,7 @@ def test_what_cannot_be_fitted_together(good: Path) -> None:
     with pytest.raises(DataError, match="b: at least 24 good images"):
         Glad.fit_together({"a": sorted(good.iterdir()), "b": sorted(good.iterdir())[:9]}, settings=quick_settings())
     with pytest.raises(ConfigError, match="lite base only, not for memory-bank"):
-        Glad.fit_together({"a": sorted(good.iterdir())}, "memory-bank", quick_settings())
+        Glad.fit_together({"a": sorted(good.iterdir())}, "memory-bank", FitSettings(image_size=64))
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 8])
@@ -232,9 +274,15 @@ def test_few_shots_promise_nothing(good: Path, shots: int) -> None:
     threshold = fitted.calibration_.threshold
     # with copies there are 4 scores per image, and more than the 9 that a guarantee for 10 % would need
     assert len(fitted.calibration_.scores) == 4 * shots and threshold.n == fitted.provenance_["images"] == shots
-    assert threshold.method == "extrapolated" and threshold.value >= max(fitted.calibration_.scores)
+    assert (
+        threshold.method == "copies"
+        and threshold.statement.startswith("no guarantee")
+        and f"copies of {shots} image" in threshold.statement
+    )
+    assert fitted.calibration_.cross_fitted == (shots > 1)
+    assert fitted.inspect(draw_part(60, defective=True)[0]).p_value >= 1 / (shots + 1)
     fitted.set_false_reject_rate(0.2)
-    assert fitted.calibration_.threshold.method == "extrapolated"
+    assert fitted.calibration_.threshold.method == "copies"
 
 
 def test_copies_are_close_to_their_image_and_never_the_same() -> None:
@@ -274,6 +322,26 @@ def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(good: Path) -
         assert adjusted.inspect(draw_part(50)[0]).pred_score == fresh.inspect(draw_part(50)[0]).pred_score
 
 
+def test_products_of_other_proportions_are_adjusted_at_the_size_of_their_fit(good: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for index in range(26):
+        draw_part(index)[0].resize((200, 72)).save(wide / f"{index}.png")
+    images = {"square": sorted(good.iterdir())[:26], "wide": sorted(wide.iterdir())}
+    settings = quick_settings(image_size=96)
+    fixed = Glad.fit_together(images, settings=replace(settings, adaptive=False))["wide"]
+    adjusted = Glad.fit_together(images, settings=settings)["wide"].adjust(images["wide"], replace(settings, adaptive=False))
+    assert adjusted.calibration_ == fixed.calibration_
+
+
+def test_a_failed_adjustment_changes_nothing(good: Path) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    before = (fitted.settings, fitted.calibration_)
+    with pytest.raises(DataError):
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(adaptive=False))
+    assert (fitted.settings, fitted.calibration_) == before
+
+
 def test_what_cannot_be_adjusted(good: Path) -> None:
     fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
     with pytest.raises(ConfigError, match="seed cannot be changed"):
@@ -283,6 +351,16 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
     few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
     with pytest.raises(ConfigError, match="cross-fitted"):
         few.adjust(sorted(good.iterdir())[:12], quick_settings(adaptive=False))
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [("lite", {"preset": "visa/pcb1"}), ("memory-bank", {"steps": 3}), ("some/diffusers", {"timesteps": (500,)}),
+     ("some/diffusers", {"preset": "visa/multi_class"})],
+)  # fmt: skip
+def test_settings_of_other_bases_are_refused_at_once(good: Path, base: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"is not a setting of the base|one model of all categories"):
+        Glad.from_base(base, settings=FitSettings(**changes)).fit(good)  # type: ignore[arg-type]
 
 
 def test_a_preset_sets_the_papers_constants(good: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ SOURCE = Path(gladad.__file__).parent
 LAYERS = [
     {"errors", "parallel", "types"},
     {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference", "regions"},
-    {"benchmark_config", "pixel_metrics"},
+    {"benchmark_config", "benchmark_worker", "pixel_metrics"},
     {"charts", "metrics", "data", "manifests", "feature_space", "synthesis", "visualization"},
     {"datasets", "features", "lite", "pipeline", "gallery", "kept_maps", "presets", "report_text", "results"},
     {"report_page"},
@@ -29,13 +29,14 @@ LAYERS = [
     {"evaluation"},
     {"rescoring"},
     {"benchmark", "demo"},
+    {"benchmark_cell"},
     {"benchmark_tables"},
     {"console"},
     {"cli_common"},
     {"cli_measure"},
     {"cli"},
 ]
-NEIGHBOURS = {("pipeline", "features")}
+NEIGHBOURS = {("pipeline", "features"), ("benchmark", "benchmark_cell")}
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__"))
 

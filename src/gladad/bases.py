@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite, fit_
 from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.paper import PaperBase, PaperConfig, fit_paper
 from gladad.pipeline import GladPipeline
-from gladad.presets import Preset, load_preset
+from gladad.presets import MULTI_CLASS, Preset, load_preset
 from gladad.synthesis import Foreground
 from gladad.types import Inspection, Progress
 
@@ -94,6 +94,8 @@ class FitSettings:
             raise ConfigError(f"image_size must be from 64 to 2048, not {self.image_size}")
         if self.max_images < 2:
             raise ConfigError(f"max_images must be at least 2, not {self.max_images}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, not {self.seed}")
         steps = self.timesteps
         if steps is not None and (not steps or not all(0 < t < 1000 for t in steps) or any(a <= b for a, b in itertools.pairwise(steps))):
             raise ConfigError(f"timesteps must fall and lie between 0 and 1000, such as 600 and 400, not {list(steps)}")
@@ -108,6 +110,31 @@ def settings_of(values: dict[str, Any]) -> FitSettings:
         ConfigError: A name is unknown, or a value of the wrong type.
     """
     return from_json(FitSettings, values)
+
+
+_ANY = {"seed", "false_reject_rate", "image_size", "max_images", "shots", "calibration"}
+_TRAINED = {"steps", "textures", "foreground", "adaptive", "fusion"}
+_LITE = {"minutes", "product", "anomaly_oriented", "timesteps"}
+_DIFFUSERS = {"features", "prompt", "preset"}
+
+
+def check_settings(name: str, settings: FitSettings) -> None:
+    """Refuse settings that have no meaning for a base, instead of ignoring them.
+
+    Args:
+        name: Of the base, as for `train_base`.
+        settings: Those that differ from the defaults are looked at.
+
+    Raises:
+        ConfigError: One is not for this base.
+    """
+    allowed = _ANY | (set() if name in BASELINES else _TRAINED | (_LITE if name == "lite" else _DIFFUSERS))
+    default = FitSettings()
+    for field in fields(settings):
+        if getattr(settings, field.name) != getattr(default, field.name) and field.name not in allowed:
+            raise ConfigError(f"{field.name} is not a setting of the base {name}; leave it out")
+    if settings.preset is not None and load_preset(settings.preset).category == MULTI_CLASS:
+        raise ConfigError(f"{settings.preset}: is for one model of all categories, which other bases than lite cannot be yet")
 
 
 INSPECTION_SETTINGS = frozenset({"adaptive", "timesteps", "fusion", "false_reject_rate"})
@@ -136,11 +163,7 @@ def train_base(
         share: Number of trainings that share the budget.
         progress: Told of every stage.
 
-    Raises:
-        ConfigError: A setting is not for this base.
     """
-    if settings.preset is not None and name in FEATURE_BASES:
-        raise ConfigError(f"presets are constants of the paper's form of base, not of {name}; leave preset out")
     if name == "memory-bank":
         return fit_memory_bank(images, MemoryBankConfig(image_size=size, seed=settings.seed), progress=progress)
     if name in BASELINES:
@@ -151,10 +174,6 @@ def train_base(
         training = _lite_training(settings)
         training = replace(training, steps=max(1, training.steps // share), pool=max(1, training.pool // share), minutes=minutes)
         return fit_lite(images, _lite_config(size, settings), training, textures=textures, foreground=foreground, progress=progress)
-    if minutes is not None:
-        raise ConfigError("minutes is for the lite base; give steps")
-    if not settings.anomaly_oriented:
-        raise ConfigError("anomaly_oriented can be switched off for the lite base only")
     preset = None if settings.preset is None else load_preset(settings.preset)
     pipeline = GladPipeline.from_base(name, settings.features, prompt=preset.prompt if preset else settings.prompt)
     default = preset.train_steps if preset else FinetuneConfig().steps
@@ -200,20 +219,15 @@ def train_bases(
     return fit_lite_multi_class(images, config, training, textures=textures, foregrounds=foregrounds, progress=progress)
 
 
-def adjust_base(base: Base, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> None:
+def adjust_base(base: LiteBase, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> None:
     """Give a trained base the inspection settings that `train_base` would have given it; the weights stay.
 
     Args:
         base: Changed in place.
-        images: Those it was trained on.
+        images: ``[H, W, 3]`` uint8, those it was trained on, at its size.
         settings: They differ from those of the training in `INSPECTION_SETTINGS` only.
         progress: Told of every stage.
-
-    Raises:
-        ConfigError: The base is not a ``lite`` one.
     """
-    if not isinstance(base, LiteBase):
-        raise ConfigError(f"the inspection of a {base.kind} base cannot be adjusted; fit it anew")
     old = base.config
     config = replace(_lite_config(old.image_size, settings), categories=old.categories, category=old.category)
     adjust_lite(base, config, images, _lite_training(settings), progress)

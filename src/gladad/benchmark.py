@@ -1,8 +1,8 @@
-"""Many detectors on many data sets, side by side: fit, calibrate and evaluate each, one cell at a time, and go on where it stopped.
+"""Many detectors on many data sets, side by side: what is to be run, and running it, one cell at a time, from where it stopped.
 
 A *cell* is one configuration on one category with one seed. Each runs in a process of its own, so that its peak memory is its own and one
 that dies takes nothing with it. A finished cell is one JSON file, written whole; it is not run again unless its settings or images change.
-Models are kept beside the cells: configurations that differ in the inspection only share one training.
+What a cell does is in `gladad.benchmark_cell`.
 """
 
 from __future__ import annotations
@@ -10,37 +10,36 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
-import multiprocessing
 import os
 import re
-import resource
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gladad import __version__
-from gladad.benchmark_config import BenchmarkConfig, Configuration
+from filelock import FileLock, Timeout
+
+from gladad.bases import INSPECTION_SETTINGS, FitSettings, check_settings, settings_of
+from gladad.benchmark_config import BenchmarkConfig, Configuration, ShiftEntry
+from gladad.benchmark_worker import Workers
 from gladad.config import to_json
-from gladad.errors import ConfigError, DataError, GladError
-from gladad.storage import read_json, write_json
+from gladad.corruptions import SHIFTS
+from gladad.datasets import Dataset, read_dataset
+from gladad.errors import ConfigError, DataError
+from gladad.images import list_images
+from gladad.storage import WriteError, read_json
 from gladad.types import Sample
 
-if TYPE_CHECKING:
-    from gladad.detector import Glad
-
 CELLS, MODELS = "cells", "models"
-FIT_FILE = "fit.json"
-PLAIN = "plain"
-CORRUPTION, CONTAMINATION = "corruption", "contamination"
+PLAIN, CORRUPTION, CONTAMINATION = "plain", "corruption", "contamination"
 
 Tell = Callable[[str], None]
 
@@ -52,6 +51,7 @@ class Cell:
     Attributes:
         dataset: Name of the data set.
         root: Where it lies.
+        path: The same as the benchmark's file says it.
         layout: How it is read.
         category: The product.
         configuration: What runs on it.
@@ -60,12 +60,13 @@ class Cell:
         corruption: Name of the corruption, for that kind.
         severities: Of the corruption.
         shares: Of defective images mixed into training, for "contamination".
-        images: Digest of names and sizes of the images.
-        together: All categories of the data set that are run, where one model is for all of them.
+        images: Digest of the images: names, sizes, labels, splits and masks.
+        together: All categories of the data set that one model is for; empty where it is for one.
     """
 
     dataset: str
     root: str
+    path: str
     layout: str
     category: str
     configuration: Configuration
@@ -78,9 +79,9 @@ class Cell:
     together: tuple[str, ...] = ()
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> FitSettings:
         """Settings of the fit."""
-        return self.configuration.settings_of(self.category, self.seed)
+        return settings_of(self.configuration.settings_of(self.category, self.seed))
 
     @property
     def names(self) -> dict[str, Any]:
@@ -95,11 +96,20 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of its file: a digest of everything that its result depends on, which names of columns and of folders do not."""
-        identity = {name: value for name, value in to_json(self).items() if name not in {"root", "dataset"}}
-        identity["configuration"] = {name: value for name, value in identity["configuration"].items() if name != "name"}
-        parts = [self.category, self.corruption or self.kind, f"seed{self.seed}", _digest(identity)]
-        return "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts)
+        """Name of its file: a digest of everything that its result depends on, which headings in tables do not belong to."""
+        identity = [self.model_key(INSPECTION_SETTINGS), self.category, self.kind, self.corruption, self.severities, self.shares]
+        return "_".join([file_name(self.category), self.corruption or self.kind, f"seed{self.seed}", digest(identity)])
+
+    def model_key(self, inspection: Iterable[str] = (), extra: Sequence[str] = ()) -> str:
+        """Digest of everything that a training depends on.
+
+        Args:
+            inspection: Settings of the inspection that count too.
+            extra: Names of images that are learnt from besides the training images.
+        """
+        settings = {k: v for k, v in to_json(self.settings).items() if k not in INSPECTION_SETTINGS or k in set(inspection)}
+        whole = self.together or self.category
+        return digest([self.configuration.base, settings, self.path, self.layout, whole, self.images, list(extra)])
 
     def file(self, folder: Path) -> Path:
         """Where its result is kept."""
@@ -111,7 +121,7 @@ class Outcome:
     """What a run came to.
 
     Attributes:
-        finished: Cells that are there now, in the order of the plan.
+        finished: Records of the cells that are there now, in the order of the plan.
         failed: ``(cell, reason)`` of those that are not.
         notes: What was left out, and why.
     """
@@ -147,117 +157,176 @@ def plan(
         The cells, and notes on what is left out because it is not there.
 
     Raises:
-        DataError: None of the data sets is there, or a name given does not exist.
-        ConfigError: A setting is wrong (its configuration is named), or a corruption is unknown.
+        DataError: None of the data sets is there, one has no split, or a name given does not exist.
+        ConfigError: A setting or a shift is wrong; what it belongs to is named.
     """
-    from gladad.datasets import read_dataset
+    if unknown := sorted(set(configurations) - {c.name for c in config.configurations}):
+        raise DataError(f"no configuration {unknown[0]!r} in this benchmark; it has {', '.join(c.name for c in config.configurations)}")
+    chosen = [c for c in config.configurations if not configurations or c.name in configurations]
+    places, notes = _places(config, Path(data))
+    known = list(dict.fromkeys(place.category for place in places))
+    if unknown := sorted(set(categories) - set(known)):
+        raise DataError(f"no category {unknown[0]!r} in this benchmark's data sets; there are {', '.join(known)}")
+    places = [place for place in places if not categories or place.category in categories]
+    for configuration in chosen:
+        _check(configuration, [place.category for place in places], config.source)
+    if shift:
+        _check_shift(config.shift, config.source)
+    cells = [
+        variant
+        for seed in dict.fromkeys(seeds or config.seeds)
+        for place in places
+        for configuration in chosen
+        for variant in _variants(place.cell(configuration, seed), config.shift if shift else ShiftEntry())
+    ]
+    if shift and config.shift.contamination and any(c.multi_class for c in chosen):
+        notes.append("contamination is measured on models of one category only")
+    return list({cell.key: cell for cell in cells}.values()), notes
 
+
+@dataclass(frozen=True)
+class _Place:
+    """A category of a data set that is there."""
+
+    category: str
+    make: Callable[..., Cell]
+    images: str
+    together: tuple[str, ...]
+    images_together: str
+
+    def cell(self, configuration: Configuration, seed: int) -> Cell:
+        if configuration.multi_class:
+            return self.make(configuration=configuration, seed=seed, images=self.images_together, together=self.together)
+        return self.make(configuration=configuration, seed=seed, images=self.images)
+
+
+def _places(config: BenchmarkConfig, data: Path) -> tuple[list[_Place], list[str]]:
+    places: list[_Place] = []
     notes: list[str] = []
-    unknown = sorted(set(configurations) - {c.name for c in config.configurations})
-    if unknown:
-        names = ", ".join(c.name for c in config.configurations)
-        raise DataError(f"no configuration {unknown[0]!r} in this benchmark; it has {names}")
-    chosen = []
-    for configuration in config.configurations:
-        if configurations and configuration.name not in configurations:
-            continue
-        if configuration.base.startswith("anomalib-") and find_spec("anomalib") is None:
-            notes.append(f"{configuration.name}: left out, because anomalib is not installed; run: pip install 'gladad[anomalib]'")
-        else:
-            _check(configuration, config)
-            chosen.append(configuration)
-    places: list[tuple[Callable[..., Cell], tuple[str, ...], str]] = []
     for entry in config.datasets:
-        root = Path(data) / entry.path
+        root = data / entry.path
         if not root.exists():
             notes.append(f"{entry.name}: left out, because {root} is not there")
             continue
         dataset = read_dataset(root, entry.layout)
         if missing := sorted(set(entry.categories) - set(dataset.categories)):
             notes.append(f"{entry.name}: left out {', '.join(missing)}, not in {root}")
-        wanted = [name for name in entry.categories or dataset.categories if name in dataset.categories]
-        wanted = [name for name in wanted if not categories or name in categories]
-        place = partial(Cell, dataset=entry.name, root=str(root), layout=dataset.layout)
-        digests = {name: _digest_of_files(root, (s.image_path for s in dataset.samples if s.category == name)) for name in wanted}
-        places += [(partial(place, category=name, images=digests[name]), tuple(wanted), _digest(digests)) for name in wanted]
+        wanted = tuple(name for name in entry.categories or dataset.categories if name in dataset.categories)
+        digests = {name: _digest_of_images(dataset, name) for name in wanted}
+        make = partial(Cell, dataset=entry.name, root=str(root), path=entry.path, layout=dataset.layout)
+        for name in wanted:
+            split_of(dataset, name)
+            places.append(_Place(name, partial(make, category=name), digests[name], wanted, digest(digests)))
     if not places:
-        raise DataError(f"{data}: none of the benchmark's data sets or categories is there ({'; '.join(notes) or 'none was chosen'})")
-    cells = []
-    for seed in seeds or config.seeds:
-        for make, together, digest in places:
-            for configuration in chosen:
-                cell = make(configuration=configuration, seed=seed)
-                if configuration.multi_class:
-                    cell = replace(cell, together=together, images=digest)
-                cells.append(cell)
-                if shift and (not config.shift.configurations or configuration.name in config.shift.configurations):
-                    severities = config.shift.severities
-                    cells += [replace(cell, kind=CORRUPTION, corruption=n, severities=severities) for n in config.shift.corruptions]
-                    if config.shift.contamination:
-                        cells.append(replace(cell, kind=CONTAMINATION, shares=config.shift.contamination))
-    return cells, notes
+        raise DataError(f"{data}: none of the benchmark's data sets is there ({'; '.join(notes)})")
+    return places, notes
 
 
-def _check(configuration: Configuration, config: BenchmarkConfig) -> None:
+def split_of(dataset: Dataset, category: str) -> tuple[list[Path], list[Sample]]:
+    """Training images and test samples of one category.
+
+    Raises:
+        DataError: It lacks one of them, or an image is in both.
+    """
+    own = replace(dataset, samples=tuple(sample for sample in dataset.samples if sample.category == category), lines=())
+    train, test = own.training_images(), own.test_samples()
+    if both := {path.resolve() for path in train} & {sample.image_path.resolve() for sample in test}:
+        raise DataError(
+            f"{min(both)}: is both for training and for testing ({category}), so its results would mean nothing; "
+            "a benchmark needs a split: train/ and test/ folders, or a manifest"
+        )
+    return train, test
+
+
+def _variants(cell: Cell, shift: ShiftEntry) -> Iterator[Cell]:
+    """The cell and its shifts."""
+    yield cell
+    if not shift.configurations or cell.configuration.name in shift.configurations:
+        for name in shift.corruptions:
+            yield replace(cell, kind=CORRUPTION, corruption=name, severities=shift.severities)
+        if shift.contamination and not cell.together:
+            yield replace(cell, kind=CONTAMINATION, shares=shift.contamination)
+
+
+def _check(configuration: Configuration, categories: Sequence[str], source: str) -> None:
     """Refuse now what every cell would refuse later."""
-    from gladad.bases import settings_of
-    from gladad.corruptions import SHIFTS
-
     try:
-        settings_of(configuration.settings_of("category", 0))
+        for category in categories:
+            check_settings(configuration.base, settings_of(configuration.settings_of(category, 0)))
+        if configuration.multi_class and configuration.base != "lite":
+            raise ConfigError(f"one model for several categories is there for the lite base only, not for {configuration.base}")
     except ConfigError as error:
-        raise ConfigError(f"configuration {configuration.name!r}: {error}") from error
-    if unknown := sorted(set(config.shift.corruptions) - set(SHIFTS)):
-        raise ConfigError(f"unknown corruption {unknown[0]!r}; known are {', '.join(sorted(SHIFTS))}")
+        raise ConfigError(f"{source}: configuration {configuration.name!r}: {error}") from error
+
+
+def _check_shift(shift: ShiftEntry, source: str) -> None:
+    if not shift.corruptions and not shift.contamination:
+        raise ConfigError(f"{source}: has no [shift] with corruptions or contamination; leave --shift out")
+    if unknown := sorted(set(shift.corruptions) - set(SHIFTS)):
+        raise ConfigError(f"{source}: unknown corruption {unknown[0]!r}; known are {', '.join(sorted(SHIFTS))}")
 
 
 # -- running ----------------------------------------------------------------------------------------------------
 
 
+def runnable(cells: Iterable[Cell]) -> tuple[list[Cell], list[str]]:
+    """Those cells whose packages are installed, and notes on the others."""
+    cells = list(cells)
+    absent = {} if find_spec("anomalib") else {c.configuration.name for c in cells if c.configuration.base.startswith("anomalib-")}
+    notes = [f"{name}: not run, because anomalib is not installed; run: pip install 'gladad[anomalib]'" for name in sorted(absent)]
+    return [cell for cell in cells if cell.configuration.name not in absent], notes
+
+
 def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell = lambda line: None) -> list[tuple[Cell, str]]:
     """Run the cells that are not finished yet.
+
+    Ctrl-C and SIGTERM stop what runs; what is finished stays.
 
     Args:
         cells: Of `plan`.
         folder: Where cells and models are kept.
-        jobs: Cells that run at the same time; they share the cores evenly. Times then are those of a part of the machine.
+        jobs: Cells that run at the same time; they share PyTorch's threads evenly. Times then are those of a part of the machine.
         tell: Called with a line on every cell.
 
     Returns:
         ``(cell, reason)`` of those that failed; they are tried again the next time.
+
+    Raises:
+        WriteError: Another benchmark is writing into the folder.
     """
+    import torch
+
+    from gladad.benchmark_cell import run_cell
+
     folder = Path(folder)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    waiting = [cell for cell in cells if not cell.file(folder).is_file()]
-    if len(waiting) < len(cells):
-        tell(f"{len(cells) - len(waiting)} of {len(cells)} cells were finished before")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     failed: list[tuple[Cell, str]] = []
     count = itertools.count(1)
-
-    stopping = threading.Event()
+    workers = Workers()
 
     def work(group: Sequence[Cell]) -> None:
         for cell in group:
-            if stopping.is_set():
-                return
             started = time.monotonic()
-            problem = _in_a_process_of_its_own(cell, folder, threads)
+            problem = workers.run(run_cell, cell, folder, threads=threads)
+            if workers.stopped:
+                return
             if problem:
                 failed.append((cell, problem))
             gist = f"FAILED: {problem}" if problem else _gist(read_json(cell.file(folder)))
             tell(f"[{next(count)}/{len(waiting)}] {cell.label}: {gist}, {time.monotonic() - started:.0f} s")
 
-    with ThreadPoolExecutor(jobs) as executor:
+    with _alone(folder), _terminable(), ThreadPoolExecutor(jobs) as executor:
+        waiting = [cell for cell in cells if not cell.file(folder).is_file()]
+        if len(waiting) < len(cells):
+            tell(f"{len(cells) - len(waiting)} of {len(cells)} cells were finished before")
         futures = [executor.submit(work, group) for group in _by_training(waiting)]
         try:
             for future in as_completed(futures):
                 future.result()
-        except BaseException:  # Ctrl-C: what runs is stopped, what is finished stays
-            stopping.set()
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
+        except BaseException:
+            workers.stop()
+            executor.shutdown(wait=True, cancel_futures=True)
             raise
     return failed
 
@@ -269,192 +338,66 @@ def finished(cells: Iterable[Cell], folder: str | Path) -> list[dict[str, Any]]:
 
 def _by_training(cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells that share a training together, so that the first trains for the others."""
-    from gladad.bases import INSPECTION_SETTINGS
-
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        trained = {name: value for name, value in cell.settings.items() if name not in INSPECTION_SETTINGS}
-        whole = cell.together or cell.category
-        groups.setdefault(_digest([cell.root, whole, cell.configuration.base, trained]), []).append(cell)
+        groups.setdefault(cell.model_key(), []).append(cell)
     return list(groups.values())
 
 
-def _in_a_process_of_its_own(cell: Cell, folder: Path, threads: int) -> str:
-    """Run one cell; returns what went wrong, or nothing."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_few_threads, initargs=(threads,)) as executor:
-        try:
-            executor.submit(run_cell, cell, folder).result()
-        except BrokenProcessPool:
-            return "its process was killed; most often memory ran out"
-        except GladError as error:
-            return str(error)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return ""
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other benchmarks out of the folder, and remove what one that was killed left half-written."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            for left in (path for place in (CELLS, MODELS) for path in (folder / place).rglob(".*") if path.suffix in {".partial", ".old"}):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield
+    except Timeout as error:
+        raise WriteError(f"{folder}: another benchmark is writing into this folder; wait for it, or choose another one") from error
 
 
-def _few_threads(threads: int) -> None:
-    """Set up a process: Ctrl-C is for the one that started it, and the cores are shared.
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, where this may be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    Two OpenMP programs that both take all cores wait for each other most of the time.
-    """
-    import torch
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
-
-def run_cell(cell: Cell, folder: Path) -> None:
-    """Fit (or load), calibrate and evaluate one cell, and write its file."""
-    from gladad.datasets import read_dataset
-
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    dataset = read_dataset(cell.root, cell.layout, cell.category)
-    train, test = dataset.training_images(), dataset.test_samples()
-    if cell.kind == CONTAMINATION and cell.together:
-        raise ConfigError(
-            "contamination is measured on models of one category; leave multi-class configurations out of shift.configurations"
-        )
-    if cell.kind == CONTAMINATION:
-        results = _contaminated(cell, folder, train, test)
-    else:
-        detector, facts = _fitted(cell, folder, train)
-        if cell.kind == CORRUPTION:
-            results = [_judged(_Corrupted(detector, cell.corruption, severity), test, severity=severity) for severity in cell.severities]
-        else:
-            results = [_judged(detector, test, pixels=True)]
-        results = [result | facts for result in results]
-    record = {
-        "cell": cell.names,
-        "kind": cell.kind,
-        "corruption": cell.corruption,
-        "settings": cell.settings,
-        "base": cell.configuration.base,
-        "results": results,
-        "peak_memory_gib": _peak_memory(),
-        "version": __version__,
-    }
-    write_json(cell.file(folder), record)
-
-
-def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Path] = ()) -> tuple[Glad, dict[str, Any]]:
-    """The detector of a cell: from the models kept, by adjusting one of them, or trained; and facts about its training."""
-    from gladad.bases import INSPECTION_SETTINGS, settings_of
-    from gladad.detector import Glad
-
-    settings = settings_of(cell.settings)
-    images = [*train, *extra]
-    trained = {name: value for name, value in to_json(settings).items() if name not in INSPECTION_SETTINGS}
-    identity = [cell.configuration.base, trained, cell.images, [os.path.relpath(path, cell.root) for path in extra], cell.together]
-    name = f"{'together' if cell.together else cell.category}_{_digest(identity)}"
-    place = folder / MODELS / name / cell.category if cell.together else folder / MODELS / name
-    if fresh := not (place / FIT_FILE).is_file():
-        started = time.monotonic()
-        detectors = _fit_together(cell, settings) if cell.together else {}
-        detector = detectors.get(cell.category) or Glad.from_base(cell.configuration.base, settings=settings).fit(images)
-        seconds = time.monotonic() - started
-        for category, other in detectors.items():
-            _keep(other, place.parent / category, seconds)
-        if not detectors:
-            _keep(detector, place, seconds)
-    else:
-        detector = Glad.from_pretrained(place)
-        if detector.settings != settings:
-            detector.adjust(images, settings)
-    return detector, {"fit_seconds": float(read_json(place / FIT_FILE)["seconds"]), "fitted": fresh}
-
-
-def _fit_together(cell: Cell, settings: Any) -> dict[str, Glad]:
-    from gladad.datasets import read_dataset
-    from gladad.detector import Glad
-
-    images = {name: read_dataset(cell.root, cell.layout, name).training_images() for name in cell.together}
-    return Glad.fit_together(images, cell.configuration.base, settings)
-
-
-def _keep(detector: Glad, place: Path, seconds: float) -> None:
-    """Save a model with the time of its training, which is there when the model is."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    detector.save_pretrained(place)
-    write_json(place / FIT_FILE, {"seconds": seconds})
-
-
-def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, **facts: Any) -> dict[str, Any]:
-    """Metrics of one detector on some samples."""
-    from gladad.evaluation import evaluate
-
-    if not pixels:  # the masks of a moved image would have to move with it
-        samples = [replace(sample, mask_path=None) for sample in samples]
-    report = evaluate(detector, samples)
-    return facts | {"metrics": report.metrics, "counts": report.counts, "per_type": report.details["per_type"]}
-
-
-@dataclass(frozen=True)
-class _Corrupted:
-    """A detector that is shown every image through one corruption."""
-
-    detector: Glad
-    corruption: str
-    severity: int
-
-    @property
-    def calibration_(self) -> Any:
-        return self.detector.calibration_
-
-    @property
-    def workers(self) -> int:
-        return self.detector.workers
-
-    def inspect(self, image: Any, *, reconstruct: bool = True) -> Any:
-        from gladad.corruptions import corrupt
-        from gladad.images import as_pixels
-
-        pixels = as_pixels(image)
-        seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:4], "big")  # of the image alone, so no order matters
-        return self.detector.inspect(corrupt(pixels, self.corruption, self.severity, seed), reconstruct=reconstruct)
-
-
-def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Fits with some defective images among the good ones, all judged on the same remaining test images."""
-    import numpy as np
-
-    bad = [sample for sample in test if sample.gt_label]
-    order = np.random.default_rng(cell.seed).permutation(len(bad)).tolist()
-    counts = [round(share / (1 - share) * len(train)) for share in cell.shares]
-    if max(counts) >= len(bad):
-        raise DataError(f"{cell.category}: {max(counts)} defective images are to be mixed in, and there are {len(bad)}")
-    mixed = {bad[place].image_path for place in order[: max(counts)]}
-    rest = [sample for sample in test if sample.image_path not in mixed]
-    results = []
-    for share, count in zip(cell.shares, counts, strict=True):
-        detector, facts = _fitted(cell, folder, train, [bad[place].image_path for place in order[:count]])
-        results.append(_judged(detector, rest, pixels=True, share=share, defective=count) | facts)
-    return results
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _gist(record: dict[str, Any]) -> str:
     """The first number of a cell for its line."""
-    results = record["results"]
-    values = [result["metrics"].get("image_auroc", math.nan) for result in results]
-    return "image AUROC " + " ".join(f"{value:.4f}" for value in values)
+    return "image AUROC " + " ".join(f"{result['metrics'].get('image_auroc', float('nan')):.4f}" for result in record["results"])
 
 
-def _peak_memory() -> float:
-    """Largest resident memory of this process so far, in GiB."""
-    try:  # unlike the resource module's number, not inherited from the process that started this one
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of a JSON-ready value (or one of dataclasses)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=asdict).encode()).hexdigest()[:12]
 
 
-def _digest_of_files(root: Path, files: Iterable[Path]) -> str:
-    """Digest of names and sizes, wherever the data set lies: contents are not read."""
-    return _digest(sorted((os.fsencode(os.path.relpath(file, root)).hex(), file.stat().st_size) for file in files if file.is_file()))
+def file_name(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^\w.+-]+|^\.+", "-", text)
+
+
+def _digest_of_images(dataset: Dataset, category: str) -> str:
+    """Digest of what is known of the images of a category without reading them, wherever the data set lies."""
+
+    def entry(path: Path) -> tuple[str, int]:
+        return os.fsencode(os.path.relpath(path, dataset.root)).hex(), path.stat().st_size if path.is_file() else -1
+
+    rows = []
+    for sample in dataset.samples:
+        if sample.category == category:
+            mask = sample.mask_path
+            masks = [] if mask is None else [entry(path) for path in (list_images(mask) if mask.is_dir() else [mask])]
+            rows.append((*entry(sample.image_path), sample.gt_label, sample.split, sample.defect_type, masks))
+    return digest(sorted(rows))

@@ -74,12 +74,19 @@ class ShiftEntry:
     contamination: tuple[float, ...] = ()
     configurations: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if wrong := [severity for severity in self.severities if severity not in range(1, 6)]:
+            raise ConfigError(f"severities must be from 1 to 5, not {wrong[0]}")
+        if wrong_share := [share for share in self.contamination if not 0 <= share <= 0.5]:
+            raise ConfigError(f"contamination must be shares from 0 to 0.5, not {wrong_share[0]}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Everything of one file."""
+    """Everything of one file; ``source`` is its name for messages."""
 
     title: str
+    source: str = ""
     seeds: tuple[int, ...] = (0,)
     datasets: tuple[DatasetEntry, ...]
     configurations: tuple[Configuration, ...]
@@ -129,6 +136,7 @@ def _parsed(values: dict[str, Any], name: str) -> BenchmarkConfig:
             raise ConfigError(f"seeds must be a list of whole numbers from 0, not {seeds!r}")
         config = BenchmarkConfig(
             title=str(values.get("title", Path(name).stem)),
+            source=name,
             seeds=tuple(seeds),
             datasets=tuple(_entry(DatasetEntry, entry) for entry in values["dataset"]),
             configurations=tuple(_entry(Configuration, entry) for entry in values["configuration"]),

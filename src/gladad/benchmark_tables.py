@@ -56,7 +56,7 @@ def write_tables(folder: str | Path, title: str, outcome: Outcome) -> Path:
 def to_csv(records: Iterable[dict[str, Any]]) -> str:
     """One line for every result of every cell."""
     names = ("dataset", "category", "configuration", "seed", "kind", "corruption", "severity", "share", "defective")
-    costs = ("fit_seconds", "fitted", "seconds_per_image", "peak_memory_gib")
+    costs = ("fit_seconds", "fit_threads", "fitted", "seconds_per_image", "peak_memory_gib")
     text = io.StringIO()
     writer = csv.DictWriter(text, (*names, *METRICS, *costs), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -77,7 +77,14 @@ def to_markdown(title: str, outcome: Outcome) -> str:
         f"Values are per cent{_over(seeds)}. The best mean of each row is bold. A dash: not defined, or not run.",
         "",
     ]
-    lines += [f"* {note}" for note in outcome.notes]
+    notes = [*outcome.notes, *(note for record in outcome.finished for note in record["notes"])]
+    if len(versions := sorted({record["version"] for record in outcome.finished})) > 1:
+        notes.append(f"cells of several versions of gladad: {', '.join(versions)}")
+    if len(threads := sorted({record["threads"] for record in outcome.finished})) > 1:
+        notes.append(
+            f"cells were run with {' and '.join(map(str, threads))} threads; a training's last digits depend on that, and the times do"
+        )
+    lines += [f"* {note}" for note in _unique(notes)]
     lines += [f"* FAILED: {cell.label}: {problem}" for cell, problem in outcome.failed]
     for dataset in _unique(record["cell"]["dataset"] for record in outcome.finished):
         here = [record for record in records if record["cell"]["dataset"] == dataset]
@@ -109,7 +116,8 @@ def _shift_tables(shifted: Sequence[dict[str, Any]], plain: Sequence[dict[str, A
                 values = _values(records, _shift_name, metric, transposed=True)
                 if kind == CORRUPTION:
                     values = _values(clean, lambda record, result: "none", metric, transposed=True) | values
-                lines += ["", f"#### {METRICS[metric]}", "", *_table(values, _unique(column for _, column in values), first="shift")]
+                if values:
+                    lines += ["", f"#### {METRICS[metric]}", "", *_table(values, _unique(column for _, column in values), first="shift")]
     return lines
 
 
@@ -164,12 +172,12 @@ def _cell(seeds: dict[int, float], winner: float) -> str:
 
 
 def _costs(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over categories and seeds. Peak memory is of cells that trained."""
+    """Means over categories and seeds. Peak memory is of cells that trained; a training for several categories counts evenly for each."""
     lines = ["| configuration | training, s | inspection, ms per image | peak memory, GiB | cells |", "|---|---|---|---|---|"]
     for configuration in _unique(record["cell"]["configuration"] for record in records):
         own = [record for record in records if record["cell"]["configuration"] == configuration]
         results = [result for record in own for result in record["results"]]
-        peaks = [record["peak_memory_gib"] for record in own if record["results"][0]["fitted"]]
+        peaks = [record["peak_memory_gib"] for record in own if record["results"][0]["fitted"] and record["peak_memory_gib"]]
         milliseconds = 1000 * fmean(result["metrics"]["seconds_per_image"] for result in results)
         memory = f"{max(peaks):.1f}" if peaks else "shared training"
         lines.append(f"| {configuration} | {fmean(r['fit_seconds'] for r in results):.0f} | {milliseconds:.0f} | {memory} | {len(own)} |")

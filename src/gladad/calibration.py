@@ -30,8 +30,9 @@ class Threshold:
     Attributes:
         value: Scores above it are rejected.
         false_reject_rate: The rate asked for.
-        n: Held-out normal scores it was made from.
-        method: "conformal" (the guarantee holds) or "extrapolated" (too few images: no guarantee).
+        n: Held-out normal images it was made from.
+        method: "conformal" (the guarantee holds), "cross-fitted" (the same rank of scores of other models than the final one: it holds
+            approximately), "extrapolated" (too few images: no guarantee) or "copies" (scores of copies of a few images: none either).
         needed: Held-out images from which on the guarantee would hold.
     """
 
@@ -47,6 +48,10 @@ class Threshold:
         rate = f"{self.false_reject_rate:.2%}"
         if self.method == "conformal":
             return f"at most {rate} of good parts like the {self.n} held-out ones are rejected (split-conformal, finite-sample guarantee)"
+        if self.method == "cross-fitted":
+            return f"about {rate} of good parts like these {self.n} are rejected, or fewer (cross-fitted: an approximation, no guarantee)"
+        if self.method == "copies":
+            return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
         return (
             f"no guarantee: {rate} false rejects need {self.needed} held-out images and there are {self.n}; "
             "the threshold is extrapolated from their scores"
@@ -68,13 +73,16 @@ def check_rate(false_reject_rate: float) -> None:
         raise ConfigError(f"false_reject_rate must be above 0 and at most 0.5, not {false_reject_rate}")
 
 
-def conformal_threshold(normal_scores: Sequence[float], false_reject_rate: float, images: int | None = None) -> Threshold:
+def conformal_threshold(
+    normal_scores: Sequence[float], false_reject_rate: float, *, cross_fitted: bool = False, images: int | None = None
+) -> Threshold:
     """The decision threshold for a requested false-reject rate (see the module's text).
 
     Args:
         normal_scores: Raw scores.
         false_reject_rate: In (0, 0.5].
-        images: Number of different images behind the scores, where some are of copies of others: these support no guarantee.
+        cross_fitted: Each score comes from a model of its own fold, not from the one that will be used.
+        images: Number of different images behind the scores, where some are of copies of others.
 
     Raises:
         ConfigError: The rate is not in (0, 0.5].
@@ -85,15 +93,15 @@ def conformal_threshold(normal_scores: Sequence[float], false_reject_rate: float
     n = len(scores)
     if n < MIN_HELD_OUT:
         raise DataError(f"calibration needs at least {MIN_HELD_OUT} held-out good images, there are {n}; add good images")
+    copies = images is not None and images < n
     needed = required_images(false_reject_rate)
     rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
-    if images is not None and images < n:
-        n = images
-    elif rank <= n:
-        return Threshold(float(scores[rank - 1]), false_reject_rate, n, "conformal", needed)
+    if rank <= n and not copies:
+        return Threshold(float(scores[rank - 1]), false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
     logs = np.log(np.maximum(scores, 1e-12))
     fitted = math.exp(float(logs.mean()) + NormalDist().inv_cdf(1 - false_reject_rate) * float(logs.std(ddof=1)))
-    return Threshold(max(float(scores[-1]), fitted), false_reject_rate, n, "extrapolated", needed)
+    method, count = ("copies", images or n) if copies else ("extrapolated", n)
+    return Threshold(max(float(scores[-1]), fitted), false_reject_rate, count, method, needed)
 
 
 @dataclass(frozen=True)
@@ -114,9 +122,12 @@ class Calibration:
     cross_fitted: bool = False
 
     def p_value(self, score: float) -> float:
-        """Conformal p-value, ``(1 + #{held-out >= score}) / (n + 1)``, in (0, 1]."""
+        """Conformal p-value, ``(1 + #{held-out >= score}) / (n + 1)``, in (0, 1].
+
+        Where scores are of copies it is no smaller than it can be for the number of different images.
+        """
         above = len(self.scores) - int(np.searchsorted(self.scores, score, side="left"))
-        return (1 + above) / (len(self.scores) + 1)
+        return max((1 + above) / (len(self.scores) + 1), 1 / (self.threshold.n + 1))
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -160,9 +171,13 @@ def calibrate(
         cross_fitted: Recorded, see `Calibration`.
         images: Number of different images, see `conformal_threshold`.
     """
+    threshold, pixel_threshold = (
+        conformal_threshold(values, false_reject_rate, cross_fitted=cross_fitted, images=images)
+        for values in (normal_scores, normal_map_peaks)
+    )
     return Calibration(
         scores=tuple(sorted(float(s) for s in normal_scores)),
-        threshold=conformal_threshold(normal_scores, false_reject_rate, images),
-        pixel_threshold=conformal_threshold(normal_map_peaks, false_reject_rate, images).value,
+        threshold=threshold,
+        pixel_threshold=pixel_threshold.value,
         cross_fitted=cross_fitted,
     )

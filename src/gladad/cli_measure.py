@@ -162,7 +162,7 @@ def benchmark(
         raise ConfigError("give a TOML file or the name of a shipped benchmark; gladad benchmark --list prints those")
     chosen = read_config(config)
     with waiting("starting", quiet):
-        from gladad.benchmark import Outcome, finished, plan, run
+        from gladad.benchmark import Outcome, finished, plan, run, runnable
         from gladad.benchmark_tables import write_tables
         from gladad.results import check_output
 
@@ -171,19 +171,24 @@ def benchmark(
             print(line, file=sys.stderr, flush=True)
 
     check_output(output)
-    cells, notes = plan(chosen, data, shift=shift, configurations=configuration or (), categories=category or (), seeds=seed or ())
-    for note in notes:
+    only = {"configurations": configuration or (), "categories": category or ()}
+    cells, notes = plan(chosen, data, shift=shift, seeds=seed or (), **only)
+    cells, missing = runnable(cells)
+    for note in (*notes, *missing):
         tell(f"note: {note}")
     try:
         failed = [] if tables else run(cells, output, jobs=jobs, tell=tell)
     except KeyboardInterrupt:
         complain("interrupted; finished cells are kept, and the same command goes on from there")
         raise typer.Exit(130) from None
-    outcome = Outcome(finished(cells, output), failed, notes)
+    # The tables are of everything that is finished, not only of what was chosen this time.
+    shifted = bool(chosen.shift.corruptions or chosen.shift.contamination)
+    everything, notes = plan(chosen, data, shift=shifted, seeds=[*chosen.seeds, *(seed or ())])
+    outcome = Outcome(finished(everything, output), failed, notes)
     page = write_tables(output, chosen.title, outcome)
     if not quiet:
-        print(f"{len(outcome.finished)} of {len(cells)} cells finished, {len(outcome.failed)} failed: {page}")
-    if outcome.failed:
-        for cell, problem in outcome.failed:
+        print(f"{len(finished(cells, output))} of {len(cells)} cells finished, {len(failed)} failed: {page}")
+    if failed:
+        for cell, problem in failed:
             complain(f"failed: {cell.label}: {problem}")
         raise typer.Exit(1)

@@ -45,23 +45,25 @@ def from_json(kind: type[Settings], values: dict[str, Any]) -> Settings:
 
 
 def _check(name: str, hint: Any, value: Any) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        ok = value in options
-    elif origin in (tuple, dict):
-        ok = isinstance(value, origin)
-    elif options:  # a union
-        ok = any(_fits(option, value) for option in options)
-    else:
-        ok = _fits(hint, value)
-    if not ok:
-        raise ConfigError(f"{name}: {value!r} is not {getattr(hint, '__name__', str(hint))}")
+    if not _fits(hint, value):
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{name}: {shown!r} is not {getattr(hint, '__name__', '') if isinstance(hint, type) else str(hint)}")
     return value
 
 
 def _fits(kind: Any, value: Any) -> bool:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in options
+    if origin is tuple:
+        kinds = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, kinds, value))
+    if origin is dict:
+        return isinstance(value, dict)
+    if options:  # a union
+        return any(_fits(option, value) for option in options)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, typing.get_origin(kind) or kind)
+    return isinstance(value, kind)

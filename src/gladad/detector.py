@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from gladad.bases import FEATURE_BASES, INSPECTION_SETTINGS, Base, FitSettings, adjust_base, load_base, train_base, train_bases
+from gladad.bases import (
+    FEATURE_BASES,
+    INSPECTION_SETTINGS,
+    Base,
+    FitSettings,
+    adjust_base,
+    check_settings,
+    load_base,
+    train_base,
+    train_bases,
+)
 from gladad.calibration import MIN_HELD_OUT, Calibration, calibrate
 from gladad.config import from_json, to_json
 from gladad.data import expand_paths, fingerprint, good_images, split_held_out
@@ -22,6 +32,7 @@ from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedErr
 from gladad.feature_space import size_for_aspect
 from gladad.few_shot import FEW, views, with_copies
 from gladad.images import as_pixels, list_images, load_image, resize_pixels
+from gladad.lite import LiteBase
 from gladad.parallel import in_order
 from gladad.presets import load_preset
 from gladad.regions import find_regions
@@ -67,7 +78,7 @@ class Glad:
         """A detector to be fitted.
 
         Args:
-            base: ``lite``, or the folder or Hub id of a Stable Diffusion in diffusers form.
+            base: ``lite``, one of `gladad.bases.BASELINES`, or the folder or Hub id of a Stable Diffusion in diffusers form.
             settings: What may be chosen about the fit.
         """
         return cls(base, settings)
@@ -88,39 +99,39 @@ class Glad:
             DataError: There are too few images, or one cannot be read (it is named).
         """
         settings = self.settings
+        check_settings(self.base, settings)
         paths = self._chosen(images)
-        size = self.working_size(paths)
-        pixels = _read(paths, size, progress)
+        cross_fitted = self._cross_fits(paths)
+        # What is held out takes no part in any choice: the thresholds' guarantee needs that.
+        kept, held_out = (paths, []) if cross_fitted else self._split(paths)
+        size = self.working_size(kept)
+        pixels = _read(kept, size, progress)
         textures = self._load_textures(size)
         foreground, reason = self._foreground(pixels)
-        few = len(pixels) < FEW
+        few, share = len(paths) < FEW, FOLDS + 1 if cross_fitted else 1
 
-        def train(images: Sequence[Pixels], share: int, told: Progress) -> Base:
+        def train(images: Sequence[Pixels], told: Progress) -> Base:
             shown = with_copies(images, settings.seed) if few else images
             return train_base(self.base, shown, size, settings, textures, foreground, share, told)
 
-        scores: list[float] = []
-        peaks: list[float] = []
-        cross_fitted = self._cross_fits(pixels)
-        if len(pixels) == 1:  # nothing but its own copies to be judged by
-            self.base_ = train(pixels, 1, progress)
-            scores, peaks = _score(self.base_, views(pixels, settings.seed), progress)
-        elif cross_fitted:
-            self.base_ = train(pixels, FOLDS + 1, progress)
+        base = train(pixels, progress)
+        if not cross_fitted:
+            scores, peaks = _score(base, _read(held_out, size, progress), progress)
+        elif len(pixels) == 1:  # nothing but its own copies to be judged by
+            scores, peaks = _score(base, views(pixels, settings.seed), progress)
+        else:
+            scores, peaks = [], []
             for fold in range(FOLDS):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
-                base = train(rest, FOLDS + 1, _prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
-                fold_scores, fold_peaks = _score(base, views(out, settings.seed) if few else out, progress)
+                other = train(rest, _prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
+                fold_scores, fold_peaks = _score(other, views(out, settings.seed) if few else out, progress)
                 scores += fold_scores
                 peaks += fold_peaks
-        else:
-            kept, held_out = self._split(pixels)
-            self.base_ = train(kept, 1, progress)
-            scores, peaks = _score(self.base_, held_out, progress)
-        held_out_count = len(pixels) if cross_fitted else len(scores)
-        self._calibrate(scores, peaks, cross_fitted=cross_fitted, images=held_out_count)
-        self._remember(paths, held_out_count, foreground, reason)
+        self.base_ = base
+        images_judged = len(paths) if cross_fitted else len(held_out)
+        self._calibrate(scores, peaks, cross_fitted=cross_fitted and len(paths) > 1, images=images_judged)
+        self._remember(paths, images_judged, foreground, reason)
         return self
 
     @classmethod
@@ -147,27 +158,28 @@ class Glad:
             DataError: There are too few images, or one cannot be read (it is named).
         """
         detectors = {category: cls(base, settings) for category in sorted(images)}
+        first = next(iter(detectors.values()))
+        check_settings(base, first.settings)
         chosen = {category: detector._chosen(images[category]) for category, detector in detectors.items()}
         for category, paths in chosen.items():
             if len(paths) < FEW_IMAGES:
                 raise DataError(
                     f"{category}: at least {FEW_IMAGES} good images are needed to fit it together with others, not {len(paths)}"
                 )
-        first = next(iter(detectors.values()))
+        split = {category: detector._split(chosen[category]) for category, detector in detectors.items()}
         # One grid for all: that of the images together.
-        size = first.working_size([path for paths in chosen.values() for path in paths[:: max(1, len(paths) // 25)]])
-        kept, held_out, foregrounds, reasons = {}, {}, {}, {}
-        for category, detector in detectors.items():
-            pixels = _read(chosen[category], size, _prefixed(progress, f"{category}: "))
-            foregrounds[category], reasons[category] = detector._foreground(pixels)
-            kept[category], held_out[category] = detector._split(pixels)
+        size = first.working_size([path for train, _ in split.values() for path in train[:: max(1, len(train) // 25)]])
+        kept = {category: _read(train, size, _prefixed(progress, f"{category}: ")) for category, (train, _) in split.items()}
+        places = {category: detector._foreground(kept[category]) for category, detector in detectors.items()}
+        foregrounds = {category: foreground for category, (foreground, _) in places.items()}
         textures = first._load_textures(size)
         bases = train_bases(base, kept, size, first.settings, textures, foregrounds, progress)
         for category, detector in detectors.items():
+            told = _prefixed(progress, f"{category}: ")
             detector.base_ = bases[category]
-            scores, peaks = _score(detector.base_, held_out[category], _prefixed(progress, f"{category}: "))
+            scores, peaks = _score(detector.base_, _read(split[category][1], size, told), told)
             detector._calibrate(scores, peaks, cross_fitted=False, images=len(scores))
-            detector._remember(chosen[category], len(scores), foregrounds[category], reasons[category])
+            detector._remember(chosen[category], len(scores), *places[category])
         return detectors
 
     def _remember(self, paths: Sequence[Path], held_out: int, foreground: Foreground, reason: str) -> None:
@@ -192,21 +204,30 @@ class Glad:
             This detector.
 
         Raises:
-            ConfigError: Another setting differs, the base is not a ``lite`` one, or the calibration is cross-fitted.
+            ConfigError: Another setting differs; or more than the false-reject rate does, and the base is not a ``lite`` one or the
+                calibration is cross-fitted.
             DataError: The images are not those of the fit.
         """
         self._require_fit()
         old, new = to_json(self.settings), to_json(settings)
-        if changed := sorted(name for name in new if new[name] != old[name] and name not in INSPECTION_SETTINGS):
-            raise ConfigError(f"{changed[0]} cannot be changed without another fit")
-        if self.calibration_.cross_fitted:
-            raise ConfigError("a cross-fitted detector cannot be adjusted, because the models of its folds are gone; fit it anew")
-        self.settings = settings
+        changed = [name for name in new if new[name] != old[name]]
+        if fixed := sorted(set(changed) - INSPECTION_SETTINGS):
+            raise ConfigError(f"{fixed[0]} cannot be changed without another fit")
+        if set(changed) <= {"false_reject_rate"}:
+            self.set_false_reject_rate(settings.false_reject_rate)
+            self.settings = settings
+            return self
+        if not isinstance(self.base_, LiteBase):
+            raise ConfigError(f"the inspection of a {self.base_.kind} base cannot be adjusted; fit it anew")
         paths = self._chosen(images)
+        if self._cross_fits(paths):
+            raise ConfigError("a cross-fitted detector cannot be adjusted, because the models of its folds are gone; fit it anew")
         if fingerprint(paths) != self.provenance_["data_fingerprint"]:
             raise DataError(f"{paths[0].parent}: not the images that this detector was fitted on")
-        train, held_out = self._split(_read(paths, self.working_size(paths), progress))
+        size = self.base_.config.image_size
+        train, held_out = (_read(part, size, progress) for part in self._split(paths))
         adjust_base(self.base_, train, settings, progress)
+        self.settings = settings
         self._calibrate(*_score(self.base_, held_out, progress), cross_fitted=False, images=len(held_out))
         return self
 
@@ -231,14 +252,17 @@ class Glad:
         choice = choose_foreground(pixels)
         return choice.foreground, choice.reason
 
-    def _cross_fits(self, pixels: Sequence[Pixels]) -> bool:
+    def _cross_fits(self, paths: Sequence[Path]) -> bool:
+        """Whether all images are both learnt from and judged, by models that did not see them."""
         way = self.settings.calibration
-        return way == "cross-fit" or (way == "auto" and len(pixels) < FEW_IMAGES) or len(pixels) < 2 + MIN_HELD_OUT
+        if way == "held-out" and len(paths) < 2 * MIN_HELD_OUT:
+            raise DataError(f"holding out {MIN_HELD_OUT} good images needs {2 * MIN_HELD_OUT}, there are {len(paths)}; use cross-fit")
+        return way == "cross-fit" or (way == "auto" and len(paths) < FEW_IMAGES)
 
-    def _split(self, pixels: Sequence[Pixels]) -> tuple[list[Pixels], list[Pixels]]:
+    def _split(self, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         """Images to train on, and those held out for the calibration."""
-        share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(pixels))
-        return split_held_out(pixels, share, MIN_HELD_OUT, self.settings.seed)
+        share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(paths))
+        return split_held_out(paths, share, MIN_HELD_OUT, self.settings.seed)
 
     def _calibrate(self, scores: Sequence[float], peaks: Sequence[float], *, cross_fitted: bool, images: int) -> None:
         self.calibration_ = calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted, images=images)

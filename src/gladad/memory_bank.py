@@ -90,7 +90,9 @@ class MemoryBank:
         with one_thread():
             features = self.extract(self.extract.prepare(pixels))[0]
             rows = (features.flatten(1).T - self.mean) / self.std
-            squared = (self._squares - 2 * rows @ self.memory.T).amin(dim=1) + rows.square().sum(1)
+            # A thousand rows at a time: the distances of a large image would not fit.
+            nearest = torch.cat([(self._squares - 2 * part @ self.memory.T).amin(dim=1) for part in rows.split(1024)])
+            squared = nearest + rows.square().sum(1)
             cells = squared.clamp_min(0).sqrt().view(1, 1, *features.shape[1:])
             upsampled = F.interpolate(cells, config.image_size, mode="bilinear", align_corners=False)
             maps = gaussian_blur(upsampled, config.blur_sigma, 2 * math.ceil(4 * config.blur_sigma) + 1)

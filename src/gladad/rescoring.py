@@ -103,7 +103,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _at_rate(calibration: Calibration, rate: float) -> Calibration:
     check_rate(rate)
-    return replace(calibration, threshold=conformal_threshold(calibration.scores, rate, calibration.threshold.n))
+    cross_fitted, images = calibration.cross_fitted, calibration.threshold.n
+    return replace(calibration, threshold=conformal_threshold(calibration.scores, rate, cross_fitted=cross_fitted, images=images))
 
 
 def _decided(row: dict[str, Any], threshold: Threshold, before: Threshold) -> dict[str, Any]:
