@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -33,6 +34,7 @@ from gladad.errors import ConfigError, DataError, MissingExtraError
 from gladad.storage import WriteError
 
 BANK = Configuration(name="bank", base="memory-bank", settings={"image_size": 64})
+LOOSE = replace(BANK, name="loose", settings={"image_size": 64, "false_reject_rate": 0.3})
 TOML = """
 title = "Widgets"
 seeds = [0, 1]
@@ -44,6 +46,15 @@ name = "bank"
 base = "memory-bank"
 settings = { image_size = 64 }
 """
+TOML_LOOSE = (
+    TOML
+    + """
+[[configuration]]
+name = "loose"
+base = "memory-bank"
+settings = { image_size = 64, false_reject_rate = 0.3 }
+"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +264,7 @@ def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, t
     monkeypatch.setattr("gladad.bases.LiteTrainingConfig", small_training)
     lite = Configuration(name="lite", settings={"steps": 3, "image_size": 64})
     fixed = replace(lite, name="fixed", settings=lite.settings | {"adaptive": False})
-    shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.1), configurations=("lite",))
+    shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.05), configurations=("lite",))
     cells = plan(config(lite, fixed, shift=shift), data, shift=True, categories=["gear"])[0]
     for cell in cells:
         run_cell(cell, tmp_path)
@@ -264,8 +275,8 @@ def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, t
     assert [result["severity"] for result in noise["results"]] == [1, 5]
     assert all("pixel_auroc" not in result["metrics"] for result in noise["results"])
     assert noise["results"][1]["metrics"]["image_auroc"] <= plain["results"][0]["metrics"]["image_auroc"]
-    assert [(r["share"], r["defective"]) for r in mixed["results"]] == [(0.0, 0), (0.1, 3)]
-    assert {r["counts"]["anomalous"] for r in mixed["results"]} == {1}  # all are judged without those that were mixed in
+    assert [(r["share"], r["defective"]) for r in mixed["results"]] == [(0.0, 0), (0.05, 1)]
+    assert {r["counts"]["anomalous"] for r in mixed["results"]} == {3}  # all are judged without those that were mixed in
 
     # An adjusted model is that of a fit with these settings.
     run_cell(other_cell := cells[-1], tmp_path / "alone")
@@ -291,8 +302,6 @@ def test_one_model_for_all_categories_is_trained_once(data, tmp_path, monkeypatc
     assert [r["results"][0]["fitted"] for r in (gear, lever)] == [True, False]
     assert gear["results"][0]["fit_seconds"] == lever["results"][0]["fit_seconds"]
     assert {r["results"][0]["counts"]["normal"] for r in (gear, lever)} == {4}
-    with pytest.raises(ConfigError, match="models of one category"):
-        run_cell(replace(cells[0], kind="contamination", shares=(0.1,)), tmp_path)
 
 
 def test_shares_that_take_too_many_defective_images_are_left_out(data, tmp_path):
@@ -329,9 +338,7 @@ def test_a_model_of_other_images_is_not_used(data, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp_path, how):
     out = tmp_path / "out"
-    config_file.write_text(
-        TOML + '[[configuration]]\nname = "loose"\nbase = "memory-bank"\nsettings = { image_size = 64, false_reject_rate = 0.3 }'
-    )
+    config_file.write_text(TOML_LOOSE)
     command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out), "--seed", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for(lambda: list(out.glob("cells/*.json")), process)
@@ -373,8 +380,13 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 def children(parent: int) -> list[int]:
     """The workers of a benchmark."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone by now
+            mother = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if mother == parent and b"spawn_main" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -480,9 +492,7 @@ def test_the_command_lists_and_refuses(capfd, tmp_path, config_file, data):
 
 def test_tables_are_of_everything_that_is_finished(data, tmp_path):
     path = tmp_path / "two.toml"
-    path.write_text(
-        TOML + '[[configuration]]\nname = "loose"\nbase = "memory-bank"\nsettings = { image_size = 64, false_reject_rate = 0.3 }'
-    )
+    path.write_text(TOML_LOOSE)
     arguments = ["benchmark", str(path), "--data", str(data), "-o", str(tmp_path / "out"), "--category", "gear", "--seed", "0", "-q"]
     for name in ("bank", "loose"):
         assert main([*arguments, "--configuration", name]) == 0
