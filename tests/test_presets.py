@@ -196,3 +196,10 @@ def test_other_damaged_files(tmp_path):
     path.write_text(DEFAULTS + "[category]\none = 4\n")
     with pytest.raises(ConfigError, match=r"mine.toml: one must be a table"):
         read_presets(path)
+
+
+def test_a_preset_says_what_of_it_is_not_applied():
+    assert load_preset("mvtec_ad/bottle").describe()["not_applied"] == []
+    told = load_preset("visa/pcb1").describe()
+    assert told["tuned_on"] == "test" and told["not_applied"][0] == "extractor fine-tuned for 8 epochs"
+    assert "fine-tuned autoencoder" in told["not_applied"]

@@ -96,7 +96,7 @@ def _program(
 def fit(
     images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
-    base: Annotated[str, typer.Option(help="'lite', or folder or Hub id of a Stable Diffusion in diffusers form.")] = "lite",
+    base: Annotated[str, typer.Option(help="'lite', folder or Hub id of a Stable Diffusion, or a baseline (docs/benchmark.md).")] = "lite",
     minutes: Annotated[float | None, typer.Option(help="Time budget of the training (lite).", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead of a time budget.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

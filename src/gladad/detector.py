@@ -409,7 +409,7 @@ class Glad:
         scores = calibration.pop("scores")
         config = getattr(self.base_, "config", None)
         preset = None if self.settings.preset is None else load_preset(self.settings.preset)
-        chosen = {} if preset is None else {"preset": {"name": preset.name, "tuned_on": preset.tuned_on, "source": preset.source}}
+        chosen = {} if preset is None else {"preset": preset.describe()}
         return chosen | {
             "base": self.base_.kind,
             "source": self.base,

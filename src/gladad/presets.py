@@ -49,6 +49,17 @@ class Preset:
         """The part of the name after the data set."""
         return self.name.split("/", 1)[1]
 
+    def describe(self) -> dict[str, Any]:
+        """What to know of a model that was made with it, JSON-ready: its name, where it is from, and what of it is not applied."""
+        missing = []
+        if self.extractor_epoch is not None:
+            missing.append(f"extractor fine-tuned for {self.extractor_epoch + 1} epochs")
+        if self.tuned_autoencoder:
+            missing.append("fine-tuned autoencoder")
+        if self.image_size != self.encode_size:
+            missing.append(f"images read at {self.image_size[1]}x{self.image_size[0]} before they are enlarged")
+        return {"name": self.name, "tuned_on": self.tuned_on, "source": self.source, "not_applied": missing}
+
 
 def preset_names() -> list[str]:
     """All presets, ``DATA_SET/CATEGORY``, by data set; the last of each is its ``multi_class``."""
