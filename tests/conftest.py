@@ -7,12 +7,14 @@ import os
 # the tests' networks are tiny: more threads only wait for each other, on a busy machine for very long
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from reports import mislabelled, put_report
 
 from gladad.bases import FitSettings
 from gladad.detector import Glad
@@ -72,4 +74,20 @@ def model(detector: Glad, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the detector is saved in; read only."""
     folder = tmp_path_factory.mktemp("models") / "widget"
     detector.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything; read only."""
+    folder = tmp_path_factory.mktemp("report")
+    put_report(detector, mislabelled(detector, category), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_folder_without_masks(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of the same images without their masks; read only."""
+    folder = tmp_path_factory.mktemp("report-without-masks")
+    put_report(detector, [replace(sample, mask_path=None) for sample in mislabelled(detector, category)], folder)
     return folder

@@ -20,29 +20,11 @@ from reports import FILES, Page, mislabelled, put_report, rejected_of, rows_of
 from gladad import gallery
 from gladad.charts import bin_counts, bin_edges, charts
 from gladad.data import category_samples
-from gladad.detector import Glad
 from gladad.evaluation import evaluate
 from gladad.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, outcome, small_pictures
 from gladad.report_page import write_page
 from gladad.storage import WriteError
 from gladad.types import Prediction, Report
-
-
-@pytest.fixture(scope="module")
-def folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything; read only."""
-    folder = tmp_path_factory.mktemp("report")
-    put_report(detector, mislabelled(detector, category), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder_without_masks(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of the same images without their masks; read only."""
-    folder = tmp_path_factory.mktemp("report-without-masks")
-    put_report(detector, [replace(sample, mask_path=None) for sample in mislabelled(detector, category)], folder)
-    return folder
-
 
 # ------------------------------------------------------------------------------------------------------- in a browser
 
@@ -91,12 +73,12 @@ def until(browser: Any, condition: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("folder", ["scores", "roc", "pr", "pro"]), ("folder_without_masks", ["scores", "roc", "pr"])]
+    ("name", "expected"), [("report_folder", ["scores", "roc", "pr", "pro"]), ("report_folder_without_masks", ["scores", "roc", "pr"])]
 )
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_shows_charts_and_pictures(browser, request, name, expected, width):
-    folder = request.getfixturevalue(name)
-    opened(browser, folder / "index.html", width)
+    report_folder = request.getfixturevalue(name)
+    opened(browser, report_folder / "index.html", width)
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.chart')].map(chart => { const svg = chart.querySelector('svg');"
         " const box = svg.getBoundingClientRect();"
@@ -107,8 +89,8 @@ def test_the_page_shows_charts_and_pictures(browser, request, name, expected, wi
         assert 250 < chart_width <= width and 150 < height < 600 and paths > 5 and len(label) > 20
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     images = browser.execute_script("return document.querySelectorAll('#items img').length")
-    masks = 4 if name == "folder" else 0
-    assert images == 3 * len(rows_of(folder)) + masks
+    masks = 4 if name == "report_folder" else 0
+    assert images == 3 * len(rows_of(report_folder)) + masks
     browser.execute_script("for (const image of document.images) image.loading = 'eager'")
     until(browser, "[...document.querySelectorAll('#items img')].every(image => image.complete)")
     sizes = browser.execute_script("return [...document.querySelectorAll('#items img')].map(i => [i.naturalWidth, i.naturalHeight])")
@@ -137,9 +119,9 @@ def press(browser: Any, group: str, value: str) -> int:
     return count
 
 
-def test_filters(browser, folder):
-    opened(browser, folder / "index.html")
-    rows = rows_of(folder)
+def test_filters(browser, report_folder):
+    opened(browser, report_folder / "index.html")
+    rows = rows_of(report_folder)
     pairs = [(row["outcome"], row["defect_type"]) for row in rows]
     assert {pair[0] for pair in pairs} == set(OUTCOMES)
     assert sorted(shown(browser)) == sorted(pairs)
@@ -153,12 +135,12 @@ def test_filters(browser, folder):
     assert browser.get_log("browser") == []
 
 
-def test_search_and_order(browser, folder):
+def test_search_and_order(browser, report_folder):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.select import Select
 
-    opened(browser, folder / "index.html")
-    rows = rows_of(folder)
+    opened(browser, report_folder / "index.html")
+    rows = rows_of(report_folder)
     first = [pair[0] for pair in shown(browser)]
     groups = [WRONG.index(result) if result in WRONG else len(WRONG) for result in first]
     assert groups == sorted(groups) and set(groups) == {0, 1, 2}
@@ -175,11 +157,11 @@ def test_search_and_order(browser, folder):
     assert shown(browser) == [] and browser.execute_script("return document.getElementById('shown').textContent").startswith("0 of")
 
 
-def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, folder, tmp_path):
+def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, report_folder, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    opened(browser, folder / "index.html")
+    opened(browser, report_folder / "index.html")
     for number in range(4):
         link = browser.find_elements(By.CSS_SELECTOR, "#items .pictures a")[number]
         link.send_keys(Keys.ENTER)
@@ -189,18 +171,18 @@ def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, folde
         browser.find_element(By.CSS_SELECTOR, "#large button").send_keys(Keys.ESCAPE)
         until(browser, "!document.getElementById('large').open")
     assert browser.get_log("browser") == []
-    alone = shutil.copy(folder / "index.html", tmp_path)
+    alone = shutil.copy(report_folder / "index.html", tmp_path)
     opened(browser, Path(alone))
     browser.find_element(By.CSS_SELECTOR, "#items .pictures a").send_keys(Keys.ENTER)
     until(browser, "document.querySelector('#large img').src.startsWith('data:')")
     assert "the full size is not beside this page" in browser.find_element(By.CSS_SELECTOR, "#large p").text
 
 
-def test_charts_follow_the_colours_of_the_page(browser, folder):
+def test_charts_follow_the_colours_of_the_page(browser, report_folder):
     seen = []
     for scheme in ("light", "dark"):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        opened(browser, folder / "index.html")
+        opened(browser, report_folder / "index.html")
         back, text, line = browser.execute_script(
             "const roc = document.querySelector('#chart-roc svg'), style = element => getComputedStyle(element);"
             "const line = [...roc.querySelectorAll('path')].find(path => style(path).strokeWidth === '2px');"
@@ -216,10 +198,10 @@ def test_charts_follow_the_colours_of_the_page(browser, folder):
 # ------------------------------------------------------------------------------------------------------------- as text
 
 
-@pytest.mark.parametrize("name", ["folder", "folder_without_masks"])
+@pytest.mark.parametrize("name", ["report_folder", "report_folder_without_masks"])
 def test_the_page_needs_nothing_but_itself_and_its_pictures(request, name):
-    folder = request.getfixturevalue(name)
-    text = (folder / "index.html").read_text(encoding="utf-8")
+    report_folder = request.getfixturevalue(name)
+    text = (report_folder / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|@import|url\((?!#)", text)
@@ -227,27 +209,27 @@ def test_the_page_needs_nothing_but_itself_and_its_pictures(request, name):
     assert all(re.match("data:image/jpeg;base64,", attrs["src"]) for attrs in page.all("img") if "src" in attrs)
     links = [attrs["href"] for attrs in page.all("a")]
     assert len(links) == len(page.all("img")) - 1  # the large one
-    assert all((folder / link).is_file() for link in links)
+    assert all((report_folder / link).is_file() for link in links)
     assert all(attrs["alt"] for attrs in page.all("img") if "src" in attrs)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
     shown = "".join(page.texts)
-    (good, goods), (bad, bads) = rejected_of(folder, 0), rejected_of(folder, 1)
+    (good, goods), (bad, bads) = rejected_of(report_folder, 0), rejected_of(report_folder, 1)
     headline = f"{bad} of {bads} bad parts found, {good} of {goods} good parts rejected"
     for expected in ("Widgets & <gadgets>", headline, 'odd "kind" <1> & ünï', "nearest neighbour"):
         assert expected in shown
-    assert ("AUPRO" in "".join(attrs.get("aria-label") or "" for attrs in page.all("svg"))) == (name == "folder")
-    assert ("no mask" in shown) and ("pixel AUROC" in shown) == (name == "folder")
+    assert ("AUPRO" in "".join(attrs.get("aria-label") or "" for attrs in page.all("svg"))) == (name == "report_folder")
+    assert ("no mask" in shown) and ("pixel AUROC" in shown) == (name == "report_folder")
 
 
-def test_the_same_report_is_the_same_page(folder, detector, category, tmp_path):
+def test_the_same_report_is_the_same_page(report_folder, detector, category, tmp_path):
     report = evaluate(detector, mislabelled(detector, category))
     drawn = charts(report)
     assert [chart.name for chart in drawn] == ["scores", "roc", "pr", "pro"]
     assert charts(report) == drawn
     assert not any(re.search("(fill|stroke): #", chart.svg) for chart in drawn)  # every colour is one of the page
-    before = {name: (folder / name).read_bytes() for name in FILES}
+    before = {name: (report_folder / name).read_bytes() for name in FILES}
     put_report(detector, mislabelled(detector, category), tmp_path)
     for name in ("index.html", "report.md"):  # but for the time it took
         texts = [re.sub(rb"\d\.\d{3} s", b"", data) for data in (before[name], (tmp_path / name).read_bytes())]
@@ -308,10 +290,10 @@ def test_the_threshold_is_an_edge_of_the_histogram(scores):
     assert counts.sum() == len(scores) and counts[:place].sum() == sum(score <= 1 for score in scores)
 
 
-def test_charts_say_what_they_show(folder):
-    report = Report(**{key: value for key, value in json.loads((folder / "report.json").read_text()).items() if key in REPORT})
+def test_charts_say_what_they_show(report_folder):
+    report = Report(**{key: value for key, value in json.loads((report_folder / "report.json").read_text()).items() if key in REPORT})
     labels = {chart.name: re.search('aria-label="([^"]*)"', chart.svg)[1] for chart in charts(report)}
-    (good, goods), (bad, bads) = rejected_of(folder, 0), rejected_of(folder, 1)
+    (good, goods), (bad, bads) = rejected_of(report_folder, 0), rejected_of(report_folder, 1)
     assert labels["scores"].endswith(f"good: {goods - good} accepted, {good} rejected; bad: {bads - bad} accepted, {bad} rejected.")
     assert f"AUROC {report.metrics['image_auroc']:.3f}" in labels["roc"] and "AUPRO" in labels["pro"]
     assert labels["roc"].endswith(f"{good / goods:.1%}, {bad / bads:.1%}.")

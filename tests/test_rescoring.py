@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import write_category
-from reports import FILES, Page, mislabelled, put_report
+from reports import FILES, Page, mislabelled
 
 from gladad import metrics
 from gladad.calibration import conformal_threshold
@@ -24,26 +23,10 @@ from gladad.kept_maps import KeptMap, load_map, map_file, save_map
 from gladad.rescoring import rescore
 
 
-@pytest.fixture(scope="module")
-def folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything; read only."""
-    folder = tmp_path_factory.mktemp("report")
-    put_report(detector, mislabelled(detector, category), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder_without_masks(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of the same images without their masks; read only."""
-    folder = tmp_path_factory.mktemp("report-without-masks")
-    put_report(detector, [replace(sample, mask_path=None) for sample in mislabelled(detector, category)], folder)
-    return folder
-
-
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
+def copy(report_folder: Path, tmp_path: Path) -> Path:
     """A report that may be changed."""
-    return Path(shutil.copytree(folder, tmp_path / "report"))
+    return Path(shutil.copytree(report_folder, tmp_path / "report"))
 
 
 # --------------------------------------------------------------------------------------------- kept maps and rescoring
@@ -73,7 +56,7 @@ def test_damaged_maps_are_named(tmp_path, damage):
         load_map(tmp_path, 4)
 
 
-@pytest.mark.parametrize("name", ["folder", "folder_without_masks"])
+@pytest.mark.parametrize("name", ["report_folder", "report_folder_without_masks"])
 def test_scored_again_everything_is_the_same_to_the_last_byte(request, name, tmp_path):
     original = request.getfixturevalue(name)
     copy = Path(shutil.copytree(original, tmp_path / "copy"))
@@ -81,7 +64,7 @@ def test_scored_again_everything_is_the_same_to_the_last_byte(request, name, tmp
     report, items, title = rescore(copy, progress=lambda *call: seen.append(call))
     assert title == "Widgets & <gadgets>" and len(items) == 10 and seen[-1] == ("reading maps", 10, 10)
     stored = json.loads((original / "report.json").read_text())
-    assert report.metrics == stored["metrics"] and len(report.metrics) == (15 if name == "folder" else 9)
+    assert report.metrics == stored["metrics"] and len(report.metrics) == (15 if name == "report_folder" else 9)
     for path in (copy / file for file in FILES):
         path.unlink()
     write_report(report, items, copy, title)
@@ -89,8 +72,8 @@ def test_scored_again_everything_is_the_same_to_the_last_byte(request, name, tmp
         assert (copy / file).read_bytes() == (original / file).read_bytes(), file
 
 
-def test_scored_again_at_another_rate_is_as_if_inspected_at_it(folder, model, category):
-    again, items, _ = rescore(folder, false_reject_rate=0.5)
+def test_scored_again_at_another_rate_is_as_if_inspected_at_it(report_folder, model, category):
+    again, items, _ = rescore(report_folder, false_reject_rate=0.5)
     detector = Glad.from_pretrained(model)
     samples = mislabelled(detector, category)  # those of the report, chosen at its rate
     detector.set_false_reject_rate(0.5)
@@ -103,7 +86,7 @@ def test_scored_again_at_another_rate_is_as_if_inspected_at_it(folder, model, ca
         assert ours["score"] == pytest.approx(theirs["score"]) and ours["p_value"] == theirs["p_value"]
         assert (ours["label"], ours["outcome"]) == (theirs["label"], theirs["outcome"])
     assert [(item.pred_score, item.outcome) for item in items] == [(row["score"], row["outcome"]) for row in again.rows]
-    before = json.loads((folder / "report.json").read_text())
+    before = json.loads((report_folder / "report.json").read_text())
     assert again.metrics["threshold"] < before["metrics"]["threshold"]
     assert again.details["guarantee"] == conformal_threshold(detector.calibration_.scores, 0.5).statement
     assert again.details["notes"][-1].startswith("decided again at 50.00% false rejects")
@@ -117,12 +100,12 @@ def test_scores_of_copies_support_no_guarantee_at_another_rate_either(copy):
     assert rescore(copy, false_reject_rate=0.5)[0].details["guarantee"].startswith("no guarantee")
 
 
-def test_scored_again_with_another_limit(folder):
-    report, _, _ = rescore(folder, max_fpr=0.1)
-    kept = [load_map(folder / "maps", number) for number, row in enumerate(report.rows) if row["mask"] or not row["gt_label"]]
+def test_scored_again_with_another_limit(report_folder):
+    report, _, _ = rescore(report_folder, max_fpr=0.1)
+    kept = [load_map(report_folder / "maps", number) for number, row in enumerate(report.rows) if row["mask"] or not row["gt_label"]]
     masks = [np.zeros((256, 256), bool) if one.mask is None else one.mask for one in kept]
     assert report.metrics["pixel_aupro"] == pytest.approx(metrics.aupro([one.anomaly_map for one in kept], masks, 0.1))
-    before = json.loads((folder / "report.json").read_text())
+    before = json.loads((report_folder / "report.json").read_text())
     assert report.metrics["pixel_aupro"] != before["metrics"]["pixel_aupro"]
     assert report.metrics["pixel_auroc"] == before["metrics"]["pixel_auroc"]
     assert report.details["curves"]["pro"]["x"][-1] == 0.1
