@@ -445,6 +445,7 @@ def test_tables_in_the_fields_format():
     text = to_markdown("T", Outcome(RECORDS, [], ["PaDiM: left out"]))
     lines = text.splitlines()
     assert "* PaDiM: left out" in lines
+    assert "Not all have the same number of seeds: one 2, two 1." in lines
     # mean ± sample standard deviation over the seeds; the mean of all categories per seed first
     assert lines[lines.index("### Image AUROC") + 2 :][:5] == [
         "| category | one | two |",

@@ -89,7 +89,7 @@ def to_markdown(title: str, outcome: Outcome) -> str:
     for dataset in _unique(record["cell"]["dataset"] for record in outcome.finished):
         here = [record for record in records if record["cell"]["dataset"] == dataset]
         columns = _unique(record["cell"]["configuration"] for record in here)
-        lines += ["", f"## {dataset}"]
+        lines += ["", f"## {dataset}", *_seed_counts(here, columns)]
         for metric, heading in METRICS.items():
             values = _values(here, lambda record, result: record["cell"]["configuration"], metric)
             if values:
@@ -99,6 +99,14 @@ def to_markdown(title: str, outcome: Outcome) -> str:
         shifted = [record for record in outcome.finished if record["cell"]["dataset"] == dataset and record["kind"] != PLAIN]
         lines += _shift_tables(shifted, here)
     return "\n".join(lines) + "\n"
+
+
+def _seed_counts(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    """A line on the seeds of each configuration, where they are not the same number."""
+    seeds = {name: {record["cell"]["seed"] for record in records if record["cell"]["configuration"] == name} for name in columns}
+    if len({len(found) for found in seeds.values()}) < 2:
+        return []
+    return ["", f"Not all have the same number of seeds: {', '.join(f'{name} {len(found)}' for name, found in seeds.items())}."]
 
 
 def _shift_tables(shifted: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> list[str]:
