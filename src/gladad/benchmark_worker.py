@@ -64,6 +64,7 @@ class Workers:
 
 
 def _child(sender: Connection, threads: int, job: Callable[..., None], *arguments: Any) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # several bars at a time can be read by nobody
     import torch
 
     threading.Thread(target=_die_with_parent, daemon=True).start()
