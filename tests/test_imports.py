@@ -17,14 +17,19 @@ SOURCE = Path(gladad.__file__).parent
 LAYERS = [
     {"errors", "parallel", "types"},
     {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference", "regions"},
+    {"adapters", "checkpoints", "optimizers", "pickled", "trackers"},
+    {"training_loop"},
     {"benchmark_config", "benchmark_worker", "pixel_metrics"},
     {"charts", "metrics", "data", "manifests", "feature_space", "synthesis", "visualization"},
-    {"datasets", "features", "lite", "pipeline", "gallery", "kept_maps", "presets", "report_text", "results"},
+    {"datasets", "features", "lite", "gallery", "kept_maps", "presets", "report_text", "results"},
+    {"components"},
+    {"pipeline"},
     {"report_page"},
     {"data_checks", "few_shot", "memory_bank"},
-    {"anomalib_baselines", "lite_training", "finetune", "parity"},
+    {"anomalib_baselines", "lite_training", "finetune", "parity", "convert", "distributed"},
     {"paper"},
     {"bases"},
+    {"fitting"},
     {"detector"},
     {"evaluation"},
     {"rescoring"},
@@ -36,15 +41,17 @@ LAYERS = [
     {"cli_measure"},
     {"cli"},
 ]
-NEIGHBOURS = {("pipeline", "features"), ("benchmark", "benchmark_cell")}
+NEIGHBOURS = {("benchmark", "benchmark_cell")}
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__"))
 
 # Packages that only these modules may know.
 ONLY_IN = {
-    "diffusers": {"features", "lite", "parity", "pipeline"},
-    "transformers": {"features", "parity", "pipeline"},
-    "huggingface_hub": {"pipeline"},
+    "accelerate": {"trackers", "training_loop"},
+    "diffusers": {"components", "features", "lite", "parity", "pipeline"},
+    "peft": {"adapters"},
+    "transformers": {"components", "features", "parity"},
+    "huggingface_hub": {"components"},
     "matplotlib": {"charts"},
     "typer": {"cli", "cli_common", "cli_measure"},
     "rich": {"cli", "cli_common", "cli_measure", "console"},

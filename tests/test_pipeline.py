@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, ViTModel
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, image_score, reconstruct, velocity_to_noise
-from gladad.errors import ConfigError, DataError, ModelFormatError
+from gladad.errors import ConfigError, ModelFormatError
 from gladad.features import DinoFeatures, imagenet_normalise
-from gladad.finetune import FinetuneConfig, finetune_denoiser
 from gladad.pipeline import GladPipeline
 
 
@@ -307,45 +305,3 @@ def test_position_embeddings_at_other_sizes(pipeline: GladPipeline, height: int,
         torch.testing.assert_close(found[:, 1:], by_scale.flatten(2).transpose(1, 2))
         assert not torch.allclose(found[:, 1:], by_size, atol=1e-3)
     assert torch.equal(found[:, 0], embeddings.position_embeddings[:, 0])
-
-
-# --------------------------------------------------------------------------------------------------------- training
-
-
-def normal_pixels(count: int = 3) -> list[np.ndarray]:
-    return list((images(count).permute(0, 2, 3, 1) * 255).byte().numpy())
-
-
-def test_finetuning_lowers_the_loss_and_is_deterministic(tiny_base: Path) -> None:  # noqa: F811
-    config = FinetuneConfig(steps=20, batch_size=4, learning_rate=3e-3, seed=1)
-    runs = []
-    for _ in range(2):
-        pipeline = GladPipeline.from_base(tiny_base)
-        frozen = {name: x.clone() for name, x in weights(pipeline).items()}
-        reported: list[tuple[int, int, float]] = []
-        losses = finetune_denoiser(pipeline, normal_pixels(), config, progress=lambda *call, log=reported: log.append(call))
-        runs.append((losses, weights(pipeline)))
-        assert reported == [(i + 1, 20, loss) for i, loss in enumerate(losses)]
-        changed = {name.split(".")[0] for name, x in weights(pipeline).items() if not torch.equal(x, frozen[name])}
-        assert changed == {"unet"}
-        assert not pipeline.unet.training and not any(p.requires_grad for p in pipeline.unet.parameters())
-    assert np.mean(runs[0][0][-5:]) < 0.8 * np.mean(runs[0][0][:5])
-    assert runs[0][0] == runs[1][0]
-    assert all(torch.equal(runs[0][1][name], x) for name, x in runs[1][1].items())
-
-
-def test_finetuning_under_autocast_and_with_textures(pipeline: GladPipeline) -> None:
-    config = FinetuneConfig(steps=2, batch_size=2, anomaly_share=1.0, autocast=True)
-    losses = finetune_denoiser(pipeline, normal_pixels(), config, textures=normal_pixels(2), foreground="bright")
-    assert len(losses) == 2 and np.isfinite(losses).all()
-    assert pipeline.unet.dtype == torch.float32
-
-
-def test_finetuning_refuses_what_cannot_work(pipeline: GladPipeline) -> None:
-    config = FinetuneConfig(steps=1)
-    with pytest.raises(DataError, match="at least one image"):
-        finetune_denoiser(pipeline, [], config)
-    with pytest.raises(DataError, match="same size"):
-        finetune_denoiser(pipeline, [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 72, 3), np.uint8)], config)
-    with pytest.raises(ConfigError, match="float32"):
-        finetune_denoiser(pipeline.to(torch.bfloat16), normal_pixels(), config)

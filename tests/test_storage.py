@@ -175,7 +175,7 @@ def test_files_are_synced_before_they_appear(tmp_path, monkeypatch):
     synced: list[str] = []
     monkeypatch.setattr(storage.os, "fsync", lambda descriptor: synced.append(str((tmp_path / "text").exists())))
     write_text(tmp_path / "text", "whole")
-    assert synced == ["False"]
+    assert synced == ["False", "True"]  # the content before, the name after
     assert (tmp_path / "text").read_text() == "whole"
 
 

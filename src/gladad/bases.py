@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gladad.anomalib_baselines import AnomalibBase, AnomalibConfig, fit_anomalib
 from gladad.calibration import check_rate
 from gladad.config import from_json
 from gladad.errors import ConfigError
-from gladad.finetune import FinetuneConfig
+from gladad.finetune import PAPER, FinetuneConfig
 from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite, fit_lite_multi_class
 from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.paper import PaperBase, PaperConfig, fit_paper
-from gladad.pipeline import GladPipeline
-from gladad.presets import MULTI_CLASS, Preset, load_preset
+from gladad.pipeline import DEFAULT_PROMPT, GladPipeline
+from gladad.presets import MULTI_CLASS, Preset, category_preset, load_preset
 from gladad.synthesis import Foreground
+from gladad.training_loop import DTYPES, TrainingRun
 from gladad.types import Inspection, Progress
 
 Pixels = NDArray[np.uint8]
@@ -31,6 +33,8 @@ BASELINES = ("memory-bank", "anomalib-patchcore", "anomalib-padim")
 """Bases without diffusion, to compare with."""
 FEATURE_BASES = ("lite", *BASELINES)
 """Bases over the same EfficientNet features, which work at the images' own proportions."""
+DEFAULT_STEPS = 4000
+"""Optimiser steps of a diffusers base: the paper's for MVTec AD and MPDD."""
 
 
 class Base(Protocol):
@@ -44,6 +48,11 @@ class Base(Protocol):
     @property
     def workers(self) -> int:
         """Images that are best inspected at the same time, each on a thread of its own."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """A dataclass of its settings, ``image_size`` ``(H, W)`` among them."""
         ...
 
     def inspect(self, pixels: Pixels) -> Inspection:
@@ -64,18 +73,22 @@ class FitSettings:
     """What a user may choose about a fit. Everything else is data-driven or a default of the base."""
 
     seed: int = 0  # of everything random
-    steps: int | None = None  # optimiser steps; None = the base's default
+    steps: int | None = None  # optimiser steps; None = the base's default; 0 = adopt a diffusers base as it is
     minutes: float | None = None  # wall-clock budget instead of steps (then a second run may differ)
     false_reject_rate: float = 0.01  # share of good parts that may be rejected
-    image_size: int | None = None  # side of a square with as many pixels as the model works on; None = 256 (lite), 512 (others)
+    image_size: int | None = None  # side of a square with as many pixels as the model works on; None = 256 (lite), 512 (diffusers)
     max_images: int = 1000  # good images used; a random choice of them if there are more
     shots: int | None = None  # learn from so few (1, 2, 4, 8), which a random choice leaves; None = from all
     textures: str | None = None  # folder of images that synthetic anomalies take content from; None = generated textures
     foreground: Literal["all", "bright", "dark", "auto"] = "all"  # part of the image where synthetic anomalies may appear
     product: Literal["auto", "object", "texture"] = "auto"  # lite: what counts as evidence; "auto" decides by the images
     features: str | None = None  # extractor of a diffusers base: folder or Hub id; None = DINO ViT-B/8
-    prompt: str = "a photo of sks"  # of a diffusers base
+    vae: str | None = None  # autoencoder that replaces a diffusers base's: folder or Hub id
+    revision: str | None = None  # of a diffusers base on the Hub: branch, tag or commit
+    offline: bool = False  # of a diffusers base: never ask the Hub
+    prompt: str = DEFAULT_PROMPT  # of a diffusers base; several products add their name, or stand in for {category}
     preset: str | None = None  # of a diffusers base: published constants by name, such as "mvtec_ad/bottle", see gladad.presets
+    denoiser: FinetuneConfig | None = None  # training of a diffusers base; None = adapters; with a preset as published
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
     anomaly_oriented: bool = True  # ATP: train on synthetic anomalies; False = plain diffusion, for ablations
     adaptive: bool = True  # ADS: search the denoising step per image; False = the same for all, for ablations
@@ -84,8 +97,8 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_rate(self.false_reject_rate)
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}")
+        if self.steps is not None and self.steps < 0:
+            raise ConfigError(f"steps must not be negative, not {self.steps}")
         if self.minutes is not None and self.minutes <= 0:
             raise ConfigError(f"minutes must be positive, not {self.minutes}")
         if self.steps is not None and self.minutes is not None:
@@ -115,7 +128,7 @@ def settings_of(values: dict[str, Any]) -> FitSettings:
 _ANY = {"seed", "false_reject_rate", "image_size", "max_images", "shots", "calibration"}
 _TRAINED = {"steps", "textures", "foreground", "adaptive", "fusion"}
 _LITE = {"minutes", "product", "anomaly_oriented", "timesteps"}
-_DIFFUSERS = {"features", "prompt", "preset"}
+_DIFFUSERS = {"features", "vae", "revision", "offline", "prompt", "preset", "denoiser"}
 
 
 def check_settings(name: str, settings: FitSettings) -> None:
@@ -133,8 +146,10 @@ def check_settings(name: str, settings: FitSettings) -> None:
     for field in fields(settings):
         if getattr(settings, field.name) != getattr(default, field.name) and field.name not in allowed:
             raise ConfigError(f"{field.name} is not a setting of the base {name}; leave it out")
-    if settings.preset is not None and load_preset(settings.preset).category == MULTI_CLASS:
-        raise ConfigError(f"{settings.preset}: is for one model of all categories, which other bases than lite cannot be yet")
+    if settings.steps == 0 and name == "lite":
+        raise ConfigError("steps must be at least 1 for lite, which has nothing to adopt")
+    if settings.preset is not None:
+        load_preset(settings.preset)
 
 
 INSPECTION_SETTINGS = frozenset({"adaptive", "timesteps", "fusion", "false_reject_rate"})
@@ -149,20 +164,25 @@ def train_base(
     textures: Sequence[Pixels],
     foreground: Foreground,
     share: int,
+    run: TrainingRun,
     progress: Progress,
 ) -> Base:
     """Train one base with one ``share``-th of the budget.
 
     Args:
-        name: ``lite``, one of `BASELINES`, or folder or Hub id of a Stable Diffusion in diffusers form.
+        name: ``lite``, one of `BASELINES`, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form.
         images: ``[H, W, 3]`` uint8 normal images at ``size``.
         size: ``(H, W)`` the base works at.
         settings: The user's choices.
         textures: Images of the same size that synthetic anomalies take content from.
         foreground: Where synthetic anomalies may appear.
         share: Number of trainings that share the budget.
+        run: Checkpoints and logs of a diffusers base.
         progress: Told of every stage.
 
+    Raises:
+        ConfigError: The settings do not fit together, or the training would not fit into memory.
+        Interrupted: The training was asked to stop, and has saved where it is.
     """
     if name == "memory-bank":
         return fit_memory_bank(images, MemoryBankConfig(image_size=size, seed=settings.seed), progress=progress)
@@ -175,16 +195,63 @@ def train_base(
         training = replace(training, steps=max(1, training.steps // share), pool=max(1, training.pool // share), minutes=minutes)
         return fit_lite(images, _lite_config(size, settings), training, textures=textures, foreground=foreground, progress=progress)
     preset = None if settings.preset is None else load_preset(settings.preset)
-    pipeline = GladPipeline.from_base(name, settings.features, prompt=preset.prompt if preset else settings.prompt)
-    default = preset.train_steps if preset else FinetuneConfig().steps
-    budget = FinetuneConfig(steps=max(1, (settings.steps or default) // share), seed=settings.seed)
-    paper = _paper_config(size, settings, preset)
-    if preset:
-        foreground = preset.synthesis_foreground
-    calibrated = preset is None or preset.step_threshold_calibrated
-    return fit_paper(
-        pipeline, images, paper, budget, textures=textures, foreground=foreground, calibrate_step=calibrated, progress=progress
+    if preset is not None and preset.category == MULTI_CLASS:
+        raise ConfigError(f"{settings.preset}: is for one model of several categories; use the preset of one category, or fit several")
+    presets = {} if preset is None else {"": preset}
+    return _fit_diffusers(name, {"": images}, size, settings, presets, textures, {"": foreground}, share, run, progress)[""]
+
+
+def _fit_diffusers(
+    name: str,
+    images: Mapping[str, Sequence[Pixels]],
+    size: tuple[int, int],
+    settings: FitSettings,
+    presets: Mapping[str, Preset],
+    textures: Sequence[Pixels],
+    foregrounds: Mapping[str, Foreground],
+    share: int,
+    run: TrainingRun,
+    progress: Progress,
+) -> Mapping[str, Base]:
+    """Train one diffusers base for one product or several, by their names."""
+    some = next(iter(presets.values()), None)
+    training = settings.denoiser or (PAPER if some else FinetuneConfig())
+    default = some.train_steps if some else DEFAULT_STEPS
+    steps = default if settings.steps is None else settings.steps
+    steps = max(1, steps // share) if steps else 0
+    if steps:
+        pass
+    dtype = DTYPES[training.precision]
+    pipelines = GladPipeline.for_prompts(
+        name,
+        {key: presets[key].prompt if presets else _prompt(settings.prompt, key) for key in images},
+        settings.features,
+        vae=settings.vae,
+        revision=settings.revision,
+        local_files_only=settings.offline,
+        torch_dtype=dtype,
+        unet_dtype=torch.float32 if training.method == "full" and steps else dtype,
     )
+    if presets:
+        foregrounds = {key: presets[key].synthesis_foreground for key in images}
+    return fit_paper(
+        pipelines,
+        images,
+        {key: _paper_config(size, settings, presets.get(key)) for key in images},
+        training,
+        steps,
+        seed=settings.seed,
+        textures=textures,
+        foregrounds=foregrounds,
+        calibrate_step=some is None or some.step_threshold_calibrated,
+        run=run,
+        progress=progress,
+    )
+
+
+def _prompt(prompt: str, category: str) -> str:
+    """The prompt of one of several products (METHOD: "a photo of sks" and the category)."""
+    return prompt.replace("{category}", category) if "{category}" in prompt else f"{prompt} {category}".strip()
 
 
 def train_bases(
@@ -194,24 +261,32 @@ def train_bases(
     settings: FitSettings,
     textures: Sequence[Pixels],
     foregrounds: Mapping[str, Foreground],
+    run: TrainingRun,
     progress: Progress,
 ) -> Mapping[str, Base]:
     """Train one base for each of several categories, over one denoiser that is told the category.
 
     Args:
-        name: ``lite``.
+        name: ``lite``, or folder or Hub id of a Stable Diffusion in diffusers form.
         images: Category -> ``[H, W, 3]`` uint8 normal images at ``size``.
         size: ``(H, W)`` the bases work at.
         settings: The user's choices.
         textures: Images of the same size that synthetic anomalies take content from.
         foregrounds: Category -> where synthetic anomalies may appear.
+        run: Checkpoints and logs of a diffusers base.
         progress: Told of every stage.
 
     Raises:
-        ConfigError: The base has no denoiser that could be shared.
+        ConfigError: The base has no denoiser that could be shared, or the preset is not one of several categories.
     """
+    if name in BASELINES:
+        raise ConfigError(f"{name} has no denoiser that several products could share; fit each by itself")
     if name != "lite":
-        raise ConfigError(f"one model for several categories is there for the lite base only, not for {name}")
+        presets = {}
+        if settings.preset is not None:
+            shared = load_preset(settings.preset)
+            presets = {category: category_preset(shared, category) for category in images}
+        return _fit_diffusers(name, images, size, settings, presets, textures, foregrounds, 1, run, progress)
     training = _lite_training(settings)
     steps = settings.steps or round(training.steps * math.sqrt(len(images)))
     config = replace(_lite_config(size, settings), categories=tuple(images), category=next(iter(images)))

@@ -168,46 +168,53 @@ def predict(
 ) -> None:
     """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
     from gladad.data import expand_paths
+    from gladad.distributed import started
     from gladad.images import load_image
-    from gladad.parallel import in_order
     from gladad.results import PredictionWriter, check_output, output_folder, picture_names
 
-    own = output.resolve()  # the overlays of an earlier run are not to be inspected
-    images = [image for image in expand_paths(paths) if not image.resolve().is_relative_to(own)]
-    if not images:
-        raise DataError(f"{paths[0]}: no images but the results of an earlier run")
-    check_output(output)
-    detector = load_model(model, false_reject_rate, quiet)
-    rejected, seconds = 0, []
-    with bars(quiet) as progress, output_folder(output) as folder:
-        writer = PredictionWriter(folder, pictures=pictures)
+    def find() -> list[Path]:
+        own = output.resolve()  # the overlays of an earlier run are not to be inspected
+        images = [image for image in expand_paths(paths) if not image.resolve().is_relative_to(own)]
+        if not images:
+            raise DataError(f"{paths[0]}: no images but the results of an earlier run")
+        check_output(output)
+        return images
 
-        def inspect(item: tuple[Path, Path]) -> Prediction | DataError:
-            image, name = item
-            try:
-                pixels = load_image(image)
-                prediction = detector.inspect(pixels, reconstruct=False)
-            except DataError as error:
-                return error
-            writer.draw(prediction, pixels, name)
-            return prediction
-
+    with started() as processes:
+        silent = quiet or not processes.main
+        images = processes.on_main(find)
         names = picture_names(images)
-        outcomes = in_order(inspect, zip(images, names, strict=True), detector.workers)
-        for done, (image, name, outcome) in enumerate(zip(images, names, outcomes, strict=True), start=1):
-            if isinstance(outcome, DataError):
-                complain(f"skipped: {outcome}")
-                writer.fail(image, outcome)
-            else:
-                writer.add(outcome, image, name)
-                rejected += outcome.pred_label
-                seconds.append(outcome.seconds)
-            progress("inspecting", done, len(images))
-        if not seconds:
-            raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
-        writer.close()
-    skipped = len(images) - len(seconds)
-    if not quiet:
+        detector = load_model(model, false_reject_rate, silent)
+        with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
+            writer = PredictionWriter(folder, pictures=pictures)
+
+            def inspect(number: int) -> Prediction | DataError:
+                try:
+                    pixels = load_image(images[number])
+                    prediction = detector.inspect(pixels, reconstruct=False)
+                except DataError as error:
+                    return error
+                writer.draw(prediction, pixels, names[number])
+                return prediction
+
+            for number, outcome in processes.share(inspect, len(images), detector.workers):
+                if isinstance(outcome, DataError):
+                    writer.fail(images[number], outcome)
+                else:
+                    writer.add(outcome, images[number], names[number])
+                progress("inspecting", min(number + processes.count, len(images)), len(images))
+            writer.rows = rows = processes.merge(writer.rows)
+            if processes.main:
+                for row in rows:
+                    if "error" in row:
+                        complain(f"skipped: {row['error']}")
+            if all("error" in row for row in rows):
+                raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
+            if processes.main:
+                writer.close()
+    seconds = [row["seconds"] for row in rows if "error" not in row]
+    rejected, skipped = sum(row.get("label") == "anomalous" for row in rows), len(rows) - len(seconds)
+    if not silent:
         each = f"{median(seconds):.3f} s each (median)"
         print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")
         print(f"results in {output}")

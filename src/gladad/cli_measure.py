@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.text import Text
 from gladad.cli_common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report
 from gladad.console import bars, waiting
 from gladad.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gladad.types import Sample
 
 SHOWN_FILES = 10
 
@@ -34,6 +37,7 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled images: report.json, predictions.csv, report.md and index.html."""
     from gladad.datasets import labelled_samples
+    from gladad.distributed import started
     from gladad.evaluation import evaluate as measure
     from gladad.evaluation import leftovers, write_report
     from gladad.gallery import FOLDER as PICTURES
@@ -41,21 +45,31 @@ def evaluate(
     from gladad.kept_maps import FOLDER as MAPS
     from gladad.results import check_output, output_folder
 
-    samples = labelled_samples(dataset, layout, category)
-    check_output(output)
-    detector = load_model(model, false_reject_rate, quiet)
-    items: list[GalleryItem] = []
-    with bars(quiet) as progress, output_folder(output) as folder:
-        report = measure(
-            detector,
-            samples,
-            collect=items.append,
-            progress=progress,
-            pictures=folder / PICTURES if pictures else None,
-            maps=folder / MAPS if keep_maps else None,
-        )
-        write_report(report, items, folder, title=f"{samples[0].category}: evaluation")
-        stale = leftovers(output, report)
+    def find() -> list[Sample]:
+        samples = labelled_samples(dataset, layout, category)
+        check_output(output)
+        return samples
+
+    with started() as processes:
+        silent = quiet or not processes.main
+        samples = processes.on_main(find)
+        detector = load_model(model, false_reject_rate, silent)
+        items: list[GalleryItem] = []
+        with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
+            report = measure(
+                detector,
+                samples,
+                collect=items.append,
+                progress=progress,
+                pictures=folder / PICTURES if pictures else None,
+                maps=folder / MAPS if keep_maps else None,
+                processes=processes,
+            )
+            if processes.main:
+                write_report(report, items, folder, title=f"{samples[0].category}: evaluation")
+                stale = leftovers(output, report)
+    if not processes.main:
+        return
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     for row in report.rows:

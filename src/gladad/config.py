@@ -37,8 +37,11 @@ def from_json(kind: type[Settings], values: dict[str, Any]) -> Settings:
     arguments = {}
     for name, value in values.items():
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = from_json(typing.cast(type[Any], hint), value)
+        nested = next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
+        if nested is not None and (nested is hint or value is not None):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{kind.__name__}.{name}: {value!r} is not a table of settings")
+            arguments[name] = from_json(typing.cast(type[Any], nested), value)
             continue
         arguments[name] = _check(f"{kind.__name__}.{name}", hint, tuple(value) if isinstance(value, list) else value)
     return kind(**arguments)

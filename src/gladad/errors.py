@@ -23,6 +23,22 @@ class NotFittedError(GladError):
     """The detector has to be fitted (or loaded) first."""
 
 
+class TrainingError(GladError):
+    """A training cannot go on: its loss is no number any more."""
+
+
+class Interrupted(GladError):
+    """A training was asked to stop, and has saved where it is.
+
+    Attributes:
+        signal: Number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 class MissingExtraError(GladError):
     """A feature needs a package that is not installed."""
 

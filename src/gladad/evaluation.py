@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +17,12 @@ from numpy.typing import NDArray
 
 from gladad import kept_maps
 from gladad.calibration import Calibration
+from gladad.distributed import Processes
 from gladad.errors import DataError
 from gladad.gallery import FOLDER, GalleryItem, Picture, full_pictures, item_bytes, outcome, small_pictures
 from gladad.images import load_image, load_mask, resize_map
+from gladad.kept_maps import KeptMap
 from gladad.metrics import PixelMetrics, auroc, decisions, image_curves, image_metrics, wilson_interval
-from gladad.parallel import in_order
 from gladad.pixel_metrics import MAX_FPR
 from gladad.report_page import write_page
 from gladad.report_text import markdown
@@ -55,16 +59,6 @@ class Inspector(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """What evaluation keeps of one image until its turn."""
-
-    record: dict[str, Any]
-    anomaly_map: NDArray[np.float32]
-    mask: NDArray[np.bool_] | None
-    item: GalleryItem | None
-
-
 def evaluate(
     detector: Inspector,
     samples: Sequence[Sample],
@@ -73,6 +67,7 @@ def evaluate(
     progress: Progress = no_progress,
     pictures: Path | None = None,
     maps: Path | None = None,
+    processes: Processes | None = None,
 ) -> Report:
     """Inspect labelled images and measure how well scores, maps and decisions agree with the labels.
 
@@ -87,6 +82,9 @@ def evaluate(
         progress: Told of every image.
         pictures: Folder for full-size pictures, which the page links to when it lies beside the folder.
         maps: Folder for the maps, so that the report can be scored again (`gladad.rescoring`).
+        processes: Those that share the images (`gladad.distributed.started`); None is this one alone. Each of them calls this with the
+            same arguments. The report does not depend on their number but for times, and all get it; ``collect`` and ``progress`` are
+            called in the main one only. Maps go through temporary files, 0.3 MB per image.
 
     Returns:
         What `judge` makes of the images.
@@ -94,18 +92,20 @@ def evaluate(
     Raises:
         DataError: None of the images can be read.
     """
+    processes = Processes() if processes is None else processes
+    alone, total = processes.count == 1, len(samples)
     threshold = detector.calibration_.threshold.value
     names = picture_names([sample.image_path for sample in samples])
-    limit = item_bytes(len(samples))
+    limit = item_bytes(total)
     with_pixels = any(sample.gt_label and sample.mask_path for sample in samples)
 
-    def look(number: int) -> _Looked | DataError:
+    def look(number: int, folder: Path | None) -> tuple[dict[str, Any], KeptMap | None]:
         sample = samples[number]
         try:
             pixels = load_image(sample.image_path)
             prediction = detector.inspect(pixels, reconstruct=collect is not None or pictures is not None)
         except DataError as error:
-            return error
+            return {"image": readable(sample.image_path), "error": readable(str(error)), **_truth(sample)}, None
         gt_mask = _mask_of(sample, (pixels.shape[0], pixels.shape[1]))
         mask = None if gt_mask is None else _mask_of(sample, EVALUATION_SIZE)
         if mask is not None and not mask.any():  # too small to be seen at this size: it would count as a normal image
@@ -119,28 +119,49 @@ def evaluate(
         if pictures is not None:
             record["pictures"] = full_pictures(prediction, pixels, gt_mask, pictures, names[number])
         small = small_pictures(prediction, pixels, gt_mask, limit) if collect is not None else []
-        record |= _truth(sample)
-        looked = _Looked(record, _at_evaluation_size(prediction.anomaly_map), mask, gallery_item(record, small) if small else None)
-        if maps is not None:
-            kept_maps.save_map(maps, number, kept_maps.KeptMap(looked.anomaly_map, mask, small))
-        return looked
+        kept = KeptMap(_at_evaluation_size(prediction.anomaly_map), mask, small)
+        if folder is not None:
+            kept_maps.save_map(folder, number, kept)
+        return record | _truth(sample), kept
 
-    rows: list[dict[str, Any]] = []
-    with PixelMetrics() as pixels_seen:
-        looks = in_order(look, range(len(samples)), detector.workers)
-        for done, (sample, looked) in enumerate(zip(samples, looks, strict=True), start=1):
-            progress("inspecting", done, len(samples))
-            if isinstance(looked, DataError):
-                rows.append({"image": readable(sample.image_path), "error": readable(str(looked)), **_truth(sample)})
-                continue
-            rows.append(looked.record)
+    with PixelMetrics() as pixels_seen, _folder_of_maps(maps, processes) as folder:
+
+        def take(row: dict[str, Any], kept: KeptMap | None) -> None:
+            if kept is None:
+                return
             if with_pixels:
-                add_pixels(pixels_seen, looked.record, looked.anomaly_map, looked.mask)
-            if collect is not None and looked.item is not None:
-                collect(looked.item)
-        report = judge(rows, pixels_seen, detector.calibration_, detector.workers)
+                add_pixels(pixels_seen, row, kept.anomaly_map, kept.mask)
+            if collect is not None and kept.pictures:
+                collect(gallery_item(row, kept.pictures))
+
+        rows: list[dict[str, Any]] = []
+        for number, (row, kept) in processes.share(partial(look, folder=folder), total, detector.workers):
+            if processes.main:
+                progress("inspecting", min(number + processes.count, total), total)
+            rows.append(row)
+            if alone:
+                take(row, kept)
+        rows = processes.merge(rows)
+        if not alone and processes.main and folder is not None:
+            # In the order of the images, as one process takes them: what is summed in that order is the same to the last bit.
+            for number, row in enumerate(rows):
+                take(row, None if "error" in row else kept_maps.load_map(folder, number))
+                if maps is None:  # its values are in another temporary file by now
+                    kept_maps.map_file(folder, number).unlink(missing_ok=True)
+                progress("reading maps", number + 1, total)
+        report = processes.on_main(lambda: judge(rows, pixels_seen, detector.calibration_, detector.workers))
     report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None})
     return report
+
+
+@contextmanager
+def _folder_of_maps(maps: Path | None, processes: Processes) -> Iterator[Path | None]:
+    """Where maps are kept: for good, or until the main process has read what the others found; None if there is no need to."""
+    if maps is not None or processes.count == 1:
+        yield maps
+        return
+    with processes.one(partial(tempfile.TemporaryDirectory, prefix="gladad-")) as folder:
+        yield Path(folder)
 
 
 def add_pixels(pixels: PixelMetrics, row: dict[str, Any], anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:

@@ -1,27 +1,34 @@
-"""Patch features of a self-supervised vision transformer (DINO, arXiv 2104.14294), as the paper compares images with.
+"""Patch features of a self-supervised vision transformer, as the paper compares images with.
 
-The extractor is transformers' ViT and nothing else: the folder it is saved to is a plain ViT folder, and any plain ViT folder loads.
-Three things differ from ``ViTModel.forward``: images are RGB in [0, 1] and are normalised inside; block outputs are returned *before*
-the final layer norm; and position embeddings are resized as the original DINO code does it.
+Three architectures serve: DINO's ViT (arXiv 2104.14294), which the paper uses, DINOv2 (arXiv 2304.07193), and DINOv2 with registers
+(arXiv 2309.16588). The extractor is the transformers model and nothing else: the folder it is saved to is a plain one of that model, and
+any such folder loads. Three things differ from the model's own call: images are RGB in [0, 1] and are normalised inside; block outputs
+are returned *before* the final layer norm, for the patches only; and a ViT's position embeddings are resized as the original DINO code
+does it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from torch import Tensor
-from transformers import ViTModel
+from torch import Tensor, nn
+from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from gladad.errors import ConfigError, ModelFormatError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Architecture = Literal["vit", "dinov2", "dinov2_with_registers"]
+Transformer = ViTModel | Dinov2Model | Dinov2WithRegistersModel
+TRANSFORMERS: dict[str, Any] = {"vit": ViTModel, "dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
+"""The model of each ``model_type`` that a folder's ``config.json`` may name."""
 
 
 def imagenet_normalise(image: Tensor) -> Tensor:
@@ -51,53 +58,104 @@ class DinoEmbeddings(ViTEmbeddings):
 
 
 class DinoFeatures(ModelMixin):
-    """Patch features of a ViT.
+    """Patch features of a ViT or a DINOv2.
 
-    Saved and loaded like any component of a diffusers pipeline, but its folder is the plain ViT's. (A subclass of ``ViTModel`` would not
-    do: transformers reads older checkpoints, DINO's among them, into its own classes only.)
+    Saved and loaded like any component of a diffusers pipeline, but its folder is the plain transformer's. (A subclass of ``ViTModel``
+    would not do: transformers reads older checkpoints, DINO's among them, into its own classes only.)
+
+    DINOv2's position embeddings are those of 518 px (37 x 37 patches of 14); at other sizes transformers resizes them, bicubically and in
+    float32. With registers it does so as the original code does: to a grid of the size needed, antialiased. Without registers the original
+    asks for a scale of ``(n + 0.1) / 37``, as DINO does, and transformers for the size: sampling points then differ by up to a tenth of a
+    patch, so that features at sizes other than 518 px are not quite the original's.
 
     Args:
-        vit: The transformer; its position embeddings are taken over by `DinoEmbeddings`.
+        vit: The transformer, of any of the three architectures. A ViT's position embeddings are taken over by `DinoEmbeddings`.
     """
 
-    def __init__(self, vit: ViTModel) -> None:
+    def __init__(self, vit: Transformer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        embeddings = DinoEmbeddings(vit.config).to(vit.dtype)
-        embeddings.load_state_dict(vit.embeddings.state_dict())
-        vit.embeddings = embeddings
+        if isinstance(vit, ViTModel):
+            embeddings = DinoEmbeddings(vit.config).to(vit.dtype)
+            embeddings.load_state_dict(vit.embeddings.state_dict())
+            vit.embeddings = embeddings
         self.vit = vit
         patch_size: Any = vit.config.patch_size
         self.patch_size = int(patch_size)  # side of a patch in pixels
         self.depth = vit.config.num_hidden_layers
+        self.special_tokens = 1 + getattr(vit.config, "num_register_tokens", 0)  # class token and registers, which precede the patches
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a ViT folder or Hub id, from safetensors only.
+        """Load the folder or Hub id of a ViT or a DINOv2 (``model_type`` in its ``config.json``), from safetensors only.
 
         Raises:
-            ModelFormatError: Weights are missing: transformers alone would draw them at random and go on.
+            ModelFormatError: It is another type of model; or weights are missing: transformers alone would draw them at random and go on.
         """
-        kept = {key: kwargs[key] for key in ("revision", "local_files_only", "cache_dir", "token") if key in kwargs}
+        kept: dict[str, Any] = {key: kwargs[key] for key in ("revision", "local_files_only", "cache_dir", "token") if key in kwargs}
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
-        loaded: Any = ViTModel.from_pretrained(
-            folder, add_pooling_layer=False, use_safetensors=True, dtype=dtype, output_loading_info=True, **kept
-        )
-        vit, info = loaded
+        model_type = PreTrainedConfig.get_config_dict(folder, **kept)[0].get("model_type")
+        if model_type not in TRANSFORMERS:
+            raise ModelFormatError(
+                f"{folder} is a model of type {model_type!r}; a feature extractor must be of type {', '.join(TRANSFORMERS)}"
+                " (model_type in its config.json)"
+            )
+        kind = TRANSFORMERS[model_type]
+        if kind is ViTModel:
+            kept["add_pooling_layer"] = False
+        vit, info = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **kept)
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         if missing:
-            raise ModelFormatError(f"{folder} is not a complete ViT: {len(missing)} weights are missing or misshapen, such as {missing[0]}")
+            name = kind.__name__.removesuffix("Model")
+            raise ModelFormatError(
+                f"{folder} is not a complete {name}: {len(missing)} weights are missing or misshapen, such as {missing[0]}"
+            )
         model = cls(vit)
         model.eval()  # type: ignore[attr-defined]
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the plain ViT folder: ``config.json`` and ``model.safetensors``."""
+        """Write the transformer's plain folder: ``config.json`` and ``model.safetensors``."""
         self.vit.save_pretrained(save_directory)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The transformer's ``model_type``."""
+        return cast(Architecture, self.vit.config.model_type)
 
     @property
     def default_layers(self) -> tuple[int, ...]:
         """Blocks at each quarter of the depth, counted from 1: the paper's 3, 6, 9, 12 of ViT-B."""
         return tuple(sorted({max(1, self.depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
+
+    def nearest_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """The ``(height, width)`` nearest to ``size`` that are multiples of the patch size, of one patch at least.
+
+        Halfway between two multiples it is the larger.
+        """
+        height, width = (max(1, (side + self.patch_size // 2) // self.patch_size) * self.patch_size for side in size)
+        return height, width
+
+    def mlp_parameters(self, blocks: Sequence[int]) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of the MLPs of some blocks: what fine-tuning trains.
+
+        Layer norms before and layer scales after an MLP (DINOv2) are not among them.
+
+        Args:
+            blocks: Counted from 1; in any order.
+
+        Returns:
+            Names, as in ``named_parameters()``, and parameters, from the first block to the last, each once.
+
+        Raises:
+            ConfigError: A block does not exist.
+        """
+        self._check_blocks(blocks, "MLPs to train")
+        stack = "vit.layers" if self.architecture == "vit" else "vit.encoder.layer"
+        found: list[tuple[str, nn.Parameter]] = []
+        for block in sorted(set(blocks)):
+            name = f"{stack}.{block - 1}.mlp"
+            found += self.get_submodule(name).named_parameters(prefix=name)  # type: ignore[attr-defined]
+        return found
 
     def forward(self, image: Tensor, layers: Sequence[int] | None = None, imagenet: bool = True) -> list[Tensor]:
         """Features of every patch, from several depths.
@@ -109,7 +167,7 @@ class DinoFeatures(ModelMixin):
                 search feeds the extractor.
 
         Returns:
-            One float32 ``[B, D, h, w]`` per layer, before the final layer norm, without the class token.
+            One float32 ``[B, D, h, w]`` per layer, before the final layer norm, without the class token and registers.
 
         Raises:
             ConfigError: A side is not a multiple of the patch size, or a layer does not exist.
@@ -120,9 +178,13 @@ class DinoFeatures(ModelMixin):
                 f"the feature extractor needs image sides that are multiples of {self.patch_size}, got {height}x{width} (height x width)"
             )
         layers = self.default_layers if layers is None else layers
-        if not all(1 <= layer <= self.depth for layer in layers):
-            raise ConfigError(f"feature layers must lie in 1...{self.depth}, got {list(layers)}")
+        self._check_blocks(layers, "feature layers")
         pixels = imagenet_normalise(image) if imagenet else image * 2 - 1
-        hidden = self.vit(pixels.to(self.vit.dtype), interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        options = {"interpolate_pos_encoding": True} if self.architecture == "vit" else {}  # DINOv2 does so without being asked
+        hidden = self.vit(pixels.to(self.vit.dtype), output_hidden_states=True, **options).hidden_states
         grid = (height // self.patch_size, width // self.patch_size)
-        return [hidden[layer][:, 1:].float().transpose(1, 2).unflatten(2, grid) for layer in layers]
+        return [hidden[layer][:, self.special_tokens :].float().transpose(1, 2).unflatten(2, grid) for layer in layers]
+
+    def _check_blocks(self, blocks: Sequence[int], what: str) -> None:
+        if not all(1 <= block <= self.depth for block in blocks):
+            raise ConfigError(f"{what} must lie in 1...{self.depth}, got {list(blocks)}")

@@ -6,9 +6,9 @@ text encoder is used once, when a base is adopted; its two embeddings are stored
 
 from __future__ import annotations
 
+import copy
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,21 +16,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
 from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_noise
+from gladad.components import Networks, Origin, embed_prompts, first_line, load_networks, locate, locate_base
 from gladad.errors import ConfigError, ModelFormatError
 from gladad.features import DinoFeatures, imagenet_normalise
+from gladad.storage import load_tensors, read_json, save_tensors
 
-DEFAULT_FEATURES = "facebook/dino-vitb8"
 DEFAULT_PROMPT = "a photo of sks"
 CONDITIONING = Path("conditioning") / "prompt_embeds.safetensors"
-BASE_COMPONENTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+TUNED_FILE = "tuned_features.safetensors"
 
 
 class GladPipeline(DiffusionPipeline):
@@ -73,6 +70,8 @@ class GladPipeline(DiffusionPipeline):
         self.prompt = prompt
         self.guidance_scale = guidance_scale  # later assignments reach the saved config too: diffusers sees to it
         self.prompt_embeds = prompt_embeds
+        self.scoring_features: Any = features  # `tune_scoring` puts another one here
+        self.origin: Origin | None = None  # where the networks are from, if that is known
         for network in (self.vae, self.unet, self.features):
             network.eval().requires_grad_(False)
 
@@ -84,40 +83,89 @@ class GladPipeline(DiffusionPipeline):
         base: str | os.PathLike[str],
         features: str | os.PathLike[str] | None = None,
         *,
+        vae: str | os.PathLike[str] | None = None,
         prompt: str = DEFAULT_PROMPT,
         revision: str | None = None,
         local_files_only: bool = False,
         torch_dtype: torch.dtype | None = None,
+        unet_dtype: torch.dtype | None = None,
     ) -> Self:
         """Adopt a text-to-image base as an untrained GLAD model.
 
         Args:
-            base: Stable Diffusion folder or Hub id with ``vae``, ``unet``, ``text_encoder``, ``tokenizer`` and ``scheduler``; or a folder
-                that holds such a base as ``sd`` and a feature extractor as ``dino``.
-            features: ViT folder or Hub id. Default: ``base/dino`` where that exists, else DINO ViT-B/8.
+            base: Stable Diffusion 1.x or 2.x in diffusers form: ``sd14``, a Hub id or a folder with ``vae``, ``unet``, ``text_encoder``,
+                ``tokenizer`` and ``scheduler``; or a folder that holds such a base as ``sd`` and a feature extractor as ``dino``.
+            features: ViT or DINOv2 folder or Hub id. Default: ``base/dino`` where that exists, else DINO ViT-B/8.
+            vae: Folder of an autoencoder that replaces the base's, such as a fine-tuned one.
             prompt: What the denoiser is conditioned on; the paper's stand-in word by default.
             revision: Hub revision of ``base``.
             local_files_only: Never ask the Hub; use its local cache.
             torch_dtype: Dtype of the networks; None means float32.
+            unet_dtype: Dtype of the denoiser, if it differs.
 
         Raises:
-            ModelFormatError: ``base`` or ``features`` cannot be found, or lacks a component.
+            ModelFormatError: ``base``, ``features`` or ``vae`` cannot be found, or lacks a component.
         """
-        root = Path(base)
-        if (root / "sd").is_dir() and not (root / "unet").is_dir():
-            features = features or (root / "dino" if (root / "dino").is_dir() else None)
-            root = root / "sd"
-        folder = _resolve(root if root.is_dir() else str(base), BASE_COMPONENTS, revision, local_files_only)
-        features_folder = _resolve(features or DEFAULT_FEATURES, (), None, local_files_only)
-        dtype = torch_dtype or torch.float32
-        return cls(
-            vae=_load_component(AutoencoderKL, folder / "vae", use_safetensors=True, dtype=dtype),
-            unet=_load_component(UNet2DConditionModel, folder / "unet", use_safetensors=True, dtype=dtype),
-            scheduler=_load_component(DDIMScheduler, folder / "scheduler"),
-            features=_load_component(DinoFeatures, features_folder, dtype=dtype),
-            prompt_embeds=embed_prompts(folder, (prompt, "")),
-            prompt=prompt,
-        )
+        return cls.for_prompts(
+            base,
+            {"": prompt},
+            features,
+            vae=vae,
+            revision=revision,
+            local_files_only=local_files_only,
+            torch_dtype=torch_dtype,
+            unet_dtype=unet_dtype,
+        )[""]
+
+    @classmethod
+    def for_prompts(
+        cls,
+        base: str | os.PathLike[str],
+        prompts: Mapping[str, str],
+        features: str | os.PathLike[str] | None = None,
+        *,
+        vae: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        unet_dtype: torch.dtype | None = None,
+    ) -> dict[str, Self]:
+        """Adopt a base once for several products: pipelines over the same networks, each with the embeddings of its own prompt.
+
+        Args:
+            base: As for `from_base`; or a saved GLAD model, whose stored prompt is then the only one there is.
+            prompts: Name of the product -> prompt.
+            features: As for `from_base`.
+            vae: As for `from_base`.
+            revision: As for `from_base`.
+            local_files_only: As for `from_base`.
+            torch_dtype: As for `from_base`.
+            unet_dtype: As for `from_base`.
+
+        Raises:
+            ConfigError: The base is a saved model with another prompt.
+            ModelFormatError: As for `from_base`.
+        """
+        found, extractor, autoencoder = locate_base(base, features, vae, revision=revision, local_files_only=local_files_only)
+        networks = load_networks(found, extractor, autoencoder, torch_dtype or torch.float32, unet_dtype)
+        if saved := (found.folder / CONDITIONING).is_file():
+            stored = _stored_prompt(found.folder, prompts.values())
+            prompts = dict.fromkeys(prompts, stored)
+            embeds = dict.fromkeys(prompts, read_embeds(found.folder))
+        else:
+            *given, empty = embed_prompts(found.folder, (*prompts.values(), "")).split(1)
+            embeds = {product: torch.cat([own, empty]) for product, own in zip(prompts, given, strict=True)}
+        pipelines = {product: cls.of(networks, embeds[product], prompt) for product, prompt in prompts.items()}
+        for pipeline in pipelines.values():
+            if saved and features is None:
+                pipeline.load_own(found.folder)
+            pipeline.origin = Origin(base=found.part, features=extractor.part, vae=None if autoencoder is None else autoencoder.part)
+        return pipelines
+
+    @classmethod
+    def of(cls, networks: Networks, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT, guidance_scale: float = 1.0) -> Self:
+        """A pipeline over networks that others may use, too; it owns nothing but its prompt embeddings ``[2, L, D]``."""
+        return cls(networks.vae, networks.unet, networks.scheduler, networks.features, prompt_embeds, prompt, guidance_scale)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
@@ -126,16 +174,17 @@ class GladPipeline(DiffusionPipeline):
         Raises:
             ModelFormatError: The folder is missing or is not a GLAD model.
         """
-        resolved = _resolve(folder, ("",), kwargs.pop("revision", None), kwargs.pop("local_files_only", False))
+        resolved = locate(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False)).folder
         if not (resolved / CONDITIONING).is_file():
             raise ModelFormatError(f"{folder} is not a saved GLAD model: it has no {CONDITIONING}; a plain base is read by from_base")
         try:
-            embeds = load_file(resolved / CONDITIONING)
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
-            kwargs |= {"use_safetensors": True, "prompt_embeds": torch.cat([embeds["prompt"], embeds["empty"]])}
-            return super().from_pretrained(str(resolved), **kwargs)
+            kwargs |= {"use_safetensors": True, "prompt_embeds": read_embeds(resolved)}
+            pipeline = super().from_pretrained(str(resolved), **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelFormatError(f"{folder} is not a complete GLAD model: {_first_line(error)}") from error
+            raise ModelFormatError(f"{folder} is not a complete GLAD model: {first_line(error)}") from error
+        pipeline.load_own(resolved)
+        return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Write every component and the prompt embeddings, as safetensors; takes diffusers' keyword arguments.
@@ -146,10 +195,42 @@ class GladPipeline(DiffusionPipeline):
         if not kwargs.pop("safe_serialization", True):
             raise ConfigError("models are saved as safetensors only; leave safe_serialization on")
         super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / CONDITIONING
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prompt, empty = self.prompt_embeds.detach().cpu().chunk(2)
-        save_file({"prompt": prompt.contiguous(), "empty": empty.contiguous()}, path)
+        self.save_own(Path(save_directory))
+
+    def save_own(self, folder: Path) -> None:
+        """Write what a pipeline owns even where others use its networks, too: prompt embeddings, and the tuned part of the extractor."""
+        write_embeds(folder, self.prompt_embeds)
+        if tuned := self.tuned_weights():
+            save_tensors(folder / TUNED_FILE, tuned)
+
+    def load_own(self, folder: Path) -> None:
+        """Read what `save_own` wrote, but for the prompt embeddings, which the constructor takes."""
+        if (folder / TUNED_FILE).is_file():
+            self.tune_scoring(load_tensors(folder / TUNED_FILE))
+
+    def tune_scoring(self, weights: Mapping[str, Tensor]) -> None:
+        """Score with a copy of the extractor that has some weights of its own; the step search keeps the frozen one (section 3.5).
+
+        Args:
+            weights: Name in the extractor -> tensor; with none, the frozen one scores, too.
+
+        Raises:
+            ModelFormatError: The extractor has no such weight, or one of another shape.
+        """
+        frozen = self.features
+        shared = {id(parameter): parameter for name, parameter in frozen.named_parameters() if name not in weights}
+        tuned = copy.deepcopy(frozen, shared)  # what is not tuned is in memory once
+        own = dict(tuned.named_parameters())
+        for name, value in weights.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ModelFormatError(f"{TUNED_FILE}: {name} is no weight of this extractor, or one of another shape")
+            own[name].data = value.to(own[name])
+        self.scoring_features = tuned.eval().requires_grad_(False) if weights else frozen
+
+    def tuned_weights(self) -> dict[str, Tensor]:
+        """The weights of the scoring extractor that are not the frozen one's; none if it was not tuned."""
+        frozen = dict(self.features.named_parameters())
+        return {name: own for name, own in self.scoring_features.named_parameters() if own is not frozen[name]}
 
     # ----------------------------------------------------------------------------------------- the algorithm's contract
 
@@ -206,10 +287,14 @@ class GladPipeline(DiffusionPipeline):
         without, given = self.denoise(latent.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
         return without + self.guidance_scale * (given - without)
 
-    def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """One call of the denoiser under text embeddings ``[B or 1, L, D]``, as a noise prediction. Gradients flow."""
+    def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, unet: nn.Module | None = None) -> Tensor:
+        """One call of the denoiser under text embeddings ``[B or 1, L, D]``, as a noise prediction. Gradients flow.
+
+        ``unet`` is the pipeline's own, wrapped for several processes perhaps.
+        """
         context = prompt_embeds.to(latent.device, self.unet.dtype).expand(len(latent), -1, -1)
-        output: Tensor = self.unet(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
+        network: Any = self.unet if unet is None else unet
+        output: Tensor = network(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
         if self.scheduler.config.prediction_type == "v_prediction":
             return velocity_to_noise(latent, output, self.schedule.alpha_bar(timestep))
         return output
@@ -217,9 +302,12 @@ class GladPipeline(DiffusionPipeline):
     def latent_features(self, latent: Tensor) -> Tensor:
         """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent at full resolution.
 
-        Without ImageNet normalisation, as published.
+        Full resolution is the nearest that the extractor takes: 518 px (``h' = 37``) for 512 px and patches of 14. Without ImageNet
+        normalisation, as published.
         """
-        last: Tensor = self.features(self.decode(latent), layers=self.features.default_layers[-1:], imagenet=False)[0]
+        image = self.decode(latent)
+        image = _resize(image, self.features.nearest_size(image.shape[-2:]))
+        last: Tensor = self.features(image, layers=self.features.default_layers[-1:], imagenet=False)[0]
         return last
 
     # -------------------------------------------------------------------------------------------------------- scoring
@@ -239,7 +327,8 @@ class GladPipeline(DiffusionPipeline):
             image: ``[B, 3, H, W]`` in [0, 1].
             reconstruction: The same shape, not necessarily clipped.
             scoring: How features become a map.
-            feature_size: ``(height, width)`` both are resized to before feature extraction; also the size of the map.
+            feature_size: ``(height, width)`` of the map and of the pixel difference; features are extracted at the nearest size that
+                the extractor takes.
             foreground: ``[B, 1, H', W']`` in [0, 1]: how much each place counts (`gladad.algorithm.soft_foreground` of a mask).
 
         Returns:
@@ -247,58 +336,39 @@ class GladPipeline(DiffusionPipeline):
         """
         pair = [_resize(x.float(), feature_size) for x in (image, reconstruction)]
         difference = (imagenet_normalise(pair[0]) - imagenet_normalise(pair[1])).abs().mean(dim=1, keepdim=True)
-        ours, theirs = (self.features(x) for x in pair)
+        extractor: Any = self.scoring_features
+        size = extractor.nearest_size(feature_size)
+        ours, theirs = (extractor(_resize(x.float(), size)) for x in (image, reconstruction))
         return anomaly_map(ours, theirs, feature_size, scoring, pixel_difference=difference, foreground=foreground)
 
 
-def embed_prompts(folder: Path, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings ``[len(prompts), L, D]`` from the CLIP text encoder of a Stable Diffusion folder."""
-    tokenizer = _load_component(CLIPTokenizer, folder / "tokenizer")
-    encoder = _load_component(CLIPTextModel, folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-    length = encoder.config.max_position_embeddings
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        embeds: Tensor = encoder.eval()(tokens.input_ids).last_hidden_state
-    return embeds
+def write_embeds(folder: Path, prompt_embeds: Tensor) -> None:
+    """Write the embeddings ``[2, L, D]`` of a prompt and of the empty prompt into a model's folder."""
+    path = folder / CONDITIONING
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompt, empty = prompt_embeds.detach().cpu().chunk(2)
+    save_tensors(path, {"prompt": prompt, "empty": empty})
+
+
+def read_embeds(folder: Path) -> Tensor:
+    """What `write_embeds` wrote, ``[2, L, D]``.
+
+    Raises:
+        ModelFormatError: The file is missing or damaged.
+    """
+    embeds = load_tensors(folder / CONDITIONING)
+    if embeds.keys() != {"prompt", "empty"}:
+        raise ModelFormatError(f"{folder / CONDITIONING}: holds {', '.join(sorted(embeds))} instead of prompt and empty")
+    return torch.cat([embeds["prompt"], embeds["empty"]])
+
+
+def _stored_prompt(folder: Path, prompts: Iterable[str]) -> str:
+    """The prompt of a saved model, which cannot be another because it has no text encoder."""
+    stored = str(read_json(folder / "model_index.json").get("prompt"))
+    if other := sorted(set(prompts) - {stored, DEFAULT_PROMPT}):
+        raise ConfigError(f"{folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out")
+    return stored
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image if image.shape[-2:] == size else F.interpolate(image, size, mode="bilinear", align_corners=True)
-
-
-def _load_component(kind: Any, folder: Path, **kwargs: Any) -> Any:
-    """One component, or one sentence on what is wrong with its folder."""
-    if not folder.is_dir():
-        raise ModelFormatError(f"{folder.parent} has no folder {folder.name!r}; a base holds {', '.join(BASE_COMPONENTS)}")
-    try:
-        return kind.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelFormatError(f"{folder} cannot be read as {kind.__name__} (safetensors only): {_first_line(error)}") from error
-
-
-def _resolve(source: str | os.PathLike[str], parts: Sequence[str], revision: str | None, local_files_only: bool) -> Path:
-    """The local folder of a model: itself, or the Hub's snapshot of the parts named (all when there are none)."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    complaint = f"{source} is neither a folder nor a reachable Hugging Face repository; check the name, or download it and give its folder"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ModelFormatError(complaint)
-    kinds = ("*.json", "*.txt", "*.safetensors")
-    patterns = [f"{part}/{kind}" if part else kind for part in (parts or ("",)) for kind in kinds]
-    try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelFormatError(complaint) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -37,6 +37,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
+        _sync(path.parent)
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
     finally:
@@ -90,9 +91,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in sorted(temporary.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-            if path.is_file():
-                _sync(path)
+            _sync(path)
         temporary.chmod(0o755)
+        _sync(temporary)
         if folder.exists():
             folder.rename(old)
         try:
@@ -101,6 +102,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
+        _sync(folder.parent)
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written ({error.strerror or error}); nothing was changed") from error
     finally:
@@ -109,8 +111,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Force a file, or the names in a folder, onto the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

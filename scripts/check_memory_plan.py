@@ -1,0 +1,137 @@
+"""The computed memory of a training beside that of real steps on this machine's CPU.
+
+    python scripts/check_memory_plan.py [--sd14]
+
+Each case runs in a process of its own: networks with random weights take three steps of the real training loop, and the largest resident
+memory (``ru_maxrss``) less what was resident before the network was built is the measured number. glibc is told to take every block of
+64 KiB or more from the system and give it back at once (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``), and to keep one arena,
+so that what it holds back does not blur the comparison. ``--sd14`` measures one LoRA step of Stable Diffusion v1-4's denoiser instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gladad.adapters import add_adapter
+from gladad.algorithm import Schedule, add_noise, denoising_target, mix_anomaly
+from gladad.faked import build_unet, cast
+from gladad.memory_plan import TOKENS, PlanRequest, plan_training
+from gladad.sd14 import UNET_CONFIG
+from gladad.training_loop import DTYPES, LoopConfig, train
+
+MIDDLE = UNET_CONFIG | {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256}  # 36 million parameters
+UNETS = {"middle": MIDDLE, "sd14": UNET_CONFIG}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+FACTOR = 8  # pixels per latent cell
+MIB = 2**20
+
+
+class RandomTask:
+    """A denoiser and latents of random content."""
+
+    def __init__(self, unet: Any, latent_size: Sequence[int]):
+        self.unet = unet
+        self.shape = (unet.config.in_channels, *latent_size)
+        self.prompt = torch.randn(1, TOKENS, unet.config.cross_attention_dim)
+        self.schedule = Schedule.scaled_linear()
+        self.identity: dict[str, Any] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser."""
+        return self.unet
+
+    def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
+        """The loss of a training, in which anything stands for images."""
+        z_normal, z_anomalous, noise = (torch.randn(len(samples), *self.shape) for _ in range(3))
+        timestep = torch.randint(self.schedule.num_timesteps, (len(samples),))
+        alpha_bar = self.schedule.alpha_bar(timestep)
+        x_t = add_noise(mix_anomaly(z_normal, z_anomalous, timestep, self.schedule.num_timesteps), noise, alpha_bar)
+        prompts = self.prompt.to(self.unet.dtype).expand(len(samples), -1, -1)
+        noise_pred = module(x_t.to(self.unet.dtype), timestep, encoder_hidden_states=prompts).sample
+        return F.mse_loss(noise_pred.float(), denoising_target(x_t, z_normal, alpha_bar))
+
+    def examples(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+
+def measure(name: str, request: PlanRequest) -> int:
+    """Bytes that a training needs in this process, for which there should be nothing else in it."""
+    nn.functional.conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(4, 4, 3, 3))  # libraries load at their first use
+    before = psutil.Process().memory_info().rss
+    unet = build_unet(UNETS[name])
+    if request.training == "lora":
+        cast(unet, DTYPES[request.precision])
+        add_adapter(unet, request.lora_rank, request.lora_layers)
+    unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            tensor.normal_(0, 0.02)
+    if request.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    config = LoopConfig(
+        steps=3 if name != "sd14" else 2,
+        batch_size=request.batch_size * request.accumulation,
+        micro_batch=request.batch_size,
+        learning_rate=1e-5,
+        precision=request.precision,
+        ema=0.99 if request.ema else 0.0,
+    )
+    train(RandomTask(unet, [side // FACTOR for side in request.image_size]), config, stage="check")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def cases() -> list[PlanRequest]:
+    """Both kinds of training at two sizes, with and without gradient checkpointing, in two precisions."""
+    return [
+        PlanRequest(image_size=(side, side), training=training, batch_size=2, gradient_checkpointing=checkpointing, precision=precision)
+        for side, training, checkpointing, precision in itertools.product((256, 512), ("lora", "full"), (True, False), ("bfloat16", "float32"))
+    ]
+
+
+def main() -> None:
+    """Compute, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd14", action="store_true", help="one step of the full denoiser at 256 px; needs 3 GiB and minutes")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        name, values = json.loads(arguments.case)
+        print(measure(name, PlanRequest(**values | {"image_size": tuple(values["image_size"])})))
+        return
+    name, requests = "middle", cases()
+    if arguments.sd14:
+        name, requests = "sd14", [PlanRequest(image_size=(256, 256), batch_size=1)]
+    print(f"{name}, on {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    print("| size | training | checkpointing | precision | computed, MiB | measured, MiB | measured / computed | s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for request in requests:
+        begin = time.monotonic()
+        case = json.dumps([name, dataclasses.asdict(request)])
+        command = [sys.executable, __file__, "--case", case]
+        done = subprocess.run(command, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=True)
+        measured = int(done.stdout.split()[-1])
+        computed = plan_training(UNETS[name], request).total
+        row = [f"{request.image_size[0]} px", request.training, "on" if request.gradient_checkpointing else "off", request.precision]
+        row += [f"{computed / MIB:.0f}", f"{measured / MIB:.0f}", f"{measured / computed:.2f}", f"{time.monotonic() - begin:.0f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
