@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -35,7 +36,8 @@ from gladad.sd14 import UNET_CONFIG
 from gladad.training_loop import DTYPES, LoopConfig, train
 
 MIDDLE = UNET_CONFIG | {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256}  # 36 million parameters
-UNETS = {"middle": MIDDLE, "sd14": UNET_CONFIG}
+SMALL = UNET_CONFIG | {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32}
+UNETS = {"small": SMALL, "middle": MIDDLE, "sd14": UNET_CONFIG}
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 FACTOR = 8  # pixels per latent cell
 MIB = 2**20
@@ -73,8 +75,15 @@ class RandomTask:
 
 def measure(name: str, request: PlanRequest) -> int:
     """Bytes that a training needs in this process, for which there should be nothing else in it."""
-    nn.functional.conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(4, 4, 3, 3))  # libraries load at their first use
+    run("small", dataclasses.replace(request, image_size=(64, 64)), steps=1)  # code is loaded at its first use
+    gc.collect()
     before = psutil.Process().memory_info().rss
+    run(name, request, steps=2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def run(name: str, request: PlanRequest, steps: int) -> None:
+    """Train a network with random weights."""
     unet = build_unet(UNETS[name])
     if request.training == "lora":
         cast(unet, DTYPES[request.precision])
@@ -86,7 +95,7 @@ def measure(name: str, request: PlanRequest) -> int:
     if request.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     config = LoopConfig(
-        steps=3 if name != "sd14" else 2,
+        steps=steps,
         batch_size=request.batch_size * request.accumulation,
         micro_batch=request.batch_size,
         learning_rate=1e-5,
@@ -94,14 +103,15 @@ def measure(name: str, request: PlanRequest) -> int:
         ema=0.99 if request.ema else 0.0,
     )
     train(RandomTask(unet, [side // FACTOR for side in request.image_size]), config, stage="check")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def cases() -> list[PlanRequest]:
     """Both kinds of training at two sizes, with and without gradient checkpointing, in two precisions."""
     return [
         PlanRequest(image_size=(side, side), training=training, batch_size=2, gradient_checkpointing=checkpointing, precision=precision)
-        for side, training, checkpointing, precision in itertools.product((256, 512), ("lora", "full"), (True, False), ("bfloat16", "float32"))
+        for side, training, checkpointing, precision in itertools.product(
+            (256, 512), ("lora", "full"), (True, False), ("bfloat16", "float32")
+        )
     ]
 
 

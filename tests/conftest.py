@@ -21,6 +21,7 @@ from gladad.detector import Glad
 from gladad.lite_training import LiteTrainingConfig
 
 SIDE = 72
+pytest_plugins = ["tiny_base"]
 
 
 def draw_part(seed: int, defective: bool = False) -> tuple[Image.Image, Image.Image]:

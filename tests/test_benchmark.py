@@ -167,7 +167,7 @@ def test_mistakes_are_named_before_anything_is_run(data):
     for settings, message in (({"stepz": 1}, "'stepz'"), ({"preset": "visa/zzz"}, "preset"), ({"timesteps": [500, "x"]}, "timesteps")):
         with pytest.raises(ConfigError, match=rf"mine\.toml: configuration 'wrong': .*{message}"):
             plan(config(Configuration(name="wrong", settings=settings), source="mine.toml"), data)
-    with pytest.raises(ConfigError, match="lite base only"):
+    with pytest.raises(ConfigError, match="no denoiser that several products"):
         plan(config(replace(BANK, multi_class=True)), data)
     with pytest.raises(ConfigError, match="unknown corruption 'fire'"):
         plan(config(shift=ShiftEntry(corruptions=("fire",))), data, shift=True)

@@ -359,7 +359,7 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
      ("some/diffusers", {"preset": "visa/multi_class"})],
 )  # fmt: skip
 def test_settings_of_other_bases_are_refused_at_once(good: Path, base: str, changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"is not a setting of the base|one model of several categories"):
+    with pytest.raises(ConfigError, match=r"is not a setting of the base|several products together"):
         Glad.from_base(base, settings=FitSettings(**changes)).fit(good)  # type: ignore[arg-type]
 
 

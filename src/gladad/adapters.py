@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ TARGETS: dict[Layers, tuple[str, ...]] = {
     ),
 }
 """The layers that are adapted: the projections of every attention, or every linear and convolutional layer of the blocks."""
-_numbers = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
@@ -74,9 +74,11 @@ def add_adapter(unet: Any, rank: int, layers: Layers, seed: int = 0) -> str:
         layers: Which ones to adapt.
         seed: Of the random one of the two.
     """
-    name = f"product{next(_numbers)}"
+    taken = getattr(unet, "peft_config", {})
+    name = next(name for number in itertools.count() if (name := f"product{number}") not in taken)
     unet.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is wanted
         torch.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS[layers])), name)
     for key, parameter in unet.named_parameters():
@@ -101,7 +103,7 @@ def attach_adapter(unet: Any, adapter: Adapter) -> str:
     name = add_adapter(unet, adapter.rank, adapter.layers)
     expected = {key: value.shape for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
     if expected != {key: value.shape for key, value in adapter.weights.items()}:
-        unet.delete_adapters(name)
+        detach_adapter(unet, name)
         raise ModelFormatError(f"{ADAPTER_FILE}: is not an adapter of rank {adapter.rank} of this base's denoiser")
     set_peft_model_state_dict(unet, adapter.weights, adapter_name=name)
     settle_adapter(unet, name)
@@ -137,6 +139,8 @@ def _lock(unet: Any) -> threading.RLock:
 def detach_adapter(unet: Any, name: str) -> None:
     """Take an adapter out of a network."""
     with _lock(unet):
+        if others := [other for other in unet.peft_config if other != name]:
+            unet.set_adapter(others[0])
         unet.delete_adapters(name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,12 +16,15 @@ from numpy.typing import NDArray
 
 from gladad.anomalib_baselines import AnomalibBase, AnomalibConfig, fit_anomalib
 from gladad.calibration import check_rate
+from gladad.components import choose_device, locate_base
 from gladad.config import from_json
 from gladad.errors import ConfigError
 from gladad.finetune import PAPER, FinetuneConfig
 from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig, adjust_lite, fit_lite, fit_lite_multi_class
 from gladad.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
+from gladad.memory_fit import available_memory, check_fits
+from gladad.memory_plan import MemoryPlan, PlanRequest, plan_training, read_configs
 from gladad.paper import PaperBase, PaperConfig, fit_paper
 from gladad.pipeline import DEFAULT_PROMPT, GladPipeline
 from gladad.presets import MULTI_CLASS, Preset, category_preset, load_preset
@@ -131,16 +135,19 @@ _LITE = {"minutes", "product", "anomaly_oriented", "timesteps"}
 _DIFFUSERS = {"features", "vae", "revision", "offline", "prompt", "preset", "denoiser"}
 
 
-def check_settings(name: str, settings: FitSettings) -> None:
+def check_settings(name: str, settings: FitSettings, *, together: bool = False) -> None:
     """Refuse settings that have no meaning for a base, instead of ignoring them.
 
     Args:
         name: Of the base, as for `train_base`.
         settings: Those that differ from the defaults are looked at.
+        together: Whether one denoiser is to be trained for several products.
 
     Raises:
-        ConfigError: One is not for this base.
+        ConfigError: One is not for this base, or the base has no denoiser that products could share.
     """
+    if together and name in BASELINES:
+        raise ConfigError(f"{name} has no denoiser that several products could share; fit each by itself")
     allowed = _ANY | (set() if name in BASELINES else _TRAINED | (_LITE if name == "lite" else _DIFFUSERS))
     default = FitSettings()
     for field in fields(settings):
@@ -148,8 +155,11 @@ def check_settings(name: str, settings: FitSettings) -> None:
             raise ConfigError(f"{field.name} is not a setting of the base {name}; leave it out")
     if settings.steps == 0 and name == "lite":
         raise ConfigError("steps must be at least 1 for lite, which has nothing to adopt")
-    if settings.preset is not None:
-        load_preset(settings.preset)
+    if settings.preset is not None and (load_preset(settings.preset).category == MULTI_CLASS) != together:
+        wanted = (
+            "several products together; use a preset of one category" if not together else "one product; use the data set's multi_class"
+        )
+        raise ConfigError(f"the preset {settings.preset} is for {wanted}")
 
 
 INSPECTION_SETTINGS = frozenset({"adaptive", "timesteps", "fusion", "false_reject_rate"})
@@ -195,8 +205,6 @@ def train_base(
         training = replace(training, steps=max(1, training.steps // share), pool=max(1, training.pool // share), minutes=minutes)
         return fit_lite(images, _lite_config(size, settings), training, textures=textures, foreground=foreground, progress=progress)
     preset = None if settings.preset is None else load_preset(settings.preset)
-    if preset is not None and preset.category == MULTI_CLASS:
-        raise ConfigError(f"{settings.preset}: is for one model of several categories; use the preset of one category, or fit several")
     presets = {} if preset is None else {"": preset}
     return _fit_diffusers(name, {"": images}, size, settings, presets, textures, {"": foreground}, share, run, progress)[""]
 
@@ -220,7 +228,7 @@ def _fit_diffusers(
     steps = default if settings.steps is None else settings.steps
     steps = max(1, steps // share) if steps else 0
     if steps:
-        pass
+        check_memory(name, size, settings, training, run.memory_limit)
     dtype = DTYPES[training.precision]
     pipelines = GladPipeline.for_prompts(
         name,
@@ -247,6 +255,49 @@ def _fit_diffusers(
         run=run,
         progress=progress,
     )
+
+
+def plan_request(training: FinetuneConfig, size: tuple[int, int], processes: int = 1) -> PlanRequest:
+    """What one of so many processes asks of its memory."""
+    share = math.ceil(training.batch_size / processes)
+    at_once = min(training.micro_batch or share, share)
+    return PlanRequest(
+        image_size=size,
+        training=training.method,
+        batch_size=at_once,
+        accumulation=math.ceil(share / at_once),
+        lora_rank=training.rank,
+        lora_layers=training.layers,
+        gradient_checkpointing=training.gradient_checkpointing,
+        precision=training.precision,
+        optimizer=training.optimizer,
+        ema=training.ema > 0,
+    )
+
+
+def check_memory(name: str, size: tuple[int, int], settings: FitSettings, training: FinetuneConfig, limit: int | None) -> None:
+    """Refuse a training of a diffusers base that does not fit into memory, before its weights are loaded.
+
+    Args:
+        name: Of the base.
+        size: ``(H, W)`` it works at.
+        settings: The user's choices.
+        training: How it is trained.
+        limit: Bytes; None = what is available.
+
+    Raises:
+        ConfigError: It does not fit; the message says what would.
+    """
+    base, extractor, vae = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
+    configs = read_configs(base.folder, extractor.folder, None if vae is None else vae.folder)
+    device = choose_device()
+
+    def plan(request: PlanRequest) -> MemoryPlan:
+        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+
+    request = plan_request(training, size, int(os.environ.get("WORLD_SIZE", "1")))
+    available = available_memory(device) if limit is None else limit
+    check_fits(plan(request), available, request, plan, device.type)
 
 
 def _prompt(prompt: str, category: str) -> str:
@@ -277,10 +328,9 @@ def train_bases(
         progress: Told of every stage.
 
     Raises:
-        ConfigError: The base has no denoiser that could be shared, or the preset is not one of several categories.
+        ConfigError: As for `train_base`.
+        Interrupted: As for `train_base`.
     """
-    if name in BASELINES:
-        raise ConfigError(f"{name} has no denoiser that several products could share; fit each by itself")
     if name != "lite":
         presets = {}
         if settings.preset is not None:

@@ -252,9 +252,8 @@ def _check(configuration: Configuration, categories: Sequence[str], source: str)
     """Refuse now what every cell would refuse later."""
     try:
         for category in categories:
-            check_settings(configuration.base, settings_of(configuration.settings_of(category, 0)))
-        if configuration.multi_class and configuration.base != "lite":
-            raise ConfigError(f"one model for several categories is there for the lite base only, not for {configuration.base}")
+            settings = settings_of(configuration.settings_of(category, 0))
+            check_settings(configuration.base, settings, together=configuration.multi_class)
     except ConfigError as error:
         raise ConfigError(f"{source}: configuration {configuration.name!r}: {error}") from error
 

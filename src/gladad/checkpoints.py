@@ -109,15 +109,24 @@ class Checkpoints:
                 self.tell(f"{error}; an earlier checkpoint is used")
         return None
 
-    def clear(self) -> None:
-        """Remove the folder: the training is finished and its result saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _places(self) -> list[Path]:
         """Folders of the checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{7,}", path.name) and path.is_dir())
+
+
+def discard(folder: Path) -> None:
+    """Remove all checkpoints at any depth of a folder: the result is saved. Logs and pictures stay."""
+    for run in sorted(folder.rglob(RUN_FILE)):
+        for place in run.parent.glob("step-*"):
+            shutil.rmtree(place, ignore_errors=True)
+        run.unlink()
+    for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(inner.iterdir()):
+            inner.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ``gladad`` command: fit, predict, info, demo, and the measuring ones of `gladad.cli_measure`.
+"""The ``gladad`` command: predict, info, demo, those that make models (`gladad.cli_train`) and those that measure (`gladad.cli_measure`).
 
 Results go to standard output, progress and errors to standard error. A mistake of the user is one line and exit status 1. Heavy imports
 are inside the commands, so that ``gladad --help`` answers at once.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +19,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gladad import __version__
-from gladad.cli_common import Category, Layout, Model, Quiet, Rate, complain, duration, guarded, hush, load_model, show_report
+from gladad.cli_common import Model, Quiet, Rate, complain, duration, guarded, hush, load_model, show_report
 from gladad.cli_measure import benchmark, data, evaluate, rescore
+from gladad.cli_train import calibrate, convert, fit, merge, plan, tune_features, tune_vae
 from gladad.console import bars, waiting
 from gladad.errors import DataError
 
@@ -35,31 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Foreground(StrEnum):
-    """Where synthetic anomalies may appear."""
-
-    all = "all"
-    bright = "bright"
-    dark = "dark"
-    auto = "auto"
-
-
-class Product(StrEnum):
-    """What kind of thing is inspected."""
-
-    auto = "auto"
-    object = "object"
-    texture = "texture"
-
-
-class CalibrationWay(StrEnum):
-    """Where the scores that the threshold is made from come from."""
-
-    auto = "auto"
-    held_out = "held-out"
-    cross_fit = "cross-fit"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,69 +66,7 @@ def _program(
     pass
 
 
-@app.command()
-@guarded
-def fit(
-    images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
-    base: Annotated[str, typer.Option(help="'lite', folder or Hub id of a Stable Diffusion, or a baseline (docs/benchmark.md).")] = "lite",
-    minutes: Annotated[float | None, typer.Option(help="Time budget of the training (lite).", show_default=False)] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps instead of a time budget.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    false_reject_rate: Annotated[float, typer.Option(help="Share of good parts that may be rejected.")] = 0.01,
-    textures: Annotated[Path | None, typer.Option(help="Folder of images to make defects from.", show_default=False)] = None,
-    foreground: Annotated[
-        Foreground, typer.Option(help="Part of the image where defects are made; auto decides by the good images.")
-    ] = Foreground.all,
-    product: Annotated[Product, typer.Option(help="Object with structure, or texture (lite).")] = Product.auto,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels to work at [256 for lite].", show_default=False)] = None,
-    max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
-    shots: Annotated[int | None, typer.Option(help="Learn from so few good images (1, 2, 4, 8).", show_default=False)] = None,
-    features: Annotated[str | None, typer.Option(help="Extractor of other bases: folder or Hub id.", show_default=False)] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Published constants, such as mvtec_ad/bottle (other bases).", show_default=False)
-    ] = None,
-    calibration: Annotated[CalibrationWay, typer.Option(help="Images the threshold is made from.")] = CalibrationWay.auto,
-    category: Category = None,
-    layout: Layout = "auto",
-    quiet: Quiet = False,
-) -> None:
-    """Learn from good images and write a model."""
-    from gladad.datasets import training_images
-    from gladad.storage import check_target
-
-    paths = training_images(images, layout, category)
-    check_target(output)
-    with waiting("starting", quiet):
-        from gladad.bases import FitSettings
-        from gladad.detector import Glad
-
-        hush(downloads=base != "lite" and not quiet)
-
-    settings = FitSettings(
-        seed=seed,
-        steps=steps,
-        minutes=minutes,
-        false_reject_rate=false_reject_rate,
-        image_size=image_size,
-        max_images=max_images,
-        shots=shots,
-        preset=preset,
-        textures=None if textures is None else str(textures),
-        foreground=foreground.value,
-        product=product.value,
-        features=features,
-        calibration=calibration.value,
-    )
-    started = time.monotonic()
-    with bars(quiet) as progress:
-        detector = Glad.from_base(base, settings=settings).fit(paths, progress=progress)
-    detector.save_pretrained(output)
-    if not quiet:
-        print(f"{output}: fitted on {detector.provenance_['images']} good images in {duration(time.monotonic() - started)}")
-        if foreground is Foreground.auto:
-            print(f"defects were made on {detector.provenance_['foreground']['reason']}")
-        print(detector.calibration_.threshold.statement)
+app.command()(fit)
 
 
 @app.command()
@@ -220,7 +133,7 @@ def predict(
         print(f"results in {output}")
 
 
-for command in (evaluate, rescore, data, benchmark):
+for command in (evaluate, rescore, calibrate, data, benchmark, plan, tune_features, tune_vae, merge, convert):
     app.command()(command)
 
 

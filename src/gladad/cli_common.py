@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gladad.console import waiting
-from gladad.errors import GladError
+from gladad.errors import GladError, Interrupted
 
 if TYPE_CHECKING:
     from gladad.detector import Glad
@@ -48,6 +48,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(130) from None
         except typer.Exit:
             raise
+        except Interrupted as stop:
+            complain(str(stop))
+            raise typer.Exit(128 + stop.signal) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()

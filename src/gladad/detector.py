@@ -26,6 +26,7 @@ from gladad.presets import load_preset
 from gladad.regions import find_regions
 from gladad.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
 from gladad.training_loop import TrainingRun
+from gladad.tune_features import FeatureTuningConfig
 from gladad.types import Prediction, Progress, no_progress
 
 Pixels = NDArray[np.uint8]
@@ -166,6 +167,29 @@ class Glad:
             DataError: There are too few images, or they are those of a fit that held nothing out.
         """
         self._fitted = self._fitter.recalibrate(self._require_fit(), images, progress)
+        return self
+
+    def tune_features(
+        self, images: Images, config: FeatureTuningConfig | None = None, *, run: TrainingRun | None = None, progress: Progress = no_progress
+    ) -> Glad:
+        """Fine-tune the extractor that scores, on the images that the denoiser was trained on, and calibrate anew on those held out.
+
+        Args:
+            images: Those of the fit.
+            config: The budget.
+            run: As for `fit`.
+            progress: Told of every stage.
+
+        Returns:
+            This detector.
+
+        Raises:
+            ConfigError: The base is not a diffusers one, or the calibration is cross-fitted.
+            DataError: The images are not those of the fit.
+            Interrupted: As for `fit`.
+        """
+        fitted = self._require_fit()
+        self._fitted = self._fitter.tune_features(fitted, images, config or FeatureTuningConfig(), run or TrainingRun(), progress)
         return self
 
     def merge(self) -> Glad:

@@ -35,6 +35,7 @@ from gladad.parallel import in_order
 from gladad.presets import load_preset
 from gladad.synthesis import Foreground, choose_foreground
 from gladad.training_loop import TrainingRun, divided
+from gladad.tune_features import FeatureTuningConfig, tune_features
 from gladad.types import Progress
 
 Pixels = NDArray[np.uint8]
@@ -118,7 +119,7 @@ class Fitter:
 
     def fit_together(self, images: Mapping[str, Sequence[str | Path]], run: TrainingRun, progress: Progress) -> dict[str, Fitted]:
         """Fit one denoiser for several products, see `gladad.detector.Glad.fit_together`."""
-        check_settings(self.name, self.settings)
+        check_settings(self.name, self.settings, together=True)
         chosen = {category: self.chosen(images[category]) for category in sorted(images)}
         for category, paths in chosen.items():
             if len(paths) < FEW_IMAGES:
@@ -168,6 +169,16 @@ class Fitter:
             raise DataError(f"at least {MIN_HELD_OUT} good images are needed to calibrate, there are {len(paths)}")
         size: tuple[int, int] = fitted.base.config.image_size
         return self.recalibrated(fitted, read_pixels(paths, size, progress), progress)
+
+    def tune_features(self, fitted: Fitted, images: Images, config: FeatureTuningConfig, run: TrainingRun, progress: Progress) -> Fitted:
+        """Fine-tune the extractor that scores, see `gladad.detector.Glad.tune_features`."""
+        base = fitted.base
+        if not isinstance(base, PaperBase):
+            raise ConfigError(f"the extractor of a {base.kind} base cannot be tuned; this is for Stable Diffusion bases")
+        train, held_out = self.split_of(fitted, images, "tuned")
+        size = base.config.image_size
+        tune_features(base, read_pixels(train, size, progress), config, run=run, progress=progress)
+        return self.recalibrated(fitted, read_pixels(held_out, size, progress), progress)
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Pixels], progress: Progress) -> Fitted:
         """With thresholds from held-out images at the base's size."""

@@ -39,7 +39,7 @@ def check_fits(
         ConfigError: It does not fit; the message says what would.
     """
     if plan.total > available_bytes:
-        what = f"training needs {gibibytes(plan.total)} of memory, and {gibibytes(available_bytes)} are available"
+        what = f"training needs {readable(plan.total)} of memory, and {readable(available_bytes)} are available"
         raise ConfigError(f"{what}; {suggestions(request, available_bytes, replan, device_type)}")
 
 
@@ -57,7 +57,7 @@ def suggestions(request: PlanRequest, available_bytes: int, replan: Callable[[Pl
     found = alternatives(request, available_bytes, replan, device_type)
     if not found:
         return f"nothing smaller fits either, down to LoRA of single images of {SMALLEST_SIDE} pixels"
-    return "it fits with " + ", or with ".join(f"{words} ({gibibytes(plan.total)})" for words, _, plan in found)
+    return "it fits with " + ", or with ".join(f"{words} ({readable(plan.total)})" for words, _, plan in found)
 
 
 def alternatives(
@@ -116,9 +116,12 @@ def _enumerate(parts: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def gibibytes(size: int) -> str:
+def readable(size: int) -> str:
     """Bytes as people read them."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:.1f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if size >= 2**power // 10:
+            return f"{size / 2**power:.1f} {unit}"
+    return f"{size / 2**10:.0f} KiB"
 
 
 def available_memory(

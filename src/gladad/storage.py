@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def share_files(folder: Path, other: Path, smallest: int = 2**20) -> None:
+    """Let a folder's files be those of another where both are equal, so that the disk holds them once; where it cannot, nothing changes.
+
+    Args:
+        folder: Whose files are kept.
+        other: Whose equal files become second names of these.
+        smallest: Bytes below which a file is not worth it.
+    """
+    for path in sorted(folder.rglob("*")):
+        twin = other / path.relative_to(folder)
+        if folder == other or not (path.is_file() and twin.is_file()) or path.stat().st_size < smallest or path.samefile(twin):
+            continue
+        if filecmp.cmp(path, twin, shallow=False):
+            link = twin.with_name(f".{twin.name}.partial")
+            with suppress(OSError):  # another disk, or one without such names
+                os.link(path, link)
+                link.replace(twin)
 
 
 def _sync(path: Path) -> None:

@@ -76,6 +76,7 @@ class TrainingRun:
     keep: int = 2  # newest checkpoints kept
     tracker: str = "auto"  # "auto" = TensorBoard where it is installed; "none"; or one of accelerate's, such as "wandb"
     sample_every: int = 500  # steps between example pictures
+    memory_limit: int | None = None  # bytes; a training of the denoiser that needs more is refused; None = what is available
     tell: Callable[[str], None] = lambda line: None  # for sentences worth reading
 
     def __post_init__(self) -> None:

@@ -1,0 +1,299 @@
+"""The training loop: exact resume, several processes, interruption, precision, trackers; on a small regression and on the tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from gladad import training_loop
+from gladad.checkpoints import Checkpoints
+from gladad.errors import ConfigError, Interrupted, MissingExtraError, TrainingError
+from gladad.optimizers import make_optimizer
+from gladad.trackers import start_tracker
+from gladad.training_loop import LoopConfig, TrainingRun, divided, draw_generator, seed_of, train
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+class Regression:
+    """Fits a line with dropout, whose draws come from the global generator, to noisy points."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1))
+        self.identity = {"scale": scale}
+        self.scale = scale
+        self.seen: list[tuple[int, int]] = []
+
+    def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> torch.Tensor:
+        self.seen += [(step, sample) for sample in samples]
+        x = torch.stack([torch.randn(4, generator=draw_generator(7, step, sample)) for sample in samples])
+        return (module(x)[:, 0] - x.sum(dim=1) * self.scale).square().mean()
+
+    def examples(self) -> dict[str, np.ndarray]:
+        return {"weights": np.zeros((8, 8, 3), np.uint8)}
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.module.parameters()]
+
+
+CONFIG = LoopConfig(steps=20, batch_size=4, learning_rate=1e-2, warmup=3, ema=0.9)
+
+
+def stop_at(step: int) -> training_loop.Progress:
+    """A progress that is interrupted as if by Ctrl-C."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+def same(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_it_learns() -> None:
+    losses = train(Regression(), replace(CONFIG, steps=200, ema=0.0), stage="line")
+    assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path, every: int) -> None:
+    whole = Regression()
+    losses = train(whole, CONFIG, stage="line")
+    run = TrainingRun(folder=tmp_path / "run", checkpoint_every=every, tracker="none")
+    for step in (4, 11):
+        with pytest.raises(Interrupted, match=rf"stopped after step {step} of 20; saved in .*run") as stop:
+            train(Regression(), CONFIG, run, stage="line", progress=stop_at(step))
+        assert stop.value.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told: list[str] = []
+    last = Regression()
+    assert train(last, CONFIG, replace(run, tell=told.append), stage="line") == losses
+    assert told == ["going on after step 11 of 20"]
+    assert {step for step, _ in last.seen} == set(range(11, 20))
+    assert same(last.weights(), whole.weights())
+    again = Regression()  # finished already: nothing is trained, and the weights are there
+    assert train(again, CONFIG, run, stage="line") == losses and not again.seen
+    assert same(again.weights(), whole.weights())
+
+
+def test_more_steps_continue_a_finished_training(tmp_path: Path) -> None:
+    whole = Regression()
+    losses = train(whole, CONFIG, stage="line")
+    run = TrainingRun(folder=tmp_path, tracker="none")
+    train(Regression(), replace(CONFIG, steps=12), run, stage="line")
+    longer = Regression()
+    assert train(longer, CONFIG, run, stage="line") == losses
+    assert same(longer.weights(), whole.weights())
+    with pytest.raises(ConfigError, match="20 steps already, more than the 5 asked for"):
+        train(Regression(), replace(CONFIG, steps=5), run, stage="line")
+
+
+def test_another_training_does_not_go_on(tmp_path: Path) -> None:
+    run = TrainingRun(folder=tmp_path, tracker="none")
+    train(Regression(), CONFIG, run, stage="line")
+    for task, config, stage, word in (
+        (Regression(), replace(CONFIG, learning_rate=1.0), "line", "learning_rate"),
+        (Regression(2.0), CONFIG, "line", "scale"),
+        (Regression(), CONFIG, "curve", "stage"),
+    ):
+        with pytest.raises(ConfigError, match=f"another training \\({word} differ"):
+            train(task, config, run, stage=stage)
+
+
+def test_without_a_folder_an_interrupt_is_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(), CONFIG, stage="line", progress=stop_at(4))
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    def twice(stage: str, done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(), CONFIG, TrainingRun(folder=tmp_path, tracker="none"), stage="line", progress=twice)
+
+
+def test_accumulation_is_the_whole_batch() -> None:
+    def no_dropout() -> Regression:
+        task = Regression()
+        task.module[1].p = 0.0
+        return task
+
+    config = replace(CONFIG, batch_size=7, ema=0.0)
+    whole, pieces = no_dropout(), no_dropout()
+    one = train(whole, config, stage="line")
+    two = train(pieces, replace(config, micro_batch=3), stage="line")
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert whole.seen == pieces.seen == [(step, sample) for step in range(20) for sample in range(7)]
+
+
+def test_averaged_weights_are_kept() -> None:
+    task = Regression()
+    averages = [w.clone() for w in task.weights()]
+
+    def follow(stage: str, done: int, total: int) -> None:
+        for average, weight in zip(averages, task.weights(), strict=True):
+            average.lerp_(weight, 0.1)
+
+    train(task, CONFIG, stage="line", progress=follow)
+    for average, weight in zip(averages, task.weights(), strict=True):
+        torch.testing.assert_close(average, weight)
+
+
+def test_the_rate_rises_in_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    train(Regression(), replace(CONFIG, steps=5), stage="line")
+    np.testing.assert_allclose(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01])
+
+
+def test_what_cannot_be_trained() -> None:
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; lower the learning rate"):
+        train(Regression(float("nan")), CONFIG, stage="line")
+    half = Regression()
+    half.module.bfloat16()
+    with pytest.raises(ConfigError, match="in float32"):
+        train(half, CONFIG, stage="line")
+    with pytest.raises(ConfigError, match="float16 trains on a GPU only"):
+        train(Regression(), replace(CONFIG, precision="float16"), stage="line")
+    frozen = Regression()
+    frozen.module.requires_grad_(False)
+    with pytest.raises(ConfigError, match="weights to train"):
+        train(frozen, CONFIG, stage="line")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": -1}, {"batch_size": 0}, {"micro_batch": 0}, {"ema": 1.0}, {"learning_rate": 0.0}], ids=lambda bad: next(iter(bad))
+)
+def test_impossible_settings(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        replace(CONFIG, **bad)
+
+
+def test_seeds_are_of_their_numbers_alone() -> None:
+    assert len({seed_of(a, b, c) for a in range(4) for b in range(4) for c in range(4)}) == 64
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) < 2**63
+
+
+def test_divided_alone_does_everything_in_order() -> None:
+    told: list[tuple[int, int]] = []
+    assert divided(lambda n: n * n, 4, lambda *call: told.append(call)) == [0, 1, 4, 9]
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_global_generator_is_left_as_it_was() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    train(Regression(), replace(CONFIG, steps=2), stage="line")
+    assert torch.equal(torch.rand(2), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+def test_numbers_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = TrainingRun(folder=tmp_path, sample_every=10, checkpoint_every=4)
+    with pytest.raises(Interrupted):
+        train(Regression(), CONFIG, run, stage="line", progress=stop_at(12))
+    losses = train(Regression(), CONFIG, run, stage="line")
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "line"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert set(scalars) == {"loss", "learning_rate", "images_per_second", "memory_gib"}
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert [logged[step] for step in range(1, 21)] == pytest.approx(losses)
+    assert sorted(path.name for path in (tmp_path / "examples").iterdir()) == ["weights-0000010.png", "weights-0000020.png"]
+    assert {event.step for event in events.Images("weights")} == {10, 20}
+
+
+def test_trackers_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown tracker 'abacus'; use auto, none, or one of"):
+        start_tracker("abacus", tmp_path, "line")
+    with pytest.raises(MissingExtraError, match="clearml"):
+        train(Regression(), CONFIG, TrainingRun(folder=tmp_path, tracker="clearml"), stage="line")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_optimizer_of_eight_bits_says_what_it_needs() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingExtraError, match=r"gladad\[adamw8bit\]"):
+            make_optimizer("adamw8bit", [nn.Parameter(torch.zeros(2))], 1e-3, 0.0)
+    with pytest.raises(ConfigError, match="unknown optimizer"):
+        make_optimizer("sgd", [], 1e-3, 0.0)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------- processes of their own
+
+
+def work(base: Path, folder: Path, output: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)] if processes > 1 else []
+    source = str(Path(training_loop.__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(WORKER.parent)])}
+    command = [sys.executable, *launcher, str(WORKER), str(base), str(folder), str(output), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def result(output: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return json.loads((output / "losses.json").read_text()), load_file(output / "weights.safetensors")
+
+
+def finish(worker: subprocess.Popen[str]) -> None:
+    _, complaint = worker.communicate(timeout=300)
+    assert worker.returncode == 0, complaint
+
+
+def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -> None:
+    steps = ("--steps", "14", "--every", "3", "--batch", "4")
+    finish(work(tiny_base, tmp_path / "run", tmp_path / "whole", *steps))
+    losses, weights = result(tmp_path / "whole")
+
+    for number, seen in ((signal.SIGKILL, 4), (signal.SIGTERM, 2)):
+        worker = work(tiny_base, tmp_path / "killed-run", tmp_path / "killed", *steps)
+        assert worker.stdout is not None
+        for _ in range(seen):
+            worker.stdout.readline()
+        worker.send_signal(number)
+        out, _ = worker.communicate(timeout=60)
+        if number == signal.SIGTERM:
+            assert worker.returncode == 128 + signal.SIGTERM and "stopped after step" in out
+    assert not (tmp_path / "killed").exists()
+    finish(work(tiny_base, tmp_path / "killed-run", tmp_path / "killed", *steps))
+    after, resumed = result(tmp_path / "killed")
+    assert after == losses
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+    # The same batch of four, two by two: sums in another order, so equal but for rounding.
+    finish(work(tiny_base, tmp_path / "two-run", tmp_path / "two", *steps, processes=2))
+    both, divided_weights = result(tmp_path / "two")
+    np.testing.assert_allclose(both, losses, rtol=1e-4)
+    for name in weights:
+        torch.testing.assert_close(divided_weights[name], weights[name], rtol=0, atol=2e-4)
+    newest = Checkpoints(tmp_path / "two-run", json.loads((tmp_path / "two-run" / "training.json").read_text())).newest()
+    assert newest is not None and newest.step == 14
