@@ -52,7 +52,7 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.star
 # Packages that only these modules may know.
 ONLY_IN = {
     "accelerate": {"trackers", "training_loop"},
-    "diffusers": {"components", "faked", "features", "lite", "memory_plan", "parity", "pipeline", "tune_autoencoder"},
+    "diffusers": {"components", "faked", "features", "lite", "memory_plan", "parity", "pipeline"},
     "peft": {"adapters"},
     "transformers": {"components", "faked", "features", "parity"},
     "huggingface_hub": {"components"},

@@ -295,8 +295,11 @@ def check_memory(name: str, size: tuple[int, int], settings: FitSettings, traini
     def plan(request: PlanRequest) -> MemoryPlan:
         return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
 
-    request = plan_request(training, size, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    request = plan_request(training, size, processes)
     available = available_memory(device) if limit is None else limit
+    if device.type == "cpu":
+        available //= processes
     check_fits(plan(request), available, request, plan, device.type)
 
 

@@ -397,7 +397,7 @@ def plan(
         from gladad.components import NAMED_BASES, choose_device, locate_base
         from gladad.errors import ModelFormatError
         from gladad.finetune import FinetuneConfig
-        from gladad.memory_fit import available_memory, check_fits, gibibytes
+        from gladad.memory_fit import available_memory, check_fits, readable
         from gladad.memory_plan import BaseConfigs, MemoryPlan, PlanRequest, plan_inspection, plan_training, read_configs
         from gladad.sd14 import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
 
@@ -434,10 +434,10 @@ def plan(
     table = Table("", f"{config.method} training, {request.batch_size} at a time", "inspection", box=None)
     inspection = dict(inspect.rows())
     for name, count in train.rows():
-        table.add_row(name, gibibytes(count), gibibytes(inspection[name]) if name in inspection else "")
+        table.add_row(name, readable(count), readable(inspection[name]) if name in inspection else "")
     Console().print(table)
     available = available_memory(device) if memory_limit is None else memory_limit
-    print(f"{gibibytes(available)} are {'available' if memory_limit is None else 'allowed'} on {device}")
+    print(f"{readable(available)} are {'available' if memory_limit is None else 'allowed'} on {device}")
     check_fits(train, available, request, needed, device.type)
 
 
@@ -498,7 +498,7 @@ def tune_vae(
     features: Features = None,
     revision: Revision = None,
     offline: Offline = False,
-    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.bfloat16,
+    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.float32,
     training_folder: TrainingFolder = None,
     checkpoint_every: CheckpointEvery = 500,
     keep: Keep = 2,
@@ -507,23 +507,26 @@ def tune_vae(
     layout: Layout = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a base's autoencoder on good images, for 'gladad fit --vae'."""
+    """Fine-tune a base's autoencoder on good images but those that a fit with this seed holds out, for 'gladad fit --vae'."""
     from gladad.datasets import training_images
 
     paths = training_images(images, layout, category)
     with _alone("") as main:
         silent = quiet or not main
         with waiting("starting", silent):
+            from gladad.bases import FitSettings
             from gladad.checkpoints import discard
-            from gladad.components import choose_device, load_networks, locate_base
-            from gladad.fitting import read_pixels
+            from gladad.components import choose_device, load_autoencoder, locate_base
+            from gladad.fitting import Fitter, read_pixels
             from gladad.tune_autoencoder import AutoencoderTuningConfig, check_autoencoder_target, save_autoencoder, tune_autoencoder
 
             hush(downloads=not silent)
         check_autoencoder_target(output)
-        networks = load_networks(*locate_base(base, features, revision=revision, local_files_only=offline))
-        for network in (networks.vae, networks.features):
-            network.to(choose_device())
+        fitter = Fitter(base, FitSettings(seed=seed))
+        if not fitter.cross_fits(paths):
+            paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
+        found, extractor, _ = locate_base(base, features, revision=revision, local_files_only=offline)
+        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
         config = AutoencoderTuningConfig(
             steps=steps,
             batch_size=batch_size,
@@ -535,9 +538,9 @@ def tune_vae(
         run = _run(False, output, training_folder, checkpoint_every, keep, tracker, 500, None, silent)
         with bars(silent) as progress:
             pixels = read_pixels(paths, (image_size, image_size), progress)
-            tune_autoencoder(networks.vae, networks.features, pixels, config, run=run, progress=progress)
+            tune_autoencoder(autoencoder, frozen, pixels, config, run=run, progress=progress)
         if main:
-            save_autoencoder(networks.vae, output)
+            save_autoencoder(autoencoder, output)
             if run.folder is not None:
                 discard(run.folder)
     if not silent:

@@ -228,6 +228,15 @@ def load_networks(
     )
 
 
+def load_autoencoder(base: Located, features: Located) -> tuple[Any, Any]:
+    """A base's autoencoder and its extractor alone, in float32.
+
+    Raises:
+        ModelFormatError: One is missing or damaged.
+    """
+    return load_component(AutoencoderKL, base.folder / "vae", use_safetensors=True), load_component(DinoFeatures, features.folder)
+
+
 _shared: weakref.WeakValueDictionary[tuple[str, ...], Networks] = weakref.WeakValueDictionary()
 _sharing = threading.Lock()
 

@@ -210,7 +210,9 @@ class Glad:
 
     def set_false_reject_rate(self, rate: float) -> None:
         """Choose another false-reject rate; the thresholds follow from the stored held-out scores."""
-        self._fitted = Fitter(self.base, replace(self.settings, false_reject_rate=rate)).at_rate(self._require_fit())
+        settings = replace(self.settings, false_reject_rate=rate)
+        self._fitted = Fitter(self.base, settings).at_rate(self._require_fit())
+        self.settings = settings
 
     @property
     def _fitter(self) -> Fitter:

@@ -247,7 +247,8 @@ class DenoiserTask:
         x_t = add_noise(latent, image_noise(latent.shape[1:], self.seed).to(latent), alpha_bar)
         with torch.autocast(pipeline.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "float32"):
             noise_pred = pipeline.denoise(x_t, timestep, self.prompts[place : place + 1])
-            pictures = pipeline.decode(torch.cat([latent, predict_x0(x_t, noise_pred.float(), alpha_bar)]))
+            # one at a time: decoding can need more memory than a step
+            pictures = [pipeline.decode(shown)[0] for shown in (latent, predict_x0(x_t, noise_pred.float(), alpha_bar))]
         return {"input-and-reconstruction": np.concatenate([to_pixels(picture.cpu()) for picture in pictures], axis=1)}
 
     @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -51,12 +53,12 @@ def suggestions(request: PlanRequest, available_bytes: int, replan: Callable[[Pl
     Args:
         request: The training that does not fit.
         available_bytes: What there is.
-        replan: Plan of another training with the same base; it is called until something fits.
+        replan: Plan of another training with the same base; it is called until something fits, at most a dozen times.
         device_type: Where it is to run; "cuda" alone has an optimiser with 8 bits.
     """
     found = alternatives(request, available_bytes, replan, device_type)
     if not found:
-        return f"nothing smaller fits either, down to LoRA of single images of {SMALLEST_SIDE} pixels"
+        return f"nothing smaller fits either, down to single images of {SMALLEST_SIDE} pixels"
     return "it fits with " + ", or with ".join(f"{words} ({readable(plan.total)})" for words, _, plan in found)
 
 
@@ -64,20 +66,20 @@ def alternatives(
     request: PlanRequest, available_bytes: int, replan: Callable[[PlanRequest], MemoryPlan], device_type: str = "cpu"
 ) -> list[tuple[str, PlanRequest, MemoryPlan]]:
     """What `suggestions` says: the changes in words, the changed request, and its plan."""
+    planned = cache(replan)
 
-    def first(route: Iterable[Step]) -> list[tuple[str, PlanRequest, MemoryPlan]]:
-        for words, changed in route:
-            plan = replan(changed)
-            if plan.total <= available_bytes:
-                return [(_enumerate(words.values()), changed, plan)]
-        return []
+    def first(route: Sequence[Step]) -> list[tuple[str, PlanRequest, MemoryPlan]]:
+        if not route or planned(route[-1][1]).total > available_bytes:  # the last of a route needs least
+            return []
+        words, changed = next(step for step in route if planned(step[1]).total <= available_bytes)
+        return [(_enumerate(words.values()), changed, planned(changed))]
 
     routes = [list(_smaller(({}, request), device_type))]
     if request.training == "full":
         lora: Step = {"training": "LoRA instead of full training"}, replace(request, training="lora")
         routes.append([lora, *_smaller(lora, device_type)])
     found = [fit for route in routes for fit in first(route)]
-    return found or first(_smaller_images(routes[-1][-1] if routes[-1] else ({}, request)))
+    return found or first(list(_smaller_images(routes[-1][-1] if routes[-1] else ({}, request))))
 
 
 def _smaller(step: Step, device_type: str) -> Iterator[Step]:
@@ -89,10 +91,8 @@ def _smaller(step: Step, device_type: str) -> Iterator[Step]:
         yield words, request
     for size in (2, 1):
         if request.batch_size > size:
-            count = math.ceil(images / size)
-            at_a_time = "2 images" if size == 2 else "1 image"
-            words = words | {"batch": f"{at_a_time} at a time and gradients accumulated over {count} passes"}
-            request = replace(request, batch_size=size, accumulation=count)
+            words = words | {"batch": f"micro_batch {size}"}
+            request = replace(request, batch_size=size, accumulation=math.ceil(images / size))
             yield words, request
     if request.training == "lora" and request.precision == "float32":
         words, request = words | {"precision": "precision bfloat16"}, replace(request, precision="bfloat16")
@@ -103,12 +103,16 @@ def _smaller(step: Step, device_type: str) -> Iterator[Step]:
 
 
 def _smaller_images(step: Step) -> Iterator[Step]:
-    """The same request with images of three quarters, half and so on of the size."""
+    """The same request with images of three quarters, half, three eighths and so on of the size."""
     words, request = step
-    for share in (0.75, 0.5, 0.375, 0.25):
-        height, width = (max(SMALLEST_SIDE, int(side * share) // SIDE_STEP * SIDE_STEP) for side in request.image_size)
-        if (height, width) != request.image_size and height <= request.image_size[0] and width <= request.image_size[1]:
-            yield words | {"size": f"images of {height}x{width} pixels"}, replace(request, image_size=(height, width))
+    before = request.image_size
+    for halvings, share in itertools.product(range(8), (0.75, 0.5)):
+        height, width = (
+            max(min(side, SMALLEST_SIDE), int(side * share / 2**halvings) // SIDE_STEP * SIDE_STEP) for side in request.image_size
+        )
+        if (height, width) != before:
+            before = (height, width)
+            yield words | {"size": f"images of {height}x{width} pixels"}, replace(request, image_size=before)
 
 
 def _enumerate(parts: Iterable[str]) -> str:
@@ -139,8 +143,7 @@ def available_memory(
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     left = [_left(folder) for folder in _own_cgroups(cgroups, membership)]
-    free: int = psutil.virtual_memory().available
-    return min(free, *(size for size in left if size is not None))
+    return min([int(psutil.virtual_memory().available), *(size for size in left if size is not None)])
 
 
 def _own_cgroups(cgroups: Path, membership: Path) -> Iterator[Path]:
@@ -161,13 +164,13 @@ def _own_cgroups(cgroups: Path, membership: Path) -> Iterator[Path]:
 
 def _left(folder: Path) -> int | None:
     """What a control group's limit leaves, with the cache of files that it can give up; None without a limit."""
-    for limit, usage, cache in (
+    for limit, usage, files in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-            free = int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(statistics.get(cache, 0))
+            free = int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(statistics.get(files, 0))
             return max(0, free)
         except (OSError, ValueError):  # no such file, or "max"
             continue

@@ -347,9 +347,9 @@ class _Loop:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; one that is spread over processes is put together, which all of them have to take part in."""
+    """A tensor on the CPU, not copied if it is there; one that is spread over processes is put together, for which all are needed."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def _spread(value: Tensor, like: Tensor) -> Tensor:

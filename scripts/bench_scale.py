@@ -1,0 +1,105 @@
+"""Time and peak memory of the full-size base: python scripts/bench_scale.py BASE [--case NAME].
+
+BASE is a Stable Diffusion folder with its extractor, such as scripts/random_base.py writes. Each case runs in a process of its own. The
+step search goes on until min_step, which is the most that it can cost. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gladad.components import locate_base
+from gladad.finetune import FinetuneConfig, Product, finetune_denoiser
+from gladad.memory_plan import PlanRequest, plan_inspection, plan_training, read_configs
+from gladad.paper import UNREACHABLE, PaperBase, PaperConfig
+from gladad.pipeline import GladPipeline
+from gladad.training_loop import DTYPES
+
+CASES = {
+    f"inspect-{size}{'-guided' if guidance else ''}": ("inspect", size, 9.0 if guidance else 1.0)
+    for size in (256, 512)
+    for guidance in (False, True)
+} | {"lora-256": ("train", 256, 1.0)}
+PRECISION = "bfloat16"
+STEPS = 3
+
+
+def picture(size: int) -> np.ndarray:
+    """An image ``[size, size, 3]`` of any content."""
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def inspect(base: str, size: int, guidance: float) -> float:
+    """Seconds of an inspection with 25 steps, from a picture to its map."""
+    pipeline = GladPipeline.from_base(base, torch_dtype=DTYPES[PRECISION])
+    search = replace(PaperConfig().reconstruction, step_threshold=UNREACHABLE)
+    config = PaperConfig(
+        image_size=(size, size), feature_size=(size, size), guidance_scale=guidance, precision=PRECISION, reconstruction=search
+    )
+    detector = PaperBase(config, pipeline)
+    started = time.perf_counter()
+    detector.inspect(picture(size))
+    return time.perf_counter() - started
+
+
+def train(base: str, size: int) -> float:
+    """Seconds of a step of training an adapter, one image at a time, the last of a few."""
+    pipeline = GladPipeline.from_base(base, torch_dtype=DTYPES[PRECISION])
+    config = FinetuneConfig(batch_size=1, precision=PRECISION, pool=1)
+    stamps: list[float] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "denoiser":
+            stamps.append(time.perf_counter())
+
+    finetune_denoiser(pipeline, {"": Product([picture(size)], pipeline.prompt_embeds[:1])}, config, STEPS, progress=tell)
+    return stamps[-1] - stamps[-2]
+
+
+def planned(base: str, name: str) -> float:
+    """GiB that the plan says the case needs."""
+    kind, size, guidance = CASES[name]
+    found, features, _ = locate_base(base)
+    configs = read_configs(found.folder, features.folder)
+    if kind == "train":
+        request = PlanRequest(image_size=(size, size), batch_size=1, precision=PRECISION)
+        plan = plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features)
+    else:
+        plan = plan_inspection(configs.unet, configs.vae, configs.features, (size, size), PRECISION, guidance > 1)
+    return plan.total / 2**30
+
+
+def main() -> None:
+    """Run one case, or all and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("--case", choices=CASES)
+    arguments = parser.parse_args()
+    if arguments.case:
+        kind, size, guidance = CASES[arguments.case]
+        seconds = inspect(arguments.base, size, guidance) if kind == "inspect" else train(arguments.base, size)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "peak": peak, "threads": torch.get_num_threads()}))
+        return
+    print("| case | seconds | peak RSS, GiB | planned, GiB | threads |\n|---|---|---|---|---|", flush=True)
+    for name in CASES:
+        command = [sys.executable, __file__, arguments.base, "--case", name]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(run.stdout.splitlines()[-1])
+        print(
+            f"| {name} | {found['seconds']:.1f} | {found['peak']:.2f} | {planned(arguments.base, name):.2f} | {found['threads']} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
