@@ -42,9 +42,8 @@ def main() -> None:
         first = GladPipeline.from_base(base)
         trained = finetune_denoiser(first, {"": Product(known, first.prompt_embeds[:1])}, replace(PLAIN, learning_rate=1e-3), BEFORE)
         weights = {key: value.clone() for key, value in first.unet.state_dict().items()}
-        print(
-            f"the stand-in's loss: {np.mean(trained.losses[-LAST:]):.4f}\n\n| method | learning rate | loss | of all weights' |\n|---|---|---|---|"
-        )
+        print(f"the stand-in's loss: {np.mean(trained.losses[-LAST:]):.4f}\n")
+        print("| method | learning rate | loss | of all weights' |\n|---|---|---|---|")
         reference = None
         for method, (changes, rates) in METHODS.items():
             found = []

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from gladad.bases import FitSettings as FitSettings
     from gladad.detector import Glad as Glad
     from gladad.errors import GladError as GladError
+    from gladad.finetune import FinetuneConfig as FinetuneConfig
     from gladad.pipeline import GladPipeline as GladPipeline
+    from gladad.training_loop import TrainingRun as TrainingRun
     from gladad.types import Prediction as Prediction
     from gladad.types import Region as Region
     from gladad.types import Report as Report
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FinetuneConfig": "finetune",
     "FitSettings": "bases",
     "Glad": "detector",
     "GladError": "errors",
@@ -35,6 +38,7 @@ _HOMES = {
     "Report": "types",
     "Sample": "types",
     "ScoringConfig": "algorithm",
+    "TrainingRun": "training_loop",
     "anomaly_map": "algorithm",
     "reconstruct": "algorithm",
 }
@@ -42,6 +46,8 @@ _HOMES = {
 __all__ = [  # noqa: RUF022, RUF100 (by meaning: the detector first)
     "Glad",
     "FitSettings",
+    "FinetuneConfig",
+    "TrainingRun",
     "Prediction",
     "Region",
     "Report",
