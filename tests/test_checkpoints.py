@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one(checkpoints: Checkpoin
         file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     found = checkpoints.newest()
     assert found is not None and found.step == 5
-    assert len(told) == 1 and name in told[0]
+    assert len(told) == 1 and name in told[0] and told[0].endswith("an earlier checkpoint is used")
     checkpoints.save(made(10))  # takes the place of the damaged one
     assert checkpoints.newest().step == 10  # type: ignore[union-attr]
 
@@ -101,16 +101,35 @@ def test_a_full_disk_costs_no_earlier_checkpoint(checkpoints: Checkpoints, monke
     assert [path.name for path in checkpoints.folder.iterdir() if path.name.startswith((".", "step"))] == ["step-0000005"]
 
 
-def test_a_finished_training_leaves_its_logs(checkpoints: Checkpoints) -> None:
+def test_a_finished_training_leaves_its_logs_and_makes_way_for_another(checkpoints: Checkpoints) -> None:
     checkpoints.save(made(5))
+    other = Checkpoints(checkpoints.folder / "inner", {})
+    other.start()
+    other.save(made(3))
     logs = checkpoints.folder / "logs"
     logs.mkdir()
-    (logs / "events").write_text("log")
-    discard(checkpoints.folder.parent)
-    assert [path.name for path in checkpoints.folder.iterdir()] == ["logs"]
-    (logs / "events").unlink()
+    discard(checkpoints.folder)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"logs", "inner"}
+    assert other.newest().step == 3  # type: ignore[union-attr]
+    discard(other.folder)
+    assert not other.folder.exists()
+    (checkpoints.folder / ".training.json.x.partial").write_text("{")
+    again = Checkpoints(checkpoints.folder, {"seed": 2})
+    again.start()
+    assert again.newest() is None
+    logs.rmdir()
     discard(checkpoints.folder)
     assert not checkpoints.folder.exists()
+    discard(checkpoints.folder)
+
+
+def test_a_checkpoint_is_not_removed_for_a_damaged_one_of_a_later_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run", {}, keep=1)
+    checkpoints.start()
+    (checkpoints.save(made(1000)) / STATE_FILE).unlink()
+    assert checkpoints.newest() is None
+    checkpoints.save(made(500))
+    assert checkpoints.newest().step == 500  # type: ignore[union-attr]
 
 
 def test_the_manifest_has_sizes_and_hashes(checkpoints: Checkpoints) -> None:

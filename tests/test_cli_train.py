@@ -45,6 +45,8 @@ def test_the_whole_chain(tiny_base: Path, parts: Path, tmp_path: Path, capsys: p
     assert after.calibration_ != before.calibration_
     assert main(["calibrate", tuned, str(parts), "--false-reject-rate", "0.2"]) == 0
     assert "threshold" in capsys.readouterr().out
+    assert main(tune) == 0  # once more into the same folder
+    assert main(["calibrate", tuned, str(parts), "--false-reject-rate", "0.2", "-q"]) == 0
     assert Glad.from_pretrained(tuned).calibration_.threshold.false_reject_rate == 0.2
     assert main(["predict", tuned, str(parts / "test" / "good"), "-o", str(tmp_path / "out"), "-q"]) == 0
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 2
@@ -100,6 +102,7 @@ def test_one_model_for_all_products(tiny_base: Path, parts: Path, tmp_path: Path
     for name, value in bolt.base_.pipeline.unet.state_dict().items():
         assert torch.equal(nut.base_.pipeline.unet.state_dict()[name], value)
     assert main(["fit", str(data), "-o", str(tmp_path / "x"), "--multi-class", "--category", "nut"]) == 1
+    assert (tmp_path / "models" / "bolt" / "model.json").is_file()
 
 
 def test_a_checkpoint_is_converted_and_calibrated(tiny_base: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

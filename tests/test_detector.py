@@ -356,10 +356,11 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "changes"),
     [("lite", {"preset": "visa/pcb1"}), ("memory-bank", {"steps": 3}), ("some/diffusers", {"timesteps": (500,)}),
-     ("some/diffusers", {"preset": "visa/multi_class"})],
+     ("some/diffusers", {"preset": "visa/multi_class"}), ("some/diffusers", {"preset": "visa/pcb1", "prompt": "a board"}),
+     ("some/diffusers", {"preset": "visa/pcb1", "foreground": "dark"})],
 )  # fmt: skip
 def test_settings_of_other_bases_are_refused_at_once(good: Path, base: str, changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"is not a setting of the base|several products together"):
+    with pytest.raises(ConfigError, match=r"is not a setting of the base|several products together|is set by the preset"):
         Glad.from_base(base, settings=FitSettings(**changes)).fit(good)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_trained(pipeline: GladPipeline) -> None:
         finetune_denoiser(pipeline, product(pipeline, [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 72, 3), np.uint8)]), QUICK, 1)
     with pytest.raises(ConfigError, match="float32"):
         finetune_denoiser(pipeline.to(torch.bfloat16), product(pipeline), QUICK, 1)
-    for bad in ({"rank": 0}, {"pool": -1}, {"anomaly_share": 1.5}):
+    for bad in ({"rank": 0}, {"pool": -1}, {"anomaly_share": 1.5}, {"batch_size": 0}, {"learning_rate": 0.0}, {"ema": 1.5}):
         with pytest.raises(ConfigError):
             replace(QUICK, **bad)
 
@@ -203,6 +204,24 @@ def test_adapters_share_a_denoiser_without_knowing_of_each_other(pipeline: GladP
     assert torch.equal(answer(copy), made[0][2])
     detach_adapter(unet, made[1][0])
     assert torch.equal(answer(made[0][0]), made[0][2])
+
+
+def test_a_model_that_is_loaded_waits_for_one_that_inspects(pipeline: GladPipeline) -> None:
+    """A new adapter is switched on when it is attached: not in the middle of another's chain."""
+    unet = pipeline.unet
+    adapter = read_adapter(unet, add_adapter(unet, 4, "attention"), 4, "attention")
+    first = attach_adapter(unet, adapter)
+    with switched_on(unet, first):
+        loading = threading.Thread(target=attach_adapter, args=(unet, adapter))
+        loading.start()
+        loading.join(0.3)
+        assert loading.is_alive() and unet.active_adapters() == [first]
+    loading.join(10)
+    assert not loading.is_alive()
+    other = unet.active_adapters()[0]
+    with switched_on(unet, other):
+        detach_adapter(unet, first)  # as a finaliser would, in the same thread
+        assert unet.active_adapters() == [other]
 
 
 def test_a_merged_adapter_answers_alike(tiny_base: Path) -> None:

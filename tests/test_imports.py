@@ -17,7 +17,8 @@ SOURCE = Path(gladad.__file__).parent
 LAYERS = [
     {"errors", "parallel", "types"},
     {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference", "regions"},
-    {"adapters", "checkpoints", "optimizers", "pickled", "trackers"},
+    {"adapters", "checkpoints", "optimizers", "pickled"},
+    {"trackers"},
     {"training_loop"},
     {"benchmark_config", "benchmark_worker", "pixel_metrics"},
     {"charts", "metrics", "data", "manifests", "feature_space", "synthesis", "visualization"},

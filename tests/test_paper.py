@@ -90,12 +90,14 @@ def test_models_with_adapters_are_small_and_share_their_base(tiny_base: Path, go
 
 def test_a_base_that_was_moved_or_changed(tiny_base: Path, good: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    fitted = Glad.from_base(str(base), settings=settings(features=str(tiny_base / "dino"))).fit(good)
+    fitted = Glad.from_base(str(base), settings=settings()).fit(good)
     fitted.save_pretrained(tmp_path / "model")
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelFormatError, match=r"base cannot be found .*set GLADAD_BASE to where it is now"):
         Glad.from_pretrained(tmp_path / "model")
     monkeypatch.setenv("GLADAD_BASE", str(tmp_path / "elsewhere"))
+    assert score(Glad.from_pretrained(tmp_path / "model")) == score(fitted)
+    (tmp_path / "elsewhere" / "sd" / "unet" / "weights.fp16.safetensors").write_bytes(b"another variant")
     assert score(Glad.from_pretrained(tmp_path / "model")) == score(fitted)
     weights = tmp_path / "elsewhere" / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -141,6 +143,8 @@ def test_no_steps_adopt_a_trained_base(tiny_base: Path, good: list[Path], tmp_pa
         assert torch.equal(adopted.base_.pipeline.unet.state_dict()[name], value)
     assert set(adopted.base_.pipeline.tuned_weights()) == {"vit.layers.0.mlp.fc1.bias"}
     assert adopted.base_.pipeline.prompt == "a photo of sks"
+    converted = adopted.base_.pipeline.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in converted.scoring_features.parameters()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="cannot take 'a nut'"):
         Glad.from_base(str(tmp_path / "converted"), settings=settings(FULL, steps=0, prompt="a nut")).fit(good)
     with pytest.raises(ConfigError, match="nothing to adopt"):
@@ -189,6 +193,7 @@ def test_a_preset_for_several_products(tiny_base: Path, good: list[Path]) -> Non
     expected = load_preset("mvtec_ad/multi_class")
     assert screw.config.reconstruction == expected.reconstruction and screw.config.guidance_scale == 9.0
     assert (screw.config.scoring.symmetric, transistor.config.scoring.symmetric) == (False, True)
+    assert detectors["screw"].provenance_["foreground"]["foreground"] == load_preset("mvtec_ad/screw").synthesis_foreground
     assert screw.config.foreground == "dark" and screw.pipeline.prompt.endswith("screw")
     assert detectors["screw"].describe()["preset"]["tuned_on"] == "test"
 

@@ -118,6 +118,34 @@ def test_another_training_does_not_go_on(tmp_path: Path) -> None:
             train(task, config, run, stage=stage)
 
 
+def test_a_signal_at_the_last_step_stops_too(tmp_path: Path) -> None:
+    run = TrainingRun(folder=tmp_path, tracker="none")
+    with pytest.raises(Interrupted, match="step 20 of 20"):
+        train(Regression(), CONFIG, run, stage="line", progress=stop_at(20))
+    assert len(train(Regression(), CONFIG, run, stage="line")) == 20
+
+
+def test_a_picture_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(task: Regression) -> dict[str, np.ndarray]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Regression, "examples", fail)
+    told: list[str] = []
+    run = TrainingRun(folder=tmp_path, tracker="none", sample_every=20, tell=told.append)
+    assert len(train(Regression(), CONFIG, run, stage="line")) == 20
+    assert told == ["step 20 is not shown: RuntimeError: out of memory"]
+    assert (tmp_path / "step-0000020").is_dir()
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight() -> None:
+    task = Regression()
+    task.loss = lambda module, step, samples: (module(torch.zeros(1, 4)) * 0).sqrt().sum()  # type: ignore[method-assign]
+    before = task.weights()
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 1"):
+        train(task, CONFIG, stage="line")
+    assert same(task.weights(), before)
+
+
 def test_without_a_folder_an_interrupt_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt):
         train(Regression(), CONFIG, stage="line", progress=stop_at(4))

@@ -34,7 +34,7 @@ TARGETS: dict[Layers, tuple[str, ...]] = {
 }
 """The layers that are adapted: the projections of every attention, or every linear and convolutional layer of the blocks."""
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_guard = threading.Lock()
+_guard = threading.RLock()  # a finaliser may come while the same thread holds it
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ def attach_adapter(unet: Any, adapter: Adapter) -> str:
     Raises:
         ModelFormatError: The adapter is not for a network of this shape.
     """
+    with _lock(unet):  # a new adapter is switched on at once: nobody may be in the middle of using another
+        return _attach(unet, adapter)
+
+
+def _attach(unet: Any, adapter: Adapter) -> str:
     name = add_adapter(unet, adapter.rank, adapter.layers)
     expected = {key: value.shape for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
     if expected != {key: value.shape for key, value in adapter.weights.items()}:
@@ -139,7 +144,8 @@ def _lock(unet: Any) -> threading.RLock:
 def detach_adapter(unet: Any, name: str) -> None:
     """Take an adapter out of a network."""
     with _lock(unet):
-        if others := [other for other in unet.peft_config if other != name]:
+        others = [other for other in unet.peft_config if other != name]
+        if others and unet.active_adapters() == [name]:
             unet.set_adapter(others[0])
         unet.delete_adapters(name)
 

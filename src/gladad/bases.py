@@ -160,6 +160,9 @@ def check_settings(name: str, settings: FitSettings, *, together: bool = False) 
             "several products together; use a preset of one category" if not together else "one product; use the data set's multi_class"
         )
         raise ConfigError(f"the preset {settings.preset} is for {wanted}")
+    for key in ("prompt", "foreground"):
+        if settings.preset is not None and getattr(settings, key) != getattr(default, key):
+            raise ConfigError(f"{key}: is set by the preset {settings.preset}; leave one of the two out")
 
 
 INSPECTION_SETTINGS = frozenset({"adaptive", "timesteps", "fusion", "false_reject_rate"})
@@ -227,7 +230,7 @@ def _fit_diffusers(
     default = some.train_steps if some else DEFAULT_STEPS
     steps = default if settings.steps is None else settings.steps
     steps = max(1, steps // share) if steps else 0
-    if steps:
+    if steps and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(name, size, settings, training, run.memory_limit)
     dtype = DTYPES[training.precision]
     pipelines = GladPipeline.for_prompts(
@@ -240,8 +243,6 @@ def _fit_diffusers(
         torch_dtype=dtype,
         unet_dtype=torch.float32 if training.method == "full" and steps else dtype,
     )
-    if presets:
-        foregrounds = {key: presets[key].synthesis_foreground for key in images}
     return fit_paper(
         pipelines,
         images,

@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from gladad.errors import ConfigError, DataError, ModelFormatError
 from gladad.storage import atomic_folder, load_tensors, read_json, save_tensors, write_json
 
 RUN_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "training.json", "tensors.safetensors", "state.json", "manifest.json"
+LOGS, EXAMPLES = "logs", "examples"
+"""Folders beside the checkpoints, see `gladad.trackers`."""
 BLOCK = 2**22
+LEFTOVERS = frozenset({".partial", ".old"})
+"""Suffixes of what a killed process leaves."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Checkpoints:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: is not a folder; checkpoints need one")
         if not (self.folder / RUN_FILE).is_file():
-            if any(self.folder.iterdir()):
+            left = {LOGS, EXAMPLES}  # of a training that is finished
+            if any(path.name not in left and path.suffix not in LEFTOVERS for path in self.folder.iterdir()):
                 raise DataError(f"{self.folder}: exists and holds no checkpoints; choose another folder for the training, or remove it")
             return
         found = read_json(self.folder / RUN_FILE)
@@ -78,7 +84,7 @@ class Checkpoints:
         """Make the folder and remove what a killed process left half-written. One process at a time may do this."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*"):
-            if left.suffix in {".partial", ".old"}:
+            if left.suffix in LEFTOVERS:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (self.folder / RUN_FILE).is_file():
             write_json(self.folder / RUN_FILE, self._identity)
@@ -90,7 +96,9 @@ class Checkpoints:
             WriteError: The disk refuses; the earlier checkpoints are untouched.
         """
         place = self.folder / f"step-{checkpoint.step:07d}"
-        _remove(place)  # one of the same step that could not be read
+        for damaged in self._places():  # `newest` would have gone on from it
+            if damaged.name >= place.name:
+                _remove(damaged)
         with atomic_folder(place) as temporary:
             save_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
             write_json(temporary / STATE_FILE, checkpoint.state)
@@ -102,11 +110,12 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none."""
-        for place in reversed(self._places()):
+        places = self._places()
+        for number, place in reversed(list(enumerate(places))):
             try:
                 return _read(place)
-            except ModelFormatError as error:
-                self.tell(f"{error}; an earlier checkpoint is used")
+            except (ModelFormatError, OSError) as error:
+                self.tell(f"{error}; {'an earlier checkpoint is used' if number else 'the training starts anew'}")
         return None
 
     def _places(self) -> list[Path]:
@@ -117,15 +126,13 @@ class Checkpoints:
 
 
 def discard(folder: Path) -> None:
-    """Remove all checkpoints at any depth of a folder: the result is saved. Logs and pictures stay."""
-    for run in sorted(folder.rglob(RUN_FILE)):
-        for place in run.parent.glob("step-*"):
-            shutil.rmtree(place, ignore_errors=True)
-        run.unlink()
-    for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        if not any(inner.iterdir()):
-            inner.rmdir()
-    if folder.is_dir() and not any(folder.iterdir()):
+    """Remove the checkpoints of one training, whose result is saved. Logs and pictures stay."""
+    if not (folder / RUN_FILE).is_file():
+        return
+    for place in folder.glob("step-*"):
+        shutil.rmtree(place, ignore_errors=True)
+    (folder / RUN_FILE).unlink()
+    if not any(folder.iterdir()):
         folder.rmdir()
 
 
@@ -153,5 +160,6 @@ def _remove(place: Path) -> None:
     if place.exists():
         doomed = place.with_name(f".{place.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
-        place.rename(doomed)
+        with suppress(OSError):  # it is in use, on a system that minds
+            place.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -44,13 +44,13 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                     warnings.simplefilter("ignore")
                 command(*args, **kwargs)
         except KeyboardInterrupt:
-            complain("interrupted; nothing was written")
+            complain("interrupted; no result was written")
             raise typer.Exit(130) from None
         except typer.Exit:
             raise
         except Interrupted as stop:
             complain(str(stop))
-            raise typer.Exit(128 + stop.signal) from None
+            raise typer.Exit(128 + stop.signal if stop.signal else 0) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()

@@ -257,6 +257,11 @@ def fit(
         print(f"done in {duration(time.monotonic() - started)}")
 
 
+def _one_process(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"gladad {command} runs in one process; start it without torchrun")
+
+
 @contextmanager
 def _alone(base: str) -> Iterator[bool]:
     """Whether this is the process that prints and writes; the others leave when it has written."""
@@ -303,8 +308,9 @@ def _run(
     if plain:  # a training of minutes, which writes nothing on its way
         return TrainingRun()
     check_tracker(tracker)
+    place = output.absolute()
     return TrainingRun(
-        folder=folder or output.with_name(f"{output.name}.training"),
+        folder=folder or place.with_name(f"{place.name}.training"),
         checkpoint_every=checkpoint_every,
         keep=keep,
         tracker=tracker,
@@ -317,13 +323,15 @@ def _run(
 def _save(detectors: dict[str, Glad], output: Path, run: TrainingRun) -> None:
     """Write the models, then remove the checkpoints of the training."""
     from gladad.checkpoints import discard
+    from gladad.fitting import PARTS
     from gladad.storage import share_files
 
     for name, detector in detectors.items():
         detector.save_pretrained(output / name)
         share_files(output / next(iter(detectors)), output / name)
     if run.folder is not None:
-        discard(run.folder)
+        for part in (run.folder, *(run.folder / name for name in PARTS)):
+            discard(part)
 
 
 @guarded
@@ -340,6 +348,7 @@ def calibrate(
     from gladad.datasets import training_images
     from gladad.storage import check_target
 
+    _one_process("calibrate")
     paths = training_images(images, layout, category)
     check_target(output or model)
     detector = load_model(model, false_reject_rate, quiet)
@@ -362,6 +371,7 @@ def merge(
     """Add a model's adapter to the weights of its base, so that it needs the base no more."""
     from gladad.storage import check_target
 
+    _one_process("merge")
     check_target(output)
     detector = load_model(model, None, quiet)
     with waiting("merging", quiet):
@@ -406,7 +416,7 @@ def plan(
         places = locate_base(base, features, vae, revision=revision, local_files_only=offline or base in NAMED_BASES)
         configs = read_configs(places[0].folder, places[1].folder, None if places[2] is None else places[2].folder)
     except ModelFormatError:
-        if base not in NAMED_BASES:
+        if base not in NAMED_BASES or features or vae or revision:
             raise
         configs = BaseConfigs(UNET_CONFIG, VAE_CONFIG, DINO_CONFIG)  # what it is made of is known without downloading it
     chosen = {
@@ -523,8 +533,11 @@ def tune_vae(
             hush(downloads=not silent)
         check_autoencoder_target(output)
         fitter = Fitter(base, FitSettings(seed=seed))
+        paths = fitter.chosen(paths)
         if not fitter.cross_fits(paths):
             paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
+        elif main:
+            complain(f"{len(paths)} good images are too few to hold any out: the thresholds of a fit with this autoencoder will be too low")
         found, extractor, _ = locate_base(base, features, revision=revision, local_files_only=offline)
         autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
         config = AutoencoderTuningConfig(

@@ -37,6 +37,8 @@ LICENCES = {
     "facebook/dinov2-with-registers-base": "apache-2.0",
 }
 """Licences of well-known repositories, for copies without their card (as their cards state them)."""
+OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")
+"""Files of a repository that are not read."""
 SAMPLED, BLOCK = 32, 2**16
 
 
@@ -128,7 +130,7 @@ def _download(name: str, parts: Sequence[str], revision: str | None, local_files
                 revision=revision,
                 local_files_only=local_files_only,
                 allow_patterns=[*patterns, "README.md"],
-                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+                ignore_patterns=list(OTHER_VARIANTS),
             )
         )
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
@@ -155,7 +157,7 @@ def fingerprint(folder: Path, parts: Sequence[str] = ()) -> str:
     places = [folder / part for part in parts if part not in {"text_encoder", "tokenizer"}] or [folder]
     for place in places:
         for path in sorted(place.glob("*")):
-            if path.suffix not in {".json", ".safetensors"} or not path.is_file():
+            if path.suffix not in {".json", ".safetensors"} or not path.is_file() or any(map(path.match, OTHER_VARIANTS)):
                 continue
             size = path.stat().st_size
             digest.update(f"{place.name}/{path.name}:{size}".encode())
@@ -172,6 +174,8 @@ def locate_base(
     vae: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
+    features_revision: str | None = None,
+    vae_revision: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[Located, Located, Located | None]:
     """Base, extractor and replaced autoencoder on this machine.
@@ -180,8 +184,10 @@ def locate_base(
         base: Stable Diffusion in diffusers form: folder, Hub id or short name; or a folder that holds one as ``sd`` and an extractor as
             ``dino``; or the folder of a saved `GladPipeline`.
         features: Transformer folder or Hub id. Default: ``base/dino`` where that exists, else DINO ViT-B/8.
-        vae: Folder of an `AutoencoderKL`, or of a repository with one as ``vae``, that replaces the base's.
+        vae: Folder or Hub id of an `AutoencoderKL`, or folder with one as ``vae``, that replaces the base's.
         revision: Hub revision of ``base``.
+        features_revision: The same of ``features``.
+        vae_revision: The same of ``vae``.
         local_files_only: Never ask the Hub.
 
     Raises:
@@ -195,14 +201,11 @@ def locate_base(
         features = features or root / "features"
     parts = BASE_COMPONENTS if vae is None else tuple(part for part in BASE_COMPONENTS if part != "vae")
     found = locate(root if root.is_dir() else base, parts, revision, local_files_only)
-    extractor = locate(features or DEFAULT_FEATURES, (), None, local_files_only)
+    extractor = locate(features or DEFAULT_FEATURES, (), features_revision, local_files_only)
     if vae is None:
         return found, extractor, None
-    return found, extractor, locate(_inner(Path(vae), "vae") if Path(vae).is_dir() else vae, (), None, local_files_only)
-
-
-def _inner(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
+    inner = Path(vae) / "vae"
+    return found, extractor, locate(inner if inner.is_dir() else vae, (), vae_revision, local_files_only)
 
 
 def load_networks(

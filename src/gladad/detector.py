@@ -339,7 +339,9 @@ class Glad:
             "provenance": fitted.provenance,
         }
         if self.settings.preset is not None:
-            description["preset"] = load_preset(self.settings.preset).describe()
+            tuned = isinstance(fitted.base, PaperBase) and bool(fitted.base.pipeline.tuned_weights())
+            replaced = self.settings.vae is not None
+            description["preset"] = load_preset(self.settings.preset).describe(tuned_features=tuned, tuned_autoencoder=replaced)
         if isinstance(fitted.base, PaperBase) and fitted.base.pipeline.origin is not None:
             description["origin"] = to_json(fitted.base.pipeline.origin)
         return description

@@ -31,7 +31,7 @@ class Interrupted(GladError):
     """A training was asked to stop, and has saved where it is.
 
     Attributes:
-        signal: Number of the signal that asked.
+        signal: Number of the signal that asked; 0 if nobody did and the work is done as far as it can be.
     """
 
     def __init__(self, message: str, signal: int):

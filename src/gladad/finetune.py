@@ -56,6 +56,7 @@ class FinetuneConfig:
             raise ConfigError("rank must be at least 1 and pool must not be negative")
         if not 0 <= self.anomaly_share <= 1:
             raise ConfigError(f"anomaly_share must lie in [0, 1], not {self.anomaly_share}")
+        self.loop(0, 0)  # checks the others
 
     def loop(self, steps: int, seed: int) -> LoopConfig:
         """The loop's settings for a training of so many steps."""
@@ -63,7 +64,7 @@ class FinetuneConfig:
             steps=steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
-            learning_rate=self.learning_rate or LEARNING_RATES[self.method],
+            learning_rate=LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate,
             optimizer=self.optimizer,
             gradient_clip=self.gradient_clip,
             precision=self.precision,
@@ -182,7 +183,7 @@ class DenoiserTask:
     ):
         self.pipeline, self.config, self.seed = pipeline, config, seed
         self.identity: dict[str, Any] = {
-            "finetune": to_json(config) | {"micro_batch": None},
+            **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
             "images": digest([image for product in products.values() for image in product.images]),
             "textures": digest(textures),

@@ -32,7 +32,7 @@ from gladad.images import list_images, load_image, resize_pixels
 from gladad.lite import LiteBase
 from gladad.paper import PaperBase
 from gladad.parallel import in_order
-from gladad.presets import load_preset
+from gladad.presets import category_preset, load_preset
 from gladad.synthesis import Foreground, choose_foreground
 from gladad.training_loop import TrainingRun, divided
 from gladad.tune_features import FeatureTuningConfig, tune_features
@@ -45,6 +45,8 @@ MAX_HELD_OUT = 120
 FEW_IMAGES = 24
 """Below this many images none can be spared: the calibration is cross-fitted."""
 FOLDS = 2
+PARTS = ("all", *(f"fold-{fold + 1}" for fold in range(FOLDS)))
+"""Names of the trainings of a fit, as folders of their checkpoints: that of the model, and those of cross-fitting."""
 MAX_TEXTURES = 300
 
 
@@ -95,7 +97,7 @@ class Fitter:
             shown = with_copies(images, settings.seed) if few else images
             return train_base(self.name, shown, size, settings, textures, foreground, share, run.part(part), told)
 
-        base = train(pixels, "all", progress)
+        base = train(pixels, PARTS[0], progress)
         if not cross_fitted:
             scores, peaks = judge(base, read_pixels(held_out, size, progress), progress)
         elif len(pixels) == 1:  # nothing but its own copies to be judged by
@@ -105,8 +107,9 @@ class Fitter:
             for fold in range(FOLDS):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
-                other = train(rest, f"fold-{fold + 1}", prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
+                other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
                 fold_scores, fold_peaks = judge(other, views(out, settings.seed) if few else out, progress)
+                del other  # two sets of networks are enough
                 scores += fold_scores
                 peaks += fold_peaks
         images_judged = len(paths) if cross_fitted else len(held_out)
@@ -130,9 +133,9 @@ class Fitter:
         # One grid for all: that of the images together.
         size = self.working_size([path for train, _ in split.values() for path in train[:: max(1, len(train) // 25)]])
         kept = {category: read_pixels(train, size, prefixed(progress, f"{category}: ")) for category, (train, _) in split.items()}
-        places = {category: self.foreground(pixels) for category, pixels in kept.items()}
+        places = {category: self.foreground(pixels, category) for category, pixels in kept.items()}
         foregrounds = {category: foreground for category, (foreground, _) in places.items()}
-        bases = train_bases(self.name, kept, size, self.settings, self.textures(size), foregrounds, run.part("all"), progress)
+        bases = train_bases(self.name, kept, size, self.settings, self.textures(size), foregrounds, run.part(PARTS[0]), progress)
         fitted = {}
         for category, (_, held_out) in split.items():
             told = prefixed(progress, f"{category}: ")
@@ -176,9 +179,13 @@ class Fitter:
         if not isinstance(base, PaperBase):
             raise ConfigError(f"the extractor of a {base.kind} base cannot be tuned; this is for Stable Diffusion bases")
         train, held_out = self.split_of(fitted, images, "tuned")
-        size = base.config.image_size
-        tune_features(base, read_pixels(train, size, progress), config, run=run, progress=progress)
-        return self.recalibrated(fitted, read_pixels(held_out, size, progress), progress)
+        size, before = base.config.image_size, base.pipeline.tuned_weights()
+        try:
+            tune_features(base, read_pixels(train, size, progress), config, run=run, progress=progress)
+            return self.recalibrated(fitted, read_pixels(held_out, size, progress), progress)
+        except BaseException:
+            base.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
+            raise
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Pixels], progress: Progress) -> Fitted:
         """With thresholds from held-out images at the base's size."""
@@ -234,8 +241,11 @@ class Fitter:
             raise DataError(f"{paths[0].parent}: not the images that this detector was fitted on")
         return self.split(paths)
 
-    def foreground(self, pixels: Sequence[Pixels]) -> tuple[Foreground, str]:
+    def foreground(self, pixels: Sequence[Pixels], category: str = "") -> tuple[Foreground, str]:
         """Where synthetic anomalies may appear, and why."""
+        if self.settings.preset is not None:
+            preset = load_preset(self.settings.preset)
+            return (category_preset(preset, category) if category else preset).synthesis_foreground, f"set by the preset {preset.name}"
         if self.settings.foreground != "auto":
             return self.settings.foreground, "set by the user, or the default"
         choice = choose_foreground(pixels)

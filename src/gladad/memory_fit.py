@@ -141,7 +141,8 @@ def available_memory(
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next use
+        return int(torch.cuda.mem_get_info(device)[0]) + held_back
     left = [_left(folder) for folder in _own_cgroups(cgroups, membership)]
     return min([int(psutil.virtual_memory().available), *(size for size in left if size is not None)])
 

@@ -183,9 +183,18 @@ def find_base(origin: Origin) -> tuple[Located, Located, Located | None]:
         ModelFormatError: It is not there, or is another one.
     """
     moved = os.environ.get(BASE_VARIABLE)
-    vae = None if origin.vae is None else origin.vae.source
+    features: str | None = origin.features.source
+    if moved and Path(origin.features.source).is_absolute() and not Path(origin.features.source).is_dir():
+        features = None  # it was a part of the base, and has moved with it
     try:
-        found = locate_base(moved or origin.base.source, origin.features.source, vae, revision=None if moved else origin.base.revision)
+        found = locate_base(
+            moved or origin.base.source,
+            features,
+            None if origin.vae is None else origin.vae.source,
+            revision=None if moved else origin.base.revision,
+            features_revision=origin.features.revision,
+            vae_revision=None if origin.vae is None else origin.vae.revision,
+        )
     except ModelFormatError as error:
         raise ModelFormatError(f"the model's base cannot be found ({error}); set {BASE_VARIABLE} to where it is now") from error
     for now, then in zip(found, (origin.base, origin.features, origin.vae), strict=True):

@@ -232,6 +232,14 @@ class GladPipeline(DiffusionPipeline):
         frozen = dict(self.features.named_parameters())
         return {name: own for name, own in self.scoring_features.named_parameters() if own is not frozen[name]}
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the networks, as in diffusers, and the tuned part of the extractor with them."""
+        super().to(*args, **kwargs)
+        frozen = dict(self.features.named_parameters())
+        for name, own in self.scoring_features.named_parameters():
+            own.data = own.data.to(frozen[name])
+        return self
+
     # ----------------------------------------------------------------------------------------- the algorithm's contract
 
     @property

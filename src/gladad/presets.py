@@ -49,12 +49,17 @@ class Preset:
         """The part of the name after the data set."""
         return self.name.split("/", 1)[1]
 
-    def describe(self) -> dict[str, Any]:
-        """What to know of a model that was made with it, JSON-ready: its name, where it is from, and what of it is not applied."""
+    def describe(self, *, tuned_features: bool = False, tuned_autoencoder: bool = False) -> dict[str, Any]:
+        """What to know of a model that was made with it, JSON-ready: its name, where it is from, and what of it is not applied.
+
+        Args:
+            tuned_features: Whether the model's extractor was fine-tuned.
+            tuned_autoencoder: Whether its autoencoder is not the base's.
+        """
         missing = []
-        if self.extractor_epoch is not None:
+        if self.extractor_epoch is not None and not tuned_features:
             missing.append(f"extractor fine-tuned for {self.extractor_epoch + 1} epochs")
-        if self.tuned_autoencoder:
+        if self.tuned_autoencoder and not tuned_autoencoder:
             missing.append("fine-tuned autoencoder")
         if self.image_size != self.encode_size:
             missing.append(f"images read at {self.image_size[1]}x{self.image_size[0]} before they are enlarged")

@@ -132,9 +132,15 @@ def share_files(folder: Path, other: Path, smallest: int = 2**20) -> None:
 
 def _sync(path: Path) -> None:
     """Force a file, or the names in a folder, onto the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir():
+        with suppress(OSError):  # there are systems that cannot do it for folders
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -10,11 +10,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from numpy.typing import NDArray
 from PIL import Image
 
+from gladad.checkpoints import EXAMPLES, LOGS
 from gladad.errors import ConfigError, MissingExtraError
 from gladad.storage import atomic_file
 
 AUTO, NONE = "auto", "none"
-LOGS, EXAMPLES = "logs", "examples"
 
 
 class Tracker:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -123,7 +124,9 @@ def draw_generator(*numbers: int) -> torch.Generator:
 def make_accelerator() -> Accelerator:
     """The processes and the device of this training: those of ``torchrun`` or ``accelerate launch``, or this process alone."""
     # Precision is the loop's own affair: the accelerator's would be fixed for the whole process.
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    # The main process writes gigabytes while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
 
 
 def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:
@@ -164,7 +167,8 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
 
     Raises:
         ConfigError: The settings do not fit together, or the folder holds another training.
-        Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written. Without a folder for it, KeyboardInterrupt is raised.
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written. Without a folder for it, KeyboardInterrupt is raised. Or the
+            training is finished over sharded weights, which one process has to put together.
         TrainingError: The loss is not finite.
     """
     run = TrainingRun() if run is None else run
@@ -185,6 +189,7 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
     if found is not None:
         losses = loop.restore(found)
         run.tell(f"going on after step {found.step} of {config.steps}")
+        del found  # as large as the training itself
     main = loop.accelerator.is_main_process
     tracker = start_tracker(run.tracker, run.folder if main else None, stage, first_step=len(losses))
     with loop, tracker, _asked_to_stop(enabled=checkpoints is not None) as asked:
@@ -193,30 +198,37 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
             losses.append(loop.step(step))
             done = step + 1
             last = done == config.steps
-            if main and run.folder is not None:
-                _report(tracker, loop, run, done, losses[-1], time.monotonic() - started)
+            seconds = time.monotonic() - started
             if main:
                 progress(stage, done, config.steps)
             number = loop.agree(asked.number)
             if checkpoints is not None and (last or number or done % run.checkpoint_every == 0):
                 loop.checkpoint(checkpoints, losses)
-            if number and not last:
+            if main and run.folder is not None:
+                _report(tracker, loop, run, done, losses[-1], seconds)
+            if number:
                 raise Interrupted(f"stopped after step {done} of {config.steps}; saved in {run.folder}, the same command goes on", number)
+        if loop.sharded and checkpoints is not None:
+            raise Interrupted(f"trained, and saved in {run.folder}; the same command in one process finishes the model", 0)
         loop.finish()
     return losses
 
 
 def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: float, seconds: float) -> None:
-    """What people follow a training by."""
+    """What people follow a training by; it goes on without it."""
     values = {
         "loss": loss,
         "learning_rate": loop.rate(done - 1),
         "images_per_second": loop.config.batch_size / max(seconds, 1e-9),
         "memory_gib": used_memory(loop.device) / 2**30,
     }
-    tracker.log(values, done)
-    if done % run.sample_every == 0 or done == loop.config.steps:
-        tracker.show(loop.task.examples(), done)
+    try:
+        tracker.log(values, done)
+        # The parts of a sharded network are needed by all processes, and only this one shows anything.
+        if not loop.sharded and (done % run.sample_every == 0 or done == loop.config.steps):
+            tracker.show(loop.task.examples(), done)
+    except Exception as error:
+        run.tell(f"step {done} is not shown: {type(error).__name__}: {error}")
 
 
 def used_memory(device: torch.device) -> int:
@@ -242,6 +254,9 @@ class _Loop:
         optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay)
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.sharded = any(isinstance(parameter, DTensor) for _, parameter in self._trained())
+        if self.sharded and config.batch_size % count:
+            raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}
 
     def __enter__(self) -> _Loop:
@@ -274,16 +289,18 @@ class _Loop:
                         loss = self.task.loss(self.module, step, piece) * (len(piece) / config.batch_size)
                     self.scaler.scale(loss * accelerator.num_processes).backward()
                 total += loss.detach().float()
+        mean = float(accelerator.reduce(total, "sum"))
+        if not np.isfinite(mean):
+            raise TrainingError(f"the loss is {mean} at step {step + 1}; lower the learning rate, or train in float32")
         self.scaler.unscale_(self.optimizer)
-        accelerator.clip_grad_norm_(self.module.parameters(), config.gradient_clip)
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), config.gradient_clip)
+        if not self.scaler.is_enabled() and norm is not None and not torch.isfinite(norm):  # a scaler skips such a step by itself
+            raise TrainingError(f"the gradient is not finite at step {step + 1}; lower the learning rate, or train in float32")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for name, parameter in self._trained() if self.averages else ():
             self.averages[name].lerp_(parameter.detach(), 1 - config.ema)
-        mean = float(accelerator.reduce(total, "sum"))
-        if not np.isfinite(mean):
-            raise TrainingError(f"the loss is {mean} at step {step + 1}; lower the learning rate, or train in float32")
         return mean
 
     def arithmetic(self) -> contextlib.AbstractContextManager[object]:
@@ -331,7 +348,7 @@ class _Loop:
             state: dict[str, Any] = {}
             for key in (key for key in stored if key.startswith(prefix)):
                 value = stored[key]
-                state[key[len(prefix) :]] = _spread(value, parameter) if value.shape == parameter.shape else value
+                state[key[len(prefix) :]] = _spread(value, parameter) if value.shape == parameter.shape else value.clone()
             state |= {k[len(name) + 1 :]: v for k, v in checkpoint.state["optimizer"].items() if k.startswith(f"{name}.")}
             if state:
                 inner.state[parameter] = state

@@ -61,7 +61,7 @@ class FeatureTuningConfig:
     def loop(self, images: int, precision: Precision) -> LoopConfig:
         """The loop's settings for so many images."""
         return LoopConfig(
-            steps=math.ceil(self.epochs * images / self.batch_size) if self.steps is None else self.steps,
+            steps=math.ceil(self.epochs * images / max(1, self.batch_size)) if self.steps is None else self.steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             learning_rate=self.learning_rate,
