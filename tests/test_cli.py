@@ -24,6 +24,7 @@ from gladad.bases import FitSettings
 from gladad.cli import main
 from gladad.console import Bars, RateColumn, bars
 from gladad.detector import Glad
+from gladad.finetune import FinetuneConfig
 from gladad.images import load_image
 
 TINY = ["--steps", "4", "--image-size", "64", "--calibration", "held-out", "-q"]
@@ -100,8 +101,9 @@ def test_the_kind_of_product_can_be_given(gladad, category, tmp_path, product):
     assert described["config"]["product"] == described["settings"]["product"] == product
 
 
-def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path):  # noqa: F811
+def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path, monkeypatch):  # noqa: F811
     """Its libraries like to talk; none of it may be heard."""
+    monkeypatch.setitem(FinetuneConfig.__init__.__kwdefaults__, "pool", 4)
     options = ["--base", tiny_base / "sd", "--features", tiny_base / "dino", "--steps", 2, "--image-size", 64, "--calibration", "held-out"]
     result = gladad("fit", category, "-o", tmp_path / "model", *options)
     assert (result.status, result.err) == (0, "")
