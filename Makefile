@@ -36,7 +36,7 @@ demo: setup
 
 test: setup
 	@scripts/install_chromium.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check

@@ -391,7 +391,7 @@ def test_interrupted_fit(gladad, category, tmp_path, monkeypatch):
 
     monkeypatch.setattr("gladad.bases.fit_lite", interrupt)
     result = gladad("fit", category, "-o", tmp_path / "model")
-    assert (result.status, result.line) == (130, "interrupted; nothing was written")
+    assert (result.status, result.line) == (130, "interrupted; no result was written")
     assert names(tmp_path) == []
 
 
@@ -406,7 +406,7 @@ def test_interrupted_predict(gladad, model, category, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Glad, "inspect", interrupt)
     result = gladad("predict", model, category / "test", "-o", tmp_path / "out")
-    assert (result.status, result.line) == (130, "interrupted; nothing was written")
+    assert (result.status, result.line) == (130, "interrupted; no result was written")
     assert names(tmp_path) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from gladad.cli import main
 from gladad.cli_train import _size
 from gladad.detector import Glad
 from gladad.finetune import DenoiserTask, FinetuneConfig
+from gladad.paper import PaperConfig
 from gladad.pipeline import GladPipeline
 
 TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision", "float32", "--tracker", "none", "-q")
@@ -23,8 +25,10 @@ TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few synthetic anomalies and no look at the memory; the chain has its 25 steps."""
+    """Few synthetic anomalies, a short chain, and no look at the memory."""
     monkeypatch.setattr("gladad.bases.check_memory", lambda *args: None)
+    short = replace(PaperConfig().reconstruction, num_steps=5)
+    monkeypatch.setattr("gladad.bases.PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
     monkeypatch.setitem(FinetuneConfig.__init__.__kwdefaults__, "pool", 4)
 
 

@@ -21,6 +21,7 @@ from gladad.few_shot import views, with_copies
 from gladad.finetune import PAPER, FinetuneConfig
 from gladad.lite import LiteBase, LiteConfig
 from gladad.lite_training import LiteTrainingConfig
+from gladad.paper import PaperConfig
 from gladad.regions import find_regions
 from gladad.storage import WriteError
 
@@ -229,8 +230,10 @@ def test_regions() -> None:
     assert find_regions(maps > 9, maps) == ()
 
 
-def test_a_base_in_the_papers_form(good: Path, tmp_path: Path) -> None:
+def test_a_base_in_the_papers_form(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build_base(tmp_path / "tiny")
+    short = replace(PaperConfig().reconstruction, num_steps=5)
+    monkeypatch.setattr(bases, "PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
     settings = quick_settings(steps=2, denoiser=FinetuneConfig(pool=4))
     detector = Glad.from_base(str(folder), settings=settings).fit(sorted(good.iterdir())[:26])
     detector.save_pretrained(tmp_path / "model")
@@ -367,7 +370,9 @@ def test_settings_of_other_bases_are_refused_at_once(good: Path, base: str, chan
 
 def test_a_preset_sets_the_papers_constants(good: Path, tmp_path: Path) -> None:
     features, training = str(build_base(tmp_path / "tiny") / "dino"), replace(PAPER, batch_size=2, pool=4)
-    settings = FitSettings(steps=1, image_size=64, features=features, preset="mvtec_ad/transistor", denoiser=training)
+    settings = FitSettings(
+        steps=1, image_size=64, features=features, preset="mvtec_ad/transistor", denoiser=training, calibration="held-out"
+    )
     fitted = Glad.from_base(str(tmp_path / "tiny" / "sd"), settings=settings).fit(sorted(good.iterdir())[:8])
     config = fitted.base_.config
     assert (config.reconstruction.max_step, config.reconstruction.step_threshold, config.guidance_scale) == (850, 0.5, 9.0)
