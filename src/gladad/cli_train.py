@@ -105,7 +105,7 @@ Batch = Annotated[int | None, _diffusers("Images per step, of all processes toge
 MicroBatch = Annotated[int | None, _diffusers("Images at a time; gradients are accumulated [all].")]
 LearningRate = Annotated[float | None, _diffusers("Learning rate [1e-4 for lora, 5e-6 for full].")]
 PrecisionOption = Annotated[Precision | None, _diffusers("Of the arithmetic [bfloat16].")]
-OptimizerOption = Annotated[Optimizer | None, _diffusers("adamw8bit needs bitsandbytes and a GPU [adamw].")]
+OptimizerOption = Annotated[Optimizer | None, _diffusers("adamw8bit needs bitsandbytes [adamw].")]
 Ema = Annotated[float | None, _diffusers("Decay of averaged weights, which are then kept [0: none].")]
 Checkpointing = Annotated[
     bool | None,
