@@ -94,30 +94,30 @@ def _diffusers(help: str) -> Any:
     return typer.Option(help=help, show_default=False, rich_help_panel=DIFFUSERS)
 
 
-Features = Annotated[str | None, _diffusers("Extractor: DINO or DINOv2 folder or Hub id [facebook/dino-vitb8].")]
+Features = Annotated[str | None, _diffusers("Extractor: DINO or DINOv2 folder or Hub id (default: facebook/dino-vitb8).")]
 Vae = Annotated[str | None, _diffusers("Autoencoder that replaces the base's: folder or Hub id.")]
 Revision = Annotated[str | None, _diffusers("Branch, tag or commit on the Hub.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the Hub.", rich_help_panel=DIFFUSERS)]
-MethodOption = Annotated[Method | None, _diffusers("Adapters, or all weights as in the paper [lora; full with a preset].")]
-RankOption = Annotated[int | None, _diffusers("Rank of the adapters [16].")]
-LayersOption = Annotated[Layers | None, _diffusers("Layers that are adapted [attention].")]
-Batch = Annotated[int | None, _diffusers("Images per step, of all processes together [4; 32 with a preset].")]
-MicroBatch = Annotated[int | None, _diffusers("Images at a time; gradients are accumulated [all].")]
-LearningRate = Annotated[float | None, _diffusers("Learning rate [1e-4 for lora, 5e-6 for full].")]
-PrecisionOption = Annotated[Precision | None, _diffusers("Of the arithmetic [bfloat16].")]
-OptimizerOption = Annotated[Optimizer | None, _diffusers("adamw8bit needs bitsandbytes [adamw].")]
-Ema = Annotated[float | None, _diffusers("Decay of averaged weights, which are then kept [0: none].")]
+MethodOption = Annotated[Method | None, _diffusers("Adapters, or all weights as in the paper (default: lora; full with a preset).")]
+RankOption = Annotated[int | None, _diffusers("Rank of the adapters (default: 16).")]
+LayersOption = Annotated[Layers | None, _diffusers("Layers that are adapted (default: attention).")]
+Batch = Annotated[int | None, _diffusers("Images per step, of all processes together (default: 4; 32 with a preset).")]
+MicroBatch = Annotated[int | None, _diffusers("Images at a time; gradients are accumulated (default: all).")]
+LearningRate = Annotated[float | None, _diffusers("Learning rate (default: 1e-4 for lora, 5e-6 for full).")]
+PrecisionOption = Annotated[Precision | None, _diffusers("Of the arithmetic (default: bfloat16).")]
+OptimizerOption = Annotated[Optimizer | None, _diffusers("adamw8bit needs bitsandbytes (default: adamw).")]
+Ema = Annotated[float | None, _diffusers("Decay of averaged weights, which are then kept (default: 0: none).")]
 Checkpointing = Annotated[
     bool | None,
     typer.Option(
         "--gradient-checkpointing/--no-gradient-checkpointing",
-        help="Compute twice instead of keeping [on].",
+        help="Compute twice instead of keeping (default: on).",
         show_default=False,
         rich_help_panel=DIFFUSERS,
     ),
 ]
 TrainingFolder = Annotated[
-    Path | None, typer.Option(help="For checkpoints and logs [OUTPUT.training].", show_default=False, rich_help_panel=RUNNING)
+    Path | None, typer.Option(help="For checkpoints and logs (default: OUTPUT.training).", show_default=False, rich_help_panel=RUNNING)
 ]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=RUNNING)]
 Keep = Annotated[int, typer.Option(help="Newest checkpoints kept.", rich_help_panel=RUNNING)]
@@ -130,7 +130,7 @@ MemoryLimit = Annotated[
     typer.Option(
         parser=_size,
         metavar="SIZE",
-        help="Refuse a training that needs more, such as 16GiB [what is free].",
+        help="Refuse a training that needs more, such as 16GiB (default: what is free).",
         show_default=False,
         rich_help_panel=RUNNING,
     ),
@@ -151,7 +151,9 @@ def fit(
         Foreground, typer.Option(help="Part of the image where defects are made; auto decides by the good images.")
     ] = Foreground.all,
     product: Annotated[Product, typer.Option(help="Object with structure, or texture (lite).")] = Product.auto,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels to work at [256 for lite, 512].", show_default=False)] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels to work at (default: 256 for lite, 512).", show_default=False)
+    ] = None,
     max_images: Annotated[int, typer.Option(help="Good images used at most.")] = 1000,
     shots: Annotated[int | None, typer.Option(help="Learn from so few good images (1, 2, 4, 8).", show_default=False)] = None,
     calibration: Annotated[CalibrationWay, typer.Option(help="Images the threshold is made from.")] = CalibrationWay.auto,
@@ -159,7 +161,9 @@ def fit(
         bool, typer.Option("--multi-class", help="One model for all products of a data set; OUTPUT gets a folder for each.")
     ] = False,
     preset: Annotated[str | None, _diffusers("Published constants, such as mvtec_ad/bottle.")] = None,
-    prompt: Annotated[str | None, _diffusers("What the denoiser is told ['a photo of sks', and the product if there are several].")] = None,
+    prompt: Annotated[
+        str | None, _diffusers("What the denoiser is told (default: 'a photo of sks', and the product if there are several).")
+    ] = None,
     features: Features = None,
     vae: Vae = None,
     revision: Revision = None,
