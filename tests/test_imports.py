@@ -16,7 +16,10 @@ SOURCE = Path(gladad.__file__).parent
 # From the bottom up; a module may import from the lines above its own, and from those named as its neighbours.
 LAYERS = [
     {"errors", "parallel", "types"},
-    {"config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "efficientnet", "inference", "regions"},
+    {
+        *("config", "images", "storage", "algorithm", "calibration", "corruptions", "curves", "distributed"),
+        *("efficientnet", "inference", "regions"),
+    },
     {"adapters", "checkpoints", "optimizers", "pickled"},
     {"trackers"},
     {"training_loop"},
@@ -29,7 +32,7 @@ LAYERS = [
     {"memory_fit"},
     {"report_page"},
     {"data_checks", "few_shot", "memory_bank"},
-    {"anomalib_baselines", "lite_training", "finetune", "parity", "convert", "distributed"},
+    {"anomalib_baselines", "lite_training", "finetune", "parity", "convert"},
     {"paper"},
     {"tune_autoencoder"},
     {"tune_features"},

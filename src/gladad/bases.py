@@ -18,6 +18,7 @@ from gladad.anomalib_baselines import AnomalibBase, AnomalibConfig, fit_anomalib
 from gladad.calibration import check_rate
 from gladad.components import choose_device, locate_base
 from gladad.config import from_json
+from gladad.distributed import process_count
 from gladad.errors import ConfigError
 from gladad.finetune import PAPER, FinetuneConfig
 from gladad.lite import LiteBase, LiteConfig
@@ -296,7 +297,7 @@ def check_memory(name: str, size: tuple[int, int], settings: FitSettings, traini
     def plan(request: PlanRequest) -> MemoryPlan:
         return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     request = plan_request(training, size, processes)
     available = available_memory(device) if limit is None else limit
     if device.type == "cpu":

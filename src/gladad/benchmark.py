@@ -13,8 +13,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,6 +33,7 @@ from gladad.corruptions import SHIFTS
 from gladad.datasets import Dataset, read_dataset
 from gladad.errors import ConfigError, DataError
 from gladad.images import list_images
+from gladad.parallel import interrupted_by_sigterm
 from gladad.storage import WriteError, read_json
 from gladad.types import Sample
 
@@ -315,7 +314,7 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
             gist = f"FAILED: {problem}" if problem else _gist(read_json(cell.file(folder)))
             tell(f"[{next(count)}/{len(waiting)}] {cell.label}: {gist}, {time.monotonic() - started:.0f} s")
 
-    with _alone(folder), _terminable(), ThreadPoolExecutor(jobs) as executor:
+    with _alone(folder), interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as executor:
         waiting = [cell for cell in cells if not cell.file(folder).is_file()]
         if len(waiting) < len(cells):
             tell(f"{len(cells) - len(waiting)} of {len(cells)} cells were finished before")
@@ -353,23 +352,6 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise WriteError(f"{folder}: another benchmark is writing into this folder; wait for it, or choose another one") from error
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, where this may be set."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _gist(record: dict[str, Any]) -> str:

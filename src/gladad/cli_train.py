@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from gladad.cli_common import Category, Layout, Model, Quiet, Rate, complain, duration, guarded, hush, load_model
 from gladad.console import bars, waiting
+from gladad.distributed import process_count
 from gladad.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -262,14 +262,14 @@ def fit(
 
 
 def _one_process(command: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         raise ConfigError(f"gladad {command} runs in one process; start it without torchrun")
 
 
 @contextmanager
 def _alone(base: str) -> Iterator[bool]:
     """Whether this is the process that prints and writes; the others leave when it has written."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process_count() == 1:
         yield True
         return
     from gladad.bases import FEATURE_BASES

@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -19,7 +17,7 @@ from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
 from gladad.errors import ConfigError, GladError
-from gladad.parallel import in_order
+from gladad.parallel import in_order, interrupted_by_sigterm
 
 T = TypeVar("T")
 
@@ -180,7 +178,7 @@ def started() -> Iterator[Processes]:
     link = _Gloo(rank, count)
     processes = Processes(rank, count, local_rank, link)
     try:
-        with _stoppable(), processes.together():
+        with interrupted_by_sigterm(), processes.together():
             yield processes
     except BaseException as error:
         if processes.main:
@@ -243,7 +241,7 @@ def _meeting_point(rank: int, count: int) -> Any:
 
 def _environment() -> tuple[int, int, int]:
     """Rank, number of processes and local rank, as torchrun sets them."""
-    count = _number("WORLD_SIZE", 1)
+    count = process_count()
     if count == 1:
         return 0, 1, 0
     rank = _number("RANK")
@@ -254,25 +252,21 @@ def _environment() -> tuple[int, int, int]:
     return rank, count, _number("LOCAL_RANK", rank)
 
 
+def process_count() -> int:
+    """Number of processes that were started together with this one, itself included.
+
+    Raises:
+        ConfigError: The environment does not say a number.
+    """
+    return _number("WORLD_SIZE", 1)
+
+
 def _number(variable: str, default: int | None = None) -> int:
     text = os.environ.get(variable, "" if default is None else str(default))
     try:
         return int(text)
     except ValueError as error:
         raise ConfigError(f"{variable} is {text!r}, not a number; start the processes with torchrun") from error
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Take the signal with which torchrun ends processes for an interrupt, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _portable(error: BaseException, rank: int) -> BaseException:

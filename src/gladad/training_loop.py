@@ -7,7 +7,6 @@ several processes, which divide the samples of every step among them, draw what 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -29,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gladad.checkpoints import Checkpoint, Checkpoints
 from gladad.config import to_json
+from gladad.distributed import process_count
 from gladad.errors import ConfigError, Interrupted, TrainingError
 from gladad.optimizers import OptimizerName, make_optimizer
 from gladad.trackers import Tracker, check_tracker, start_tracker
@@ -137,7 +137,7 @@ def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int]
         count: How many there are.
         told: Called with how many are done and ``count``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process_count() == 1:
         results = []
         for number in range(count):
             results.append(work(number))
