@@ -273,6 +273,11 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def latent_factor(vae: Any) -> int:
+    """Pixels per latent cell of an autoencoder, along each side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def embed_prompts(folder: Path, prompts: Sequence[str]) -> Tensor:
     """Text embeddings ``[len(prompts), L, D]`` from the CLIP text encoder of a Stable Diffusion folder."""
     tokenizer = load_component(CLIPTokenizer, folder / "tokenizer")

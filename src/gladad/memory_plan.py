@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gladad.adapters import Layers, add_adapter
 from gladad.algorithm import Schedule, ScoringConfig, add_noise, denoising_target, mix_anomaly, patch_distance, predict_x0
+from gladad.components import latent_factor
 from gladad.errors import ConfigError
 from gladad.faked import Config, LiveMemory, build_features, build_unet, build_vae, cast, faked, keep_norms_in_float32, parameter_bytes
 from gladad.optimizers import OptimizerName
@@ -189,7 +190,7 @@ def moments(trained: Sequence[Tensor], optimizer: OptimizerName) -> int:
 
 
 def _latent_size(vae: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-    factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 8 if vae is None else latent_factor(vae)
     height, width = image_size
     if min(image_size) < factor or height % factor or width % factor:
         raise ConfigError(f"the autoencoder needs image sides that are multiples of {factor}, got {height}x{width} (height x width)")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_noise
-from gladad.components import Networks, Origin, embed_prompts, first_line, load_networks, locate, locate_base
+from gladad.components import Networks, Origin, embed_prompts, first_line, latent_factor, load_networks, locate, locate_base
 from gladad.errors import ConfigError, ModelFormatError
 from gladad.features import DinoFeatures, imagenet_normalise
 from gladad.storage import load_tensors, read_json, save_tensors
@@ -250,7 +250,7 @@ class GladPipeline(DiffusionPipeline):
     @property
     def latent_factor(self) -> int:
         """Pixels per latent cell, along each side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return latent_factor(self.vae)
 
     def encode(self, image: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Latents of images.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gladad.components import choose_device
+from gladad.components import choose_device, latent_factor
 from gladad.config import to_json
 from gladad.errors import ConfigError, DataError, ModelFormatError
 from gladad.features import DinoFeatures
@@ -108,7 +108,7 @@ def tune_autoencoder(
         DataError: There are no images, they differ in size, or their sides are no multiples of the autoencoder's stride.
     """
     check_images(images)
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    stride = latent_factor(vae)
     height, width = images[0].shape[:2]
     if height % stride or width % stride:
         raise DataError(f"the autoencoder needs image sides that are multiples of {stride}, got {height}x{width} (height x width)")
@@ -219,7 +219,7 @@ class AutoencoderTask:
             "features": weights_digest(self.features.state_dict()),
         }
         self.module: nn.Module = TrainedAutoencoder(vae, patch_discriminator(config.seed) if config.discriminator else None)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = latent_factor(vae)
         self.latent_shape = (vae.config.latent_channels, images[0].shape[0] // factor, images[0].shape[1] // factor)
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
