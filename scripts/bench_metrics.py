@@ -18,7 +18,7 @@ import time
 import numpy as np
 from scipy import ndimage
 
-from gladad.metrics import PixelMetrics, aupro
+from gladad.metrics.image import PixelMetrics, aupro
 
 try:
     from skimage import measure

@@ -17,12 +17,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gladad.components import locate_base
-from gladad.finetune import FinetuneConfig, Product, finetune_denoiser
-from gladad.memory_plan import PlanRequest, plan_inspection, plan_training, read_configs
-from gladad.paper import UNREACHABLE, PaperBase, PaperConfig
-from gladad.pipeline import GladPipeline
-from gladad.training_loop import DTYPES
+from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.memory_plan import PlanRequest, plan_inspection, plan_training, read_configs
+from gladad.models.stable_diffusion.model import UNREACHABLE, PaperBase, PaperConfig
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.training.loop import DTYPES
 
 CASES = {
     "inspect-256": ("inspect", 256, 1.0, 0.0),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gladad import Glad
-from gladad.images import load_image, resize_pixels
+from gladad.core.images import load_image, resize_pixels
 
 
 def main() -> None:

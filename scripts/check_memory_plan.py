@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gladad.adapters import add_adapter
 from gladad.algorithm import Schedule, add_noise, denoising_target, mix_anomaly
-from gladad.faked import build_unet, cast
-from gladad.memory_plan import TOKENS, PlanRequest, plan_training
-from gladad.sd14 import UNET_CONFIG
-from gladad.training_loop import DTYPES, LoopConfig, train
+from gladad.models.stable_diffusion.adapters import add_adapter
+from gladad.models.stable_diffusion.architectures import UNET_CONFIG
+from gladad.models.stable_diffusion.faked import build_unet, cast
+from gladad.models.stable_diffusion.memory_plan import TOKENS, PlanRequest, plan_training
+from gladad.training.loop import DTYPES, LoopConfig, train
 
 MIDDLE = UNET_CONFIG | {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256}  # 35 million parameters
 SMALL = UNET_CONFIG | {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32}

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from conftest import draw_part
 from tiny_base import build_base
 
-from gladad.finetune import FinetuneConfig, Product, finetune_denoiser
-from gladad.images import resize_pixels
-from gladad.pipeline import GladPipeline
+from gladad.core.images import resize_pixels
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
 
 BEFORE, STEPS, LAST, MOST = 300, 120, 20, 600
 NEAR = 1.1

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
 
-from gladad.sd14 import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
+from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
 
 
 def main(folder: Path) -> None:

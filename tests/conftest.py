@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from reports import mislabelled, put_report
 
-from gladad.bases import FitSettings
-from gladad.detector import Glad
-from gladad.lite_training import LiteTrainingConfig
+from gladad.detector.glad import Glad
+from gladad.models.feature_diffusion.training import LiteTrainingConfig
+from gladad.models.registry import FitSettings
 
 SIDE = 72
 pytest_plugins = ["tiny_base"]
@@ -67,7 +67,7 @@ def detector(category: Path) -> Glad:
 
 def train_little(patch: pytest.MonkeyPatch) -> None:
     """Cut the parts of a fit whose length is not among the settings."""
-    patch.setattr("gladad.bases.LiteTrainingConfig", partial(LiteTrainingConfig, pool=32, decoder_steps=5, statistics=8))
+    patch.setattr("gladad.models.registry.LiteTrainingConfig", partial(LiteTrainingConfig, pool=32, decoder_steps=5, statistics=8))
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from gladad.data import category_samples
-from gladad.detector import Glad
-from gladad.evaluation import evaluate, write_report
-from gladad.gallery import GalleryItem
-from gladad.types import Report, Sample
+from gladad.core.records import Report, Sample
+from gladad.data.samples import category_samples
+from gladad.detector.glad import Glad
+from gladad.evaluation.run import evaluate, write_report
+from gladad.report.gallery import GalleryItem
 
 FILES = ("index.html", "predictions.csv", "report.json", "report.md")
 VOID = {"meta", "img", "br", "link", "input"}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import draw_part
 
-from gladad.bases import FitSettings
-from gladad.detector import Glad
-from gladad.errors import ConfigError, MissingExtraError, ModelFormatError
-from gladad.memory_bank import MemoryBankConfig, fit_memory_bank
+from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
+from gladad.detector.glad import Glad
+from gladad.models.baselines.memory_bank import MemoryBankConfig, fit_memory_bank
+from gladad.models.registry import FitSettings
 
 SETTINGS = FitSettings(image_size=64, false_reject_rate=0.2, calibration="held-out")
 HAS_ANOMALIB = find_spec("anomalib") is not None

@@ -23,15 +23,15 @@ import pytest
 from conftest import draw_part, write_category
 from filelock import FileLock
 
-from gladad import benchmark_tables
-from gladad.benchmark import Cell, Outcome, finished, plan, run, runnable
-from gladad.benchmark_cell import run_cell
-from gladad.benchmark_config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
-from gladad.benchmark_tables import to_csv, to_markdown, write_tables
-from gladad.benchmark_worker import KILLED, Workers
-from gladad.cli import main
-from gladad.errors import ConfigError, DataError, MissingExtraError
-from gladad.storage import WriteError
+from gladad.benchmark import tables as benchmark_tables
+from gladad.benchmark.cell import run_cell
+from gladad.benchmark.config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
+from gladad.benchmark.plan import Cell, Outcome, finished, plan, run, runnable
+from gladad.benchmark.tables import to_csv, to_markdown, write_tables
+from gladad.benchmark.workers import KILLED, Workers
+from gladad.cli.main import main
+from gladad.core.errors import ConfigError, DataError, MissingExtraError
+from gladad.core.storage import WriteError
 
 BANK = Configuration(name="bank", base="memory-bank", settings={"image_size": 64})
 LOOSE = replace(BANK, name="loose", settings={"image_size": 64, "false_reject_rate": 0.3})
@@ -92,8 +92,8 @@ def test_a_file_is_read(config_file):
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_files_hold_settings_that_exist(name):
-    from gladad.bases import settings_of
-    from gladad.presets import load_preset
+    from gladad.models.registry import settings_of
+    from gladad.models.stable_diffusion.presets import load_preset
 
     read = read_config(name)
     for configuration in read.configurations:
@@ -147,7 +147,7 @@ def test_the_plan_goes_seed_by_seed(data):
 
 
 def test_what_is_not_there_is_left_out_and_said(data, monkeypatch):
-    monkeypatch.setattr("gladad.benchmark.find_spec", lambda name: None)
+    monkeypatch.setattr("gladad.benchmark.plan.find_spec", lambda name: None)
     absent = DatasetEntry(name="Absent", path="nowhere")
     half = DatasetEntry(name="Half", path="widgets", categories=("gear", "wheel"))
     cells, notes = plan(config(BANK, Configuration(name="theirs", base="anomalib-padim"), datasets=(absent, half)), data)
@@ -261,7 +261,7 @@ def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
 
 
 def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.bases.LiteTrainingConfig", small_training)
+    monkeypatch.setattr("gladad.models.registry.LiteTrainingConfig", small_training)
     lite = Configuration(name="lite", settings={"steps": 3, "image_size": 64})
     fixed = replace(lite, name="fixed", settings=lite.settings | {"adaptive": False})
     shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.05), configurations=("lite",))
@@ -286,13 +286,13 @@ def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, t
 
 
 def small_training(**given: object):
-    from gladad.lite_training import LiteTrainingConfig
+    from gladad.models.feature_diffusion.training import LiteTrainingConfig
 
     return LiteTrainingConfig(**{"batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6} | given)  # type: ignore[arg-type]
 
 
 def test_one_model_for_all_categories_is_trained_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.bases.LiteTrainingConfig", small_training)
+    monkeypatch.setattr("gladad.models.registry.LiteTrainingConfig", small_training)
     together = Configuration(name="together", multi_class=True, settings={"steps": 3, "image_size": 64})
     cells = plan(config(together), data)[0]
     assert [cell.together for cell in cells] == [("gear", "lever")] * 2 and cells[0].key != cells[1].key

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from gladad.calibration import Calibration, Threshold, calibrate, conformal_threshold, required_images
-from gladad.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.decision.conformal import Calibration, Threshold, calibrate, conformal_threshold, required_images
 
 
 @pytest.mark.parametrize("draw", ["lognormal", "standard_cauchy", "integers"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gladad.checkpoints import MANIFEST_FILE, STATE_FILE, TENSORS_FILE, Checkpoint, Checkpoints, discard
-from gladad.errors import ConfigError, DataError
-from gladad.storage import WriteError
+from gladad.core.errors import ConfigError, DataError
+from gladad.core.storage import WriteError
+from gladad.training.checkpoints import MANIFEST_FILE, STATE_FILE, TENSORS_FILE, Checkpoint, Checkpoints, discard
 
 
 def made(step: int) -> Checkpoint:
@@ -95,7 +95,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(checkpoints: Checkpoints, monke
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gladad.checkpoints.save_tensors", full)
+    monkeypatch.setattr("gladad.training.checkpoints.save_tensors", full)
     with pytest.raises(WriteError, match="No space left"):
         checkpoints.save(made(10))
     assert [path.name for path in checkpoints.folder.iterdir() if path.name.startswith((".", "step"))] == ["step-0000005"]

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from tiny_base import tiny_base  # noqa: F401 (a fixture)
 
-from gladad import __version__, demo
-from gladad.bases import FitSettings
-from gladad.cli import main
-from gladad.console import Bars, RateColumn, bars
-from gladad.detector import Glad
-from gladad.finetune import FinetuneConfig
-from gladad.images import load_image
+from gladad import __version__
+from gladad.cli import demo
+from gladad.cli.console import Bars, RateColumn, bars
+from gladad.cli.main import main
+from gladad.core.images import load_image
+from gladad.detector.glad import Glad
+from gladad.models.registry import FitSettings
+from gladad.models.stable_diffusion.training import FinetuneConfig
 
 TINY = ["--steps", "4", "--image-size", "64", "--calibration", "held-out", "-q"]
 
@@ -389,7 +390,7 @@ def test_interrupted_fit(gladad, category, tmp_path, monkeypatch):
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gladad.bases.fit_lite", interrupt)
+    monkeypatch.setattr("gladad.models.registry.fit_lite", interrupt)
     result = gladad("fit", category, "-o", tmp_path / "model")
     assert (result.status, result.line) == (130, "interrupted; no result was written")
     assert names(tmp_path) == []
@@ -415,13 +416,13 @@ def full_disk(*args: object, **kwargs: object) -> None:
 
 
 def test_full_disk_during_fit(gladad, category, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.lite.save_tensors", full_disk)
+    monkeypatch.setattr("gladad.models.feature_diffusion.model.save_tensors", full_disk)
     result = gladad("fit", category, "-o", tmp_path / "model", *TINY)
     assert result.status == 1 and "No space left on device" in result.line and "nothing was changed" in result.line
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("place", ["gladad.storage.os.fsync", "PIL.Image.Image.save"])
+@pytest.mark.parametrize("place", ["gladad.core.storage.os.fsync", "PIL.Image.Image.save"])
 def test_full_disk_during_predict(gladad, model, category, tmp_path, monkeypatch, place):
     monkeypatch.setattr(place, full_disk)
     result = gladad("predict", model, category / "test/good", "-o", tmp_path / "out")
@@ -458,7 +459,7 @@ def test_debugging_shows_where(capfd, category, tmp_path, monkeypatch):
 
 def test_bars_appear_for_slow_stages_only(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("gladad.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gladad.cli.console.time.monotonic", lambda: now[0])
     with Progress(RateColumn(), console=Console(quiet=True)) as progress:
         report = Bars(progress)
         for stage, seconds in (("quick", 0.01), ("slow", 0.5), ("quick", 0.01), ("slow", 0.5)):

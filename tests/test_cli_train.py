@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import write_category
 
-from gladad import sd14
-from gladad.cli import main
-from gladad.cli_train import _size
-from gladad.detector import Glad
-from gladad.finetune import DenoiserTask, FinetuneConfig
-from gladad.paper import PaperConfig
-from gladad.pipeline import GladPipeline
+from gladad.cli.main import main
+from gladad.cli.train import _size
+from gladad.detector.glad import Glad
+from gladad.models.stable_diffusion import architectures as sd14
+from gladad.models.stable_diffusion.model import PaperConfig
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig
 
 TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision", "float32", "--tracker", "none", "-q")
 
@@ -26,9 +26,9 @@ TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few synthetic anomalies, a short chain, and no look at the memory."""
-    monkeypatch.setattr("gladad.bases.check_memory", lambda *args: None)
+    monkeypatch.setattr("gladad.models.registry.check_memory", lambda *args: None)
     short = replace(PaperConfig().reconstruction, num_steps=5)
-    monkeypatch.setattr("gladad.bases.PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
+    monkeypatch.setattr("gladad.models.registry.PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
     monkeypatch.setitem(FinetuneConfig.__init__.__kwdefaults__, "pool", 4)
 
 
@@ -86,7 +86,7 @@ def test_a_stop_leaves_checkpoints_and_the_same_command_goes_on(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr("gladad.finetune.DenoiserTask.loss", stopping)
+        patch.setattr("gladad.models.stable_diffusion.training.DenoiserTask.loss", stopping)
         assert main(command) == 128 + signal.SIGTERM
     assert "stopped after step 2 of 4" in capsys.readouterr().err
     assert not (tmp_path / "model").exists() and (tmp_path / "model.training" / "all" / "step-0000002").is_dir()

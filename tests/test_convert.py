@@ -27,12 +27,12 @@ from torch.torch_version import TorchVersion
 from transformers import ViTConfig, ViTModel
 
 from gladad.algorithm import image_noise
-from gladad.convert import convert, is_conversion
-from gladad.errors import ConfigError, ModelFormatError
-from gladad.features import DinoFeatures
-from gladad.pickled import count_tensors, read_state_dict
-from gladad.pipeline import GladPipeline
-from gladad.storage import MODEL_FILE, WriteError
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.storage import MODEL_FILE, WriteError
+from gladad.features.vit import DinoFeatures
+from gladad.interop.checkpoint_files import count_tensors, read_state_dict
+from gladad.interop.convert import convert, is_conversion
+from gladad.models.stable_diffusion.pipeline import GladPipeline
 
 Weights = dict[str, Tensor]
 PARTS = ("unet", "features", "vae")

@@ -7,7 +7,8 @@ import colorsys
 import numpy as np
 import pytest
 
-from gladad.corruptions import (
+from gladad.core.errors import ConfigError
+from gladad.data.corruptions import (
     REFERENCE_SIDE,
     SEVERITIES,
     SHIFTS,
@@ -22,8 +23,7 @@ from gladad.corruptions import (
     rotation,
     translation,
 )
-from gladad.errors import ConfigError
-from gladad.synthesis import Draw, perlin_noise
+from gladad.data.synthesis import Draw, perlin_noise
 
 GEOMETRIC = ["rotation", "translation"]
 RANDOM = ["gaussian_noise", "motion_blur", *GEOMETRIC]

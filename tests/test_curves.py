@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gladad import curves
-from gladad.curves import area_until, counts_above, thinned
+from gladad.metrics import curves
+from gladad.metrics.curves import area_until, counts_above, thinned
 
 
 @pytest.mark.parametrize("worth", [0, 10**9])

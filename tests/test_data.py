@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad.data import category_samples, expand_paths, fingerprint, good_images, split_held_out
-from gladad.errors import DataError
-from gladad.images import load_mask
+from gladad.core.errors import DataError
+from gladad.core.images import load_mask
+from gladad.data.samples import category_samples, expand_paths, fingerprint, good_images, split_held_out
 
 
 def put(path: Path, size: tuple[int, int] = (10, 12), value: int = 0) -> Path:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad import data_checks
-from gladad.cli import main
-from gladad.data_checks import Inventory, check_dataset, describe_sizes, short_name
-from gladad.datasets import read_dataset
+from gladad.cli.main import main
+from gladad.data import checks as data_checks
+from gladad.data.checks import Inventory, check_dataset, describe_sizes, short_name
+from gladad.data.layouts import read_dataset
 
 
 def put(path: Path, seed: int, size: tuple[int, int] = (12, 10)) -> Path:
@@ -191,7 +191,7 @@ def test_every_file_is_read_once(root, monkeypatch):
 
     load = data_checks.load_image
     monkeypatch.setattr(data_checks, "load_image", counted)
-    monkeypatch.setattr("gladad.images.load_image", counted)
+    monkeypatch.setattr("gladad.core.images.load_image", counted)
     check_dataset(read_dataset(root))
     files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
     assert len(files) == 12 and sorted(read) == files

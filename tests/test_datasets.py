@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad.data import good_images
-from gladad.datasets import LAYOUTS, Dataset, labelled_samples, one_category, read_dataset, training_images
-from gladad.errors import DataError
-from gladad.images import load_mask
+from gladad.core.errors import DataError
+from gladad.core.images import load_mask
+from gladad.data.layouts import LAYOUTS, Dataset, labelled_samples, one_category, read_dataset, training_images
+from gladad.data.samples import good_images
 
 
 def put(root: Path, *names: str, value: int = 0) -> None:

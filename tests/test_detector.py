@@ -13,17 +13,17 @@ from conftest import draw_part
 from PIL import Image
 from tiny_base import build_base
 
-from gladad import bases
-from gladad.bases import FitSettings
-from gladad.detector import Glad
-from gladad.errors import ConfigError, DataError, ModelFormatError, NotFittedError
-from gladad.few_shot import views, with_copies
-from gladad.finetune import PAPER, FinetuneConfig
-from gladad.lite import LiteBase, LiteConfig
-from gladad.lite_training import LiteTrainingConfig
-from gladad.paper import PaperConfig
-from gladad.regions import find_regions
-from gladad.storage import WriteError
+from gladad.core.errors import ConfigError, DataError, ModelFormatError, NotFittedError
+from gladad.core.storage import WriteError
+from gladad.data.few_shot import views, with_copies
+from gladad.decision.regions import find_regions
+from gladad.detector.glad import Glad
+from gladad.models import registry as bases
+from gladad.models.feature_diffusion.model import LiteBase, LiteConfig
+from gladad.models.feature_diffusion.training import LiteTrainingConfig
+from gladad.models.registry import FitSettings
+from gladad.models.stable_diffusion.model import PaperConfig
+from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig
 
 
 def quick_settings(**changes: object) -> FitSettings:

@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gladad
-from gladad.calibration import calibrate
-from gladad.cli import main
-from gladad.distributed import Processes, started
-from gladad.errors import ConfigError, DataError, GladError, MissingExtraError
-from gladad.evaluation import evaluate, write_report
-from gladad.gallery import GalleryItem
-from gladad.report_text import cell
-from gladad.types import Prediction, Report, Sample
+from gladad.cli.main import main
+from gladad.core.errors import ConfigError, DataError, GladError, MissingExtraError
+from gladad.core.processes import Processes, started
+from gladad.core.records import Prediction, Report, Sample
+from gladad.decision.conformal import calibrate
+from gladad.evaluation.run import evaluate, write_report
+from gladad.report.gallery import GalleryItem
+from gladad.report.text import cell
 
 LIMIT = 60.0
 """Seconds after which processes count as hanging."""
@@ -421,8 +421,8 @@ def test_torchrun_gives_the_report_of_one_process(model, parts, tmp_path, capfd)
 
 DRIVER = """
 import errno, json, os, sys
-from gladad.cli import main
-from gladad.detector import Glad
+from gladad.cli.main import main
+from gladad.detector.glad import Glad
 
 inspect, rank, looked = Glad.inspect, os.environ["RANK"], 0
 

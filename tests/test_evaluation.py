@@ -15,17 +15,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gladad import metrics, results
-from gladad.calibration import Calibration, calibrate
-from gladad.data import category_samples
-from gladad.detector import Glad
-from gladad.errors import DataError
-from gladad.evaluation import EVALUATION_SIZE, evaluate, leftovers, write_report
-from gladad.gallery import GalleryItem
-from gladad.report_text import headline, summary
-from gladad.results import output_folder, picture_names, readable, to_csv
-from gladad.storage import WriteError
-from gladad.types import Prediction, Sample
+from gladad.core.errors import DataError
+from gladad.core.records import Prediction, Sample
+from gladad.core.storage import WriteError, printable
+from gladad.data.samples import category_samples
+from gladad.decision.conformal import Calibration, calibrate
+from gladad.detector.glad import Glad
+from gladad.evaluation.run import EVALUATION_SIZE, evaluate, leftovers, write_report
+from gladad.metrics import image as metrics
+from gladad.report import files as results
+from gladad.report.files import output_folder, picture_names, to_csv
+from gladad.report.gallery import GalleryItem
+from gladad.report.text import headline, summary
 
 IMAGE = {"image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2"}
 PIXEL = set(metrics.NAMES)
@@ -240,7 +241,7 @@ def test_the_report_is_written(samples, tmp_path):
 
 
 def test_of_many_images_the_wrong_ones_are_shown(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.gallery.MAX_PICTURES", 3)
+    monkeypatch.setattr("gladad.report.gallery.MAX_PICTURES", 3)
     items: list[GalleryItem] = []
     report = evaluate(Brightness(), samples, collect=items.append)
     html = write_report(report, items, tmp_path / "out").read_text()
@@ -256,7 +257,7 @@ def test_a_full_disk_leaves_no_half_report(samples, tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gladad.storage.os.fsync", full)
+    monkeypatch.setattr("gladad.core.storage.os.fsync", full)
     with pytest.raises(WriteError, match="No space left"):
         write_report(replace(report, metrics={}), [], out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -304,7 +305,7 @@ def test_tables_and_odd_names():
     assert table[1][:2] == ['a,"b".png', "1.5"] and table[1][5] == "2"
     assert table[2][-1] == "broken"
     assert "error" not in to_csv(rows[:1])
-    assert readable(os.fsdecode(b"caf\xe9.png")) == "caf\ufffd.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\ufffd.png"
 
 
 def test_results_replace_those_of_an_earlier_run_only(tmp_path):

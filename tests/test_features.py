@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig, ViTModel
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, anomaly_map, image_noise, reconstruct
-from gladad.errors import ConfigError, ModelFormatError
-from gladad.features import DinoFeatures
-from gladad.pipeline import GladPipeline
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.features.vit import DinoFeatures
+from gladad.models.stable_diffusion.pipeline import GladPipeline
 
 PATCH = {"vit": 8, "dinov2": 14, "dinov2_with_registers": 14}
 ARCHITECTURES = list(PATCH)

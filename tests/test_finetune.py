@@ -11,14 +11,22 @@ import pytest
 import torch
 from conftest import draw_part
 
-from gladad.adapters import TARGETS, add_adapter, attach_adapter, detach_adapter, merge_adapter, read_adapter, switched_on
 from gladad.algorithm import image_noise, predict_x0
-from gladad.errors import ConfigError, DataError, ModelFormatError
-from gladad.finetune import DenoiserTask, FinetuneConfig, Product, finetune_denoiser
-from gladad.images import resize_pixels
-from gladad.pipeline import GladPipeline
-from gladad.synthesis import SynthesisConfig
-from gladad.types import no_progress
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.images import resize_pixels
+from gladad.core.records import no_progress
+from gladad.data.synthesis import SynthesisConfig
+from gladad.models.stable_diffusion.adapters import (
+    TARGETS,
+    add_adapter,
+    attach_adapter,
+    detach_adapter,
+    merge_adapter,
+    read_adapter,
+    switched_on,
+)
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig, Product, finetune_denoiser
 
 SIDE = 32
 QUICK = FinetuneConfig(method="full", batch_size=4, learning_rate=3e-3, precision="float32", pool=8, gradient_checkpointing=False)
@@ -89,7 +97,7 @@ def test_the_target_is_the_noise_that_implies_the_normal_latent(pipeline: GladPi
 
 def normal_of(task: DenoiserTask, step: int, sample: int) -> torch.Tensor:
     """The normal latent that a sample is drawn from, by the recipe of the documentation."""
-    from gladad.synthesis import Draw
+    from gladad.data.synthesis import Draw
 
     draw = Draw((task.seed, step, sample))
     draw.uniform(0, 1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gladad.errors import DataError
-from gladad.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
+from gladad.core.errors import DataError
+from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -165,7 +165,7 @@ def test_files_that_are_no_images(tmp_path):
 
 def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.png", Image.fromarray(RGB))
-    monkeypatch.setattr("gladad.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("gladad.core.images.MAX_PIXELS", 100)
     with pytest.raises(DataError, match="more than is accepted"):
         load_image(path)
     for limit in (150, 50):  # Pillow's own warning, and its error

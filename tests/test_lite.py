@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, reconstruct_one_call
-from gladad.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
-from gladad.errors import ConfigError, DataError, ModelFormatError
-from gladad.feature_space import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
-from gladad.lite import RECIPES, LatentDenoiser, LiteBase, LiteConfig, pool
-from gladad.lite_training import LiteTrainingConfig, choose_recipe, fit_lite, measure_residuals
-from gladad.types import no_progress
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.records import no_progress
+from gladad.features.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
+from gladad.features.whitening import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
+from gladad.models.feature_diffusion.model import RECIPES, LatentDenoiser, LiteBase, LiteConfig, pool
+from gladad.models.feature_diffusion.training import LiteTrainingConfig, choose_recipe, fit_lite, measure_residuals
 
 SCHEDULE = Schedule.scaled_linear()
 SMALL = LiteConfig(image_size=(64, 96), dimensions=8, widths=(32, 32), seed=3)

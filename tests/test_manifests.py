@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad.datasets import read_dataset
-from gladad.errors import DataError
-from gladad.manifests import is_visa_table, read_manifest
+from gladad.core.errors import DataError
+from gladad.data.layouts import read_dataset
+from gladad.data.manifests import is_visa_table, read_manifest
 
 
 def put(path: Path) -> Path:

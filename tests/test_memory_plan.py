@@ -17,12 +17,12 @@ from tiny_base import tiny_base as tiny_base
 from torch import nn
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, reconstruct
-from gladad.errors import ConfigError, ModelFormatError
-from gladad.faked import LiveMemory, build_features, build_unet, build_vae
-from gladad.memory_fit import alternatives, available_memory, check_fits, readable, suggestions
-from gladad.memory_plan import BaseConfigs, MemoryPlan, PlanRequest, plan_inspection, plan_training, read_configs
-from gladad.pipeline import GladPipeline
-from gladad.sd14 import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
+from gladad.models.stable_diffusion.faked import LiveMemory, build_features, build_unet, build_vae
+from gladad.models.stable_diffusion.memory_fit import alternatives, available_memory, bytes_text, check_fits, suggestions
+from gladad.models.stable_diffusion.memory_plan import BaseConfigs, MemoryPlan, PlanRequest, plan_inspection, plan_training, read_configs
+from gladad.models.stable_diffusion.pipeline import GladPipeline
 
 SIZE = (128, 128)
 SMALL = {  # one level, attention in its middle only: for the many plans that are compared with each other
@@ -310,8 +310,8 @@ def test_what_is_suggested_fits_and_nothing_gentler_does(plan_of):
     _, (words, _, lora) = alternatives(asked, plans[1].total, plan_of)
     assert words.startswith("LoRA instead of full training")
     assert str(error.value) == (
-        f"training needs {readable(plans[0].total)} of memory, and {readable(plans[1].total)} are available; it fits with "
-        f"gradient checkpointing ({readable(plans[1].total)}), or with {words} ({readable(lora.total)})"
+        f"training needs {bytes_text(plans[0].total)} of memory, and {bytes_text(plans[1].total)} are available; it fits with "
+        f"gradient checkpointing ({bytes_text(plans[1].total)}), or with {words} ({bytes_text(lora.total)})"
     )
     check_fits(plans[0], plans[0].total, asked, plan_of)
 

@@ -7,7 +7,7 @@ import pytest
 from reference.slow_metrics import regions_of, slow_aupimo, slow_aupro, slow_f1_max, slow_pb2, slow_pg2
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from gladad.metrics import (
+from gladad.metrics.image import (
     aupimo,
     aupimo_per_image,
     aupro,

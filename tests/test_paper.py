@@ -15,16 +15,17 @@ import torch
 from conftest import draw_part
 from tiny_base import build_base
 
-from gladad import components, paper
-from gladad.bases import FitSettings, check_memory
-from gladad.components import licence, locate
-from gladad.config import from_json, to_json
-from gladad.detector import Glad
-from gladad.errors import ConfigError, DataError, Interrupted, ModelFormatError
-from gladad.finetune import PAPER, FinetuneConfig
-from gladad.presets import load_preset
-from gladad.storage import share_files
-from gladad.training_loop import TrainingRun
+from gladad.core.errors import ConfigError, DataError, Interrupted, ModelFormatError
+from gladad.core.settings import from_json, to_json
+from gladad.core.storage import share_files
+from gladad.detector.glad import Glad
+from gladad.models.registry import FitSettings, check_memory
+from gladad.models.stable_diffusion import components
+from gladad.models.stable_diffusion import model as paper
+from gladad.models.stable_diffusion.components import licence, locate
+from gladad.models.stable_diffusion.presets import load_preset
+from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig
+from gladad.training.loop import TrainingRun
 
 QUICK = FinetuneConfig(batch_size=2, precision="float32", pool=4, learning_rate=1e-2)
 FULL = replace(QUICK, method="full", learning_rate=1e-3)
@@ -33,9 +34,9 @@ FULL = replace(QUICK, method="full", learning_rate=1e-3)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short chain, so that an inspection takes no time, and no look at the memory."""
-    monkeypatch.setattr("gladad.bases.check_memory", lambda *args: None)
+    monkeypatch.setattr("gladad.models.registry.check_memory", lambda *args: None)
     short = replace(paper.PaperConfig().reconstruction, num_steps=5)
-    monkeypatch.setattr("gladad.bases.PaperConfig", lambda **given: paper.PaperConfig(**{"reconstruction": short} | given))
+    monkeypatch.setattr("gladad.models.registry.PaperConfig", lambda **given: paper.PaperConfig(**{"reconstruction": short} | given))
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +240,8 @@ def test_a_cross_fitted_fit_keeps_its_folds_apart(tiny_base: Path, good: list[Pa
 def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(
     tiny_base: Path, good: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gladad.bases.check_memory", check_memory)
-    monkeypatch.setattr("gladad.pipeline.load_networks", lambda *args: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr("gladad.models.registry.check_memory", check_memory)
+    monkeypatch.setattr("gladad.models.stable_diffusion.pipeline.load_networks", lambda *args: pytest.fail("loaded for nothing"))
     run = TrainingRun(memory_limit=100_000)
     with pytest.raises(ConfigError, match=r"training needs .* of memory, and .* are available; nothing smaller fits"):
         Glad.from_base(str(tiny_base), settings=settings(FULL)).fit(good, run=run)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gladad.parallel import in_order
+from gladad.core.threads import in_order
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, ViTModel
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, image_score, reconstruct, velocity_to_noise
-from gladad.errors import ConfigError, ModelFormatError
-from gladad.features import DinoFeatures, imagenet_normalise
-from gladad.pipeline import GladPipeline
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.features.vit import DinoFeatures, imagenet_normalise
+from gladad.models.stable_diffusion.pipeline import GladPipeline
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from reference.slow_metrics import slow_aupimo, slow_aupro, slow_f1_max
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from gladad import pixel_metrics as module
-from gladad.pixel_metrics import NAMES, PixelMetrics
+from gladad.metrics import pixel as module
+from gladad.metrics.pixel import NAMES, PixelMetrics
 
 
 def some(seed: int, count: int = 7, levels: int = 40, dtype: type = np.float32) -> tuple[list[np.ndarray], list[np.ndarray]]:

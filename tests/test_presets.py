@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gladad.errors import ConfigError
-from gladad.presets import FOLDER, MULTI_CLASS, category_preset, load_preset, preset_names, read_presets
+from gladad.core.errors import ConfigError
+from gladad.models.stable_diffusion.presets import FOLDER, MULTI_CLASS, category_preset, load_preset, preset_names, read_presets
 
 # category: max_step min_step delta v train_steps extractor_epoch (- = not tuned)
 TABLES = {

@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 from reports import FILES, Page, mislabelled, put_report, rejected_of, rows_of
 
-from gladad import gallery
-from gladad.charts import bin_counts, bin_edges, charts
-from gladad.data import category_samples
-from gladad.evaluation import evaluate
-from gladad.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, outcome, small_pictures
-from gladad.report_page import write_page
-from gladad.storage import WriteError
-from gladad.types import Prediction, Report
+from gladad.core.records import Prediction, Report
+from gladad.core.storage import WriteError
+from gladad.data.samples import category_samples
+from gladad.evaluation.run import evaluate
+from gladad.report import gallery
+from gladad.report.charts import bin_counts, bin_edges, charts
+from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, outcome, small_pictures
+from gladad.report.page import write_page
 
 # ------------------------------------------------------------------------------------------------------- in a browser
 

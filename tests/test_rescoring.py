@@ -13,14 +13,14 @@ import pytest
 from conftest import write_category
 from reports import FILES, Page, mislabelled
 
-from gladad import metrics
-from gladad.calibration import conformal_threshold
-from gladad.cli import main
-from gladad.detector import Glad
-from gladad.errors import ConfigError, DataError
-from gladad.evaluation import evaluate, write_report
-from gladad.kept_maps import KeptMap, load_map, map_file, save_map
-from gladad.rescoring import rescore
+from gladad.cli.main import main
+from gladad.core.errors import ConfigError, DataError
+from gladad.decision.conformal import conformal_threshold
+from gladad.detector.glad import Glad
+from gladad.evaluation.rescoring import rescore
+from gladad.evaluation.run import evaluate, write_report
+from gladad.evaluation.stored_maps import KeptMap, load_map, map_file, save_map
+from gladad.metrics import image as metrics
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gladad import storage
-from gladad.errors import ModelFormatError
-from gladad.storage import (
+from gladad.core import storage
+from gladad.core.errors import ModelFormatError
+from gladad.core.storage import (
     FORMAT,
     FORMAT_VERSION,
     MODEL_FILE,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gladad.errors import DataError
-from gladad.synthesis import (
+from gladad.core.errors import DataError
+from gladad.data.synthesis import (
     AUGMENTATIONS,
     LITE,
     Draw,

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from gladad import training_loop
-from gladad.checkpoints import Checkpoints
-from gladad.errors import ConfigError, Interrupted, MissingExtraError, TrainingError
-from gladad.optimizers import make_optimizer
-from gladad.trackers import start_tracker
-from gladad.training_loop import LoopConfig, TrainingRun, divided, draw_generator, seed_of, train
+from gladad.core.errors import ConfigError, Interrupted, MissingExtraError, TrainingError
+from gladad.training import loop as training_loop
+from gladad.training.checkpoints import Checkpoints
+from gladad.training.loop import LoopConfig, TrainingRun, divided, draw_generator, seed_of, train
+from gladad.training.optimizers import make_optimizer
+from gladad.training.trackers import start_tracker
 
 WORKER = Path(__file__).with_name("train_worker.py")
 

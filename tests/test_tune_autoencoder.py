@@ -17,14 +17,11 @@ from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from gladad.components import locate_base
-from gladad.errors import ConfigError, DataError
-from gladad.features import DinoFeatures
-from gladad.images import resize_pixels, to_tensor
-from gladad.pipeline import GladPipeline
-from gladad.storage import FORMAT, WriteError, write_json
-from gladad.training_loop import TrainingRun, draw_generator
-from gladad.tune_autoencoder import (
+from gladad.core.errors import ConfigError, DataError
+from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.storage import FORMAT, WriteError, write_json
+from gladad.features.vit import DinoFeatures
+from gladad.models.stable_diffusion.autoencoder_tuning import (
     AutoencoderTask,
     AutoencoderTuningConfig,
     check_autoencoder_target,
@@ -32,6 +29,9 @@ from gladad.tune_autoencoder import (
     save_autoencoder,
     tune_autoencoder,
 )
+from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.training.loop import TrainingRun, draw_generator
 
 SIDE = 32
 IMAGES = [resize_pixels(np.asarray(draw_part(seed)[0]), (SIDE, SIDE)) for seed in range(4)]

@@ -18,14 +18,14 @@ from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
-from gladad.errors import ConfigError, DataError
-from gladad.finetune import FinetuneConfig
-from gladad.images import resize_pixels, to_tensor
-from gladad.paper import PaperBase, PaperConfig, fit_paper
-from gladad.pipeline import GladPipeline
-from gladad.training_loop import TrainingRun, train
-from gladad.tune_autoencoder import image_of_sample
-from gladad.tune_features import FeatureTask, FeatureTuningConfig, features_distance, tune_features
+from gladad.core.errors import ConfigError, DataError
+from gladad.core.images import resize_pixels, to_tensor
+from gladad.models.stable_diffusion.autoencoder_tuning import image_of_sample
+from gladad.models.stable_diffusion.extractor_tuning import FeatureTask, FeatureTuningConfig, features_distance, tune_features
+from gladad.models.stable_diffusion.model import PaperBase, PaperConfig, fit_paper
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.training.loop import TrainingRun, train
 
 SIDE = 32
 IMAGES = [resize_pixels(np.asarray(draw_part(seed)[0]), (SIDE, SIDE)) for seed in range(5)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gladad.types import Prediction, Region
-from gladad.visualization import COLOURS, GREEN, RED, decision_text, heatmap, overlay, panel, thumbnail
+from gladad.core.records import Prediction, Region
+from gladad.report.pictures import COLOURS, GREEN, RED, decision_text, heatmap, overlay, panel, thumbnail
 
 
 def predicted(size: tuple[int, int] = (40, 60), score: float = 1.5, rebuilt: bool = True) -> Prediction:

@@ -15,11 +15,11 @@ import numpy as np
 from conftest import draw_part
 from safetensors.torch import save_file
 
-from gladad.errors import Interrupted
-from gladad.finetune import FinetuneConfig, Product, finetune_denoiser
-from gladad.images import resize_pixels
-from gladad.pipeline import GladPipeline
-from gladad.training_loop import TrainingRun
+from gladad.core.errors import Interrupted
+from gladad.core.images import resize_pixels
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.training.loop import TrainingRun
 
 SIDE = 32
 

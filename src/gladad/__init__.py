@@ -13,32 +13,32 @@ if TYPE_CHECKING:
     from gladad.algorithm import ScoringConfig as ScoringConfig
     from gladad.algorithm import anomaly_map as anomaly_map
     from gladad.algorithm import reconstruct as reconstruct
-    from gladad.bases import FitSettings as FitSettings
-    from gladad.detector import Glad as Glad
-    from gladad.errors import GladError as GladError
-    from gladad.finetune import FinetuneConfig as FinetuneConfig
-    from gladad.pipeline import GladPipeline as GladPipeline
-    from gladad.training_loop import TrainingRun as TrainingRun
-    from gladad.types import Prediction as Prediction
-    from gladad.types import Region as Region
-    from gladad.types import Report as Report
-    from gladad.types import Sample as Sample
+    from gladad.core.errors import GladError as GladError
+    from gladad.core.records import Prediction as Prediction
+    from gladad.core.records import Region as Region
+    from gladad.core.records import Report as Report
+    from gladad.core.records import Sample as Sample
+    from gladad.detector.glad import Glad as Glad
+    from gladad.models.registry import FitSettings as FitSettings
+    from gladad.models.stable_diffusion.pipeline import GladPipeline as GladPipeline
+    from gladad.models.stable_diffusion.training import FinetuneConfig as FinetuneConfig
+    from gladad.training.loop import TrainingRun as TrainingRun
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FinetuneConfig": "finetune",
-    "FitSettings": "bases",
-    "Glad": "detector",
-    "GladError": "errors",
-    "GladPipeline": "pipeline",
-    "Prediction": "types",
+    "FinetuneConfig": "models.stable_diffusion.training",
+    "FitSettings": "models.registry",
+    "Glad": "detector.glad",
+    "GladError": "core.errors",
+    "GladPipeline": "models.stable_diffusion.pipeline",
+    "Prediction": "core.records",
     "ReconstructionConfig": "algorithm",
-    "Region": "types",
-    "Report": "types",
-    "Sample": "types",
+    "Region": "core.records",
+    "Report": "core.records",
+    "Sample": "core.records",
     "ScoringConfig": "algorithm",
-    "TrainingRun": "training_loop",
+    "TrainingRun": "training.loop",
     "anomaly_map": "algorithm",
     "reconstruct": "algorithm",
 }

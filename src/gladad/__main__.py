@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from gladad.cli import main
+from gladad.cli.main import main
 
 sys.exit(main())

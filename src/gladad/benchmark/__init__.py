@@ -1,0 +1,1 @@
+"""Many detectors on many data sets, side by side."""

@@ -1,0 +1,86 @@
+"""Jobs in processes of their own, which end when they are done, when they are stopped, and when the program that started them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gladad.core.errors import GladError
+
+KILLED = "its process was killed; most often memory ran out"
+
+
+class Workers:
+    """Starts jobs in processes of their own, and can stop all of them."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._lock = threading.Lock()
+        self._running: set[Any] = set()
+        self.stopped = False
+
+    def run(self, job: Callable[..., None], *arguments: Any, threads: int) -> str:
+        """Run a job to its end. May be called from several threads at a time, but not from the main one.
+
+        Args:
+            job: A function of a module.
+            *arguments: Its arguments; they are pickled.
+            threads: Of PyTorch, in that process.
+
+        Returns:
+            What went wrong, in a sentence; empty if nothing did.
+        """
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_child, args=(sender, threads, job, *arguments))
+        with self._lock:
+            if self.stopped:
+                return KILLED
+            if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C is for this program, which stops its children
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            process.start()
+            self._running.add(process)
+        sender.close()
+        try:
+            problem = str(receiver.recv())
+        except EOFError:
+            problem = KILLED
+        process.join()
+        receiver.close()
+        with self._lock:
+            self._running.discard(process)
+        return problem
+
+    def stop(self) -> None:
+        """Kill what runs and start nothing more."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                process.kill()
+
+
+def _child(sender: Connection, threads: int, job: Callable[..., None], *arguments: Any) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # several bars at a time can be read by nobody
+    import torch
+
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Two OpenMP programs that both take all cores wait for each other most of the time.
+    torch.set_num_threads(threads)
+    try:
+        job(*arguments)
+        sender.send("")
+    except GladError as error:
+        sender.send(str(error))
+    except Exception as error:  # as a sentence: not every exception survives the way between processes
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

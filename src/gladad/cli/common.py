@@ -1,0 +1,117 @@
+"""What the commands have in common: their options, errors as one line, and loading a model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gladad.cli.console import waiting
+from gladad.core.errors import GladError, Interrupted
+
+if TYPE_CHECKING:
+    from gladad.core.records import Report
+    from gladad.detector.glad import Glad
+
+P = ParamSpec("P")
+DEBUG = "GLADAD_DEBUG"
+
+Layout = Annotated[str, typer.Option(help="How the data set lies on disk; 'auto' looks. See docs/datasets.md.")]
+Category = Annotated[str | None, typer.Option(help="Which product of a data set with several.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Model = Annotated[Path, typer.Argument(help="Folder that 'gladad fit' wrote.", show_default=False)]
+Rate = Annotated[float | None, typer.Option(min=0.0, max=0.5, help="Another false-reject rate than the model's.", show_default=False)]
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what goes wrong in a command into one line and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        debug = bool(os.environ.get(DEBUG))
+        try:
+            with warnings.catch_warnings():
+                if not debug:
+                    warnings.simplefilter("ignore")
+                command(*args, **kwargs)
+        except KeyboardInterrupt:
+            complain("interrupted; no result was written")
+            raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
+        except Interrupted as stop:
+            complain(str(stop))
+            raise typer.Exit(128 + stop.signal if stop.signal else 0) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            complain(f"error: {describe_error(error)}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in a sentence for people."""
+    if isinstance(error, GladError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "not enough memory; use smaller images (--image-size) or fewer (--max-images)"
+    return f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 to see where)"
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def show_report(report: Report) -> None:
+    """Print the numbers of an evaluation as a table."""
+    from gladad.report.text import cell, headline, interval, summary
+
+    table = Table("metric", "value", "95 % interval")
+    for name, value in summary(report):
+        table.add_row(name.replace("_", " "), cell(name, value), interval(report, name))
+    Console().print(table)
+    print(headline(report))
+    print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in report.counts.items()))
+    for note in [*report.details["notes"], report.details["guarantee"]]:
+        print(note)
+
+
+def hush(downloads: bool = False) -> None:
+    """Keep libraries off standard error, but for the bars of downloads where they are wanted and someone looks."""
+    for library in ("diffusers", "transformers"):
+        if module := sys.modules.get(f"{library}.utils.logging"):
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+    if downloads and sys.stderr.isatty() and (hub := sys.modules.get("huggingface_hub.utils")):
+        hub.enable_progress_bars()
+
+
+def load_model(model: Path, false_reject_rate: float | None, quiet: bool) -> Glad:
+    """A saved model, at another false-reject rate if one is given."""
+    with waiting("loading the model", quiet):
+        from gladad.detector.glad import Glad
+
+        hush()
+        detector = Glad.from_pretrained(model)
+    if false_reject_rate is not None:
+        detector.set_false_reject_rate(false_reject_rate)
+    return detector
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

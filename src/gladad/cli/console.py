@@ -1,0 +1,66 @@
+"""What people see of a long run: bars with rate and time left, on standard error, and only if that is a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SLOW = 1.0
+"""Seconds that a stage has to last for a bar."""
+
+
+class RateColumn(ProgressColumn):
+    """Items per second, or seconds per item where that is the larger number."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of one bar."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="progress.data.speed")
+
+
+class Bars:
+    """Progress bars on standard error, one for each stage that lasts; calling it reports progress (`gladad.core.records.Progress`)."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._stage, self._since = "", time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` are done in a stage."""
+        if stage != self._stage:
+            self._stage = stage
+            self._tasks.pop(stage, None)
+        if stage not in self._tasks and done < total and time.monotonic() - self._since > SLOW * (done / total):
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        if stage in self._tasks:
+            self._progress.update(self._tasks[stage], completed=done, total=total)
+        if done >= total:
+            self._since = time.monotonic()
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Bars]:
+    """Show progress while the block runs; nothing if quiet, or if standard error is not a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        yield Bars(progress)
+
+
+@contextmanager
+def waiting(text: str, quiet: bool) -> Iterator[None]:
+    """Show that something of unknown length is going on."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

@@ -1,0 +1,180 @@
+"""The ``gladad`` command: predict, info, demo, those that make models (`gladad.cli.train`) and those that measure (`gladad.cli.measure`).
+
+Results go to standard output, progress and errors to standard error. A mistake of the user is one line and exit status 1. Heavy imports
+are inside the commands, so that ``gladad --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from gladad import __version__
+from gladad.cli.common import Model, Quiet, Rate, complain, duration, guarded, hush, load_model, show_report
+from gladad.cli.console import bars, waiting
+from gladad.cli.measure import benchmark, data, evaluate, rescore
+from gladad.cli.train import calibrate, convert, fit, merge, plan, tune_features, tune_vae
+from gladad.core.errors import DataError
+
+if TYPE_CHECKING:
+    from gladad.core.records import Prediction
+
+
+app = typer.Typer(
+    help="Unsupervised visual anomaly detection with diffusion models: learn from good parts, find bad ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0 done, 1 the input's fault, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="gladad")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gladad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+app.command()(fit)
+
+
+@app.command()
+@guarded
+def predict(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", show_default=False)],
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Write overlays and masks.")] = True,
+    false_reject_rate: Rate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
+    from gladad.core.images import load_image
+    from gladad.core.processes import started
+    from gladad.data.samples import expand_paths
+    from gladad.report.files import PredictionWriter, check_output, output_folder, picture_names
+
+    def find() -> list[Path]:
+        own = output.resolve()  # the overlays of an earlier run are not to be inspected
+        images = [image for image in expand_paths(paths) if not image.resolve().is_relative_to(own)]
+        if not images:
+            raise DataError(f"{paths[0]}: no images but the results of an earlier run")
+        check_output(output)
+        return images
+
+    with started() as processes:
+        silent = quiet or not processes.main
+        images = processes.on_main(find)
+        names = picture_names(images)
+        detector = load_model(model, false_reject_rate, silent)
+        with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
+            writer = PredictionWriter(folder, pictures=pictures)
+
+            def inspect(number: int) -> Prediction | DataError:
+                try:
+                    pixels = load_image(images[number])
+                    prediction = detector.inspect(pixels, reconstruct=False)
+                except DataError as error:
+                    return error
+                writer.draw(prediction, pixels, names[number])
+                return prediction
+
+            for number, outcome in processes.share(inspect, len(images), detector.workers):
+                if isinstance(outcome, DataError):
+                    writer.fail(images[number], outcome)
+                else:
+                    writer.add(outcome, images[number], names[number])
+                progress("inspecting", min(number + processes.count, len(images)), len(images))
+            writer.rows = rows = processes.merge(writer.rows)
+            if processes.main:
+                for row in rows:
+                    if "error" in row:
+                        complain(f"skipped: {row['error']}")
+            if all("error" in row for row in rows):
+                raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
+            if processes.main:
+                writer.close()
+    seconds = [row["seconds"] for row in rows if "error" not in row]
+    rejected, skipped = sum(row.get("label") == "anomalous" for row in rows), len(rows) - len(seconds)
+    if not silent:
+        each = f"{median(seconds):.3f} s each (median)"
+        print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")
+        print(f"results in {output}")
+
+
+for command in (evaluate, rescore, calibrate, data, benchmark, plan, tune_features, tune_vae, merge, convert):
+    app.command()(command)
+
+
+@app.command()
+@guarded
+def info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what a model was made from and how it decides."""
+    description = load_model(model, None, quiet=as_json).describe()
+    if as_json:
+        print(json.dumps(description, indent=2, sort_keys=True))
+        return
+    table = Table("", Column(overflow="fold"), show_header=False, box=None)
+    for key, value in _flat(description):
+        table.add_row(Text(key), Text(str(value)))
+    Console().print(table)
+
+
+@app.command()
+@guarded
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page of pictures.")] = Path("demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Learn from real solar cells that work, find the broken ones, and show it on a page."""
+    with waiting("starting", quiet):
+        from gladad.cli.demo import run
+
+        hush()
+
+    started = time.monotonic()
+    with bars(quiet) as progress:
+        report, page = run(output, progress=progress)
+    if not quiet:
+        show_report(report)
+        print(f"done in {duration(time.monotonic() - started)}; open it in a browser: {page}")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names; settings that are not set are left out."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{key}.")
+        elif item is not None:
+            yield prefix + key, item

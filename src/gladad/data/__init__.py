@@ -1,0 +1,1 @@
+"""Data sets and their layouts, checks, synthetic anomalies, copies and corruptions."""

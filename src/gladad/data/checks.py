@@ -1,0 +1,270 @@
+"""What is in the files of a data set, and what is wrong with them: every image and mask is read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gladad.core.errors import DataError
+from gladad.core.images import load_image, load_mask
+from gladad.core.records import Progress, Sample, no_progress
+from gladad.core.storage import printable
+from gladad.core.threads import in_order
+from gladad.data.layouts import FOLDER_LAYOUTS, SPLITS, Dataset
+
+MAX_WORKERS = 8
+
+UNREADABLE = "images that cannot be read"
+BAD_MASK = "masks that cannot be read"
+CONTRADICTION = "images that are labelled normal and, pixel for pixel the same, anomalous"
+LEAKED = "images that are, pixel for pixel, in two splits"
+IN_TRAINING = "anomalous images in the training split, never learnt from; move them, or rename their folder to good"
+NO_MASK = "anomalous test images without a mask, though there are masks for their category"
+UNPAIRED = "masks that belong to no image, though their category has anomalous images without a mask: compare the names"
+OTHER_SIZE = "masks of another size than their image"
+NORMAL_MASK = "masks of normal images that are not empty"
+SUPERVISED = "anomalous images in the training split, as the table says; never learnt from"
+EMPTY_MASK = "anomalous images whose mask is empty"
+ORPHANS = "masks that belong to no image"
+SHARED = "masks that belong to several images"
+COPIES = "images that are, pixel for pixel, another one of the same split"
+FINDINGS = {
+    UNREADABLE: True,
+    BAD_MASK: True,
+    CONTRADICTION: True,
+    LEAKED: True,
+    IN_TRAINING: True,
+    NO_MASK: True,
+    UNPAIRED: True,
+    OTHER_SIZE: True,
+    NORMAL_MASK: True,
+    SUPERVISED: False,
+    EMPTY_MASK: False,
+    ORPHANS: False,
+    SHARED: False,
+    COPIES: False,
+}
+"""What `check_dataset` looks for in files -> whether it is serious, in the order of the report."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set that is worth knowing.
+
+    Attributes:
+        text: What it is.
+        serious: Whether results would be wrong or missing.
+        paths: The files, if it is about files.
+        remarks: What is to be said of each of them, or "".
+    """
+
+    text: str
+    serious: bool
+    paths: tuple[Path, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What `check_dataset` found.
+
+    Attributes:
+        counts: ``(category, split, kind)`` -> images.
+        masks: The same -> images with a mask.
+        sizes: Category -> ``(width, height)`` in pixels -> images.
+        findings: Serious ones first.
+    """
+
+    counts: dict[tuple[str, str, str], int]
+    masks: dict[tuple[str, str, str], int]
+    sizes: dict[str, Counter[tuple[int, int]]]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Nothing serious was found."""
+        return not any(finding.serious for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        counts = [
+            {"category": printable(c), "split": s, "defect_type": printable(kind), "images": n, "masks": self.masks[c, s, kind]}
+            for (c, s, kind), n in sorted(self.counts.items())
+        ]
+        findings = [
+            {
+                "text": printable(f.text),
+                "serious": f.serious,
+                "files": [printable(path) for path in f.paths],
+                "remarks": [printable(remark) for remark in f.remarks],
+            }
+            for f in self.findings
+        ]
+        sizes = {printable(name): {f"{w}x{h}": n for (w, h), n in sizes.most_common()} for name, sizes in self.sizes.items()}
+        return {"sound": self.sound, "counts": counts, "sizes": sizes, "findings": findings}
+
+
+def check_dataset(dataset: Dataset, *, workers: int | None = None, progress: Progress = no_progress) -> Inventory:
+    """Read every image and mask of a data set once and say what is in it and what is wrong with it.
+
+    Images are compared by their pixels: a copy in another format or with other metadata is found too. Only hashes are kept.
+
+    Args:
+        dataset: What `gladad.data.layouts.read_dataset` returned.
+        workers: Threads; None takes as many as there are cores, at most 8.
+        progress: Told of every image.
+    """
+    problems = _Problems()
+    sizes: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
+    by_content: dict[bytes, list[Sample]] = defaultdict(list)
+    lines = dataset.lines or [0] * len(dataset.samples)
+    workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    looks = in_order(partial(_look, dataset), dataset.samples, workers)
+    for done, (sample, line, look) in enumerate(zip(dataset.samples, lines, looks, strict=True), start=1):
+        for text, path, remark in look.problems:
+            problems.add(text, path, f"{remark}, line {line}" if line else remark)
+        if look.size is not None:
+            sizes[sample.category][look.size] += 1
+            by_content[look.content].append(sample)
+        progress("reading files", done, len(dataset.samples))
+    _check_copies(dataset, by_content.values(), problems)
+    _check_labels_and_masks(dataset, problems)
+    keys = [(sample.category, sample.split, sample.defect_type) for sample in dataset.samples]
+    masks = Counter(key for key, sample in zip(keys, dataset.samples, strict=True) if sample.mask_path is not None)
+    findings = problems.findings() + list(_check_splits(dataset))
+    findings.sort(key=lambda finding: not finding.serious)
+    return Inventory(dict(Counter(keys)), {key: masks[key] for key in keys}, dict(sizes), findings)
+
+
+def short_name(path: Path, dataset: Dataset) -> str:
+    """The path of a file inside a data set from there, as text that can be written; any other path whole."""
+    root = dataset.root.parent if dataset.root.is_file() else dataset.root
+    return printable(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
+    """The sizes of images in one line: each with its number while there are few, else the smallest and the largest sides."""
+    if len(sizes) <= 3:
+        return ", ".join(f"{w}x{h} ({count})" if len(sizes) > 1 else f"{w}x{h}" for (w, h), count in sizes.most_common())
+    widths, heights = [w for w, _ in sizes], [h for _, h in sizes]
+    return f"{len(sizes)} sizes, {min(widths)} to {max(widths)} wide and {min(heights)} to {max(heights)} high"
+
+
+class _Problems:
+    """Files by what is wrong with them."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+
+    def add(self, text: str, path: Path, remark: str = "") -> None:
+        self._files[text].append((path, remark))
+
+    def findings(self) -> list[Finding]:
+        found = [(text, serious, self._files[text]) for text, serious in FINDINGS.items() if self._files[text]]
+        return [Finding(text, serious, tuple(p for p, _ in files), tuple(r for _, r in files)) for text, serious, files in found]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
+
+    size: tuple[int, int] | None
+    content: bytes
+    problems: list[tuple[str, Path, str]]
+
+
+def _look(dataset: Dataset, sample: Sample) -> _Look:
+    try:
+        pixels = load_image(sample.image_path)
+    except DataError as error:
+        return _Look(None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))])
+    height, width = pixels.shape[:2]
+    content = hashlib.blake2b(pixels.data, digest_size=16, salt=f"{width}x{height}".encode()[:16]).digest()
+    return _Look((width, height), content, list(_look_at_mask(dataset, sample, (height, width))))
+
+
+def _look_at_mask(dataset: Dataset, sample: Sample, size: tuple[int, int]) -> Iterable[tuple[str, Path, str]]:
+    if sample.mask_path is None:
+        return
+    try:
+        mask = load_mask(sample.mask_path)
+    except (DataError, OSError) as error:
+        yield BAD_MASK, sample.mask_path, _reason(error, sample.mask_path)
+        return
+    if mask.shape != size:
+        yield OTHER_SIZE, sample.mask_path, f"{mask.shape[1]}x{mask.shape[0]}, the image {size[1]}x{size[0]}"
+    if mask.any() and not sample.gt_label:
+        yield NORMAL_MASK, sample.mask_path, f"of {short_name(sample.image_path, dataset)}"
+    if not mask.any() and sample.gt_label:
+        yield EMPTY_MASK, sample.mask_path, f"of {short_name(sample.image_path, dataset)}"
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _check_copies(dataset: Dataset, groups: Iterable[list[Sample]], problems: _Problems) -> None:
+    for group in groups:
+        first, *others = sorted(group, key=lambda sample: SPLITS.index(sample.split))
+        splits = {first.split}
+        for sample in others:
+            same = short_name(first.image_path, dataset)
+            if sample.gt_label != first.gt_label:
+                problems.add(CONTRADICTION, sample.image_path, f"the same as {same}")
+            if splits - {sample.split}:
+                problems.add(LEAKED, sample.image_path, f"in {sample.split}; in {first.split} as {same}")
+            elif sample.gt_label == first.gt_label:
+                problems.add(COPIES, sample.image_path, f"the same as {same}")
+            splits.add(sample.split)
+
+
+def _check_labels_and_masks(dataset: Dataset, problems: _Problems) -> None:
+    masked = {sample.category for sample in dataset.samples if sample.gt_label and sample.mask_path is not None} | set(dataset.orphans)
+    unmasked: set[str] = set()
+    users: dict[Path, list[Sample]] = defaultdict(list)
+    for sample, line in zip(dataset.samples, dataset.lines or [0] * len(dataset.samples), strict=True):
+        where = f"line {line}" if line else ""
+        if sample.mask_path is not None:
+            users[sample.mask_path].append(sample)
+        if sample.gt_label and sample.split == "train":
+            # VisA's tables for few and many shots are made for methods that learn from them.
+            problems.add(SUPERVISED if dataset.layout == "visa" else IN_TRAINING, sample.image_path, where)
+        if sample.gt_label and sample.split == "test" and sample.mask_path is None:
+            unmasked.add(sample.category)
+            if sample.category in masked:
+                problems.add(NO_MASK, sample.image_path, where)
+    for category, masks in dataset.orphans.items():
+        for mask in masks:
+            problems.add(UNPAIRED if category in unmasked else ORPHANS, mask)
+    for mask, samples in users.items():
+        if len({sample.image_path for sample in samples}) > 1:
+            problems.add(SHARED, mask, "of " + ", ".join(short_name(sample.image_path, dataset) for sample in samples))
+
+
+def _check_splits(dataset: Dataset) -> Iterable[Finding]:
+    """Categories that lack what learning or judging needs."""
+    has: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for sample in dataset.samples:
+        has[sample.category].add((sample.split, sample.gt_label))
+    masked = {sample.category for sample in dataset.samples if sample.mask_path is not None} | set(dataset.orphans)
+    judged = {name for name in has if {("test", 0), ("test", 1)} & has[name]}
+    unlearnable = {name for name in has if ("train", 0) not in has[name]} if dataset.part in (None, "train") else set()
+    plain = dataset.layout == "folders"
+    lacking = [
+        ("no good images to learn from", unlearnable, dataset.layout in FOLDER_LAYOUTS),
+        ("no labelled test images", set(has) - judged if dataset.part in (None, "test") else set(), False),
+        ("no good test images, so no AUROC", set() if plain else {name for name in judged if ("test", 0) not in has[name]}, False),
+        ("no anomalous test images, so no AUROC", {name for name in judged if ("test", 1) not in has[name]}, False),
+        ("no masks, so no pixel metrics", {name for name in judged - masked if ("test", 1) in has[name]}, False),
+    ]
+    for text, names, serious in lacking:
+        if names:
+            yield Finding(f"{text}: {', '.join(sorted(names))}", serious)
+    if plain and judged:
+        yield Finding("no train and test folders: the good images are learnt from and judged, unless two folders are used", False)

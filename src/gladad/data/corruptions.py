@@ -1,0 +1,228 @@
+"""Shifts of test images: the same parts under other light, focus, noise, compression or position, in five severities.
+
+Names, definitions and constants of the photometric shifts are those of ImageNet-C (D. Hendrycks and T. Dietterich, "Benchmarking neural
+network robustness to common corruptions and perturbations", ICLR 2019); ``darkness`` is their brightness downwards. The two geometric
+shifts are ours. What differs from the published definitions:
+
+* They are meant for images of 224 pixels. Here lengths of the blurs grow with the image: they are multiplied by its shorter side / 224.
+  Noise and JPEG act on single pixels and on blocks of 8x8, at any size, as a sensor and a file do: resize first to compare with others.
+* Motion blur is centred, so that a part stays under its ground-truth mask; the published one also moves the image.
+* Levels are rounded to the nearest, not down.
+
+Everything random (noise, directions) comes from the seed, and is the same in all severities.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage, signal  # type: ignore[import-untyped, unused-ignore]
+
+from gladad.core.errors import ConfigError
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+SEVERITIES = (1, 2, 3, 4, 5)
+REFERENCE_SIDE = 224
+"""Shorter side in pixels for which the published lengths are meant."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One kind of change: what it does to an image, how strongly in each severity, and how it moves a mask (None: not at all)."""
+
+    apply: Callable[[Pixels, Any, np.random.Generator], Pixels]
+    strengths: Sequence[Any]  # of severity 1...5, in the units of `apply`
+    move: Callable[[Mask, Any, np.random.Generator], Mask] | None = None
+
+
+def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
+    """The image under one shift; the same arguments give the same result.
+
+    Args:
+        pixels: ``[H, W, 3]`` uint8.
+        name: A key of `SHIFTS`.
+        severity: 1 (mild) to 5 (heavy).
+        seed: >= 0; decides noise and directions. Give every image one of its own.
+
+    Returns:
+        ``[H, W, 3]`` uint8, a new array.
+
+    Raises:
+        ConfigError: The name is unknown, or the severity is not 1...5.
+    """
+    shift, strength = _find(name, severity)
+    return shift.apply(pixels, strength, np.random.default_rng(seed))
+
+
+def corrupt_mask(mask: Mask, name: str, severity: int, seed: int) -> Mask:
+    """The ground truth of the image that `corrupt` makes of the same arguments: moved as the image is, by nearest neighbour.
+
+    Args:
+        mask: ``[H, W]`` bool, at the size of the image.
+        name: As for `corrupt`.
+        severity: As for `corrupt`.
+        seed: As for `corrupt`.
+
+    Returns:
+        ``[H, W]`` bool; the mask itself under a shift that moves nothing.
+
+    Raises:
+        ConfigError: The name is unknown, or the severity is not 1...5.
+    """
+    shift, strength = _find(name, severity)
+    return mask if shift.move is None else shift.move(mask, strength, np.random.default_rng(seed))
+
+
+def _find(name: str, severity: int) -> tuple[Shift, Any]:
+    if name not in SHIFTS:
+        raise ConfigError(f"unknown shift {name!r}; known are {', '.join(SHIFTS)}")
+    if severity not in SEVERITIES:
+        raise ConfigError(f"severity {severity!r} of {name}: must be 1, 2, 3, 4 or 5")
+    return SHIFTS[name], SHIFTS[name].strengths[severity - 1]
+
+
+def _to_pixels(levels: NDArray[np.floating[Any]]) -> Pixels:
+    pixels: Pixels = np.rint(levels.clip(0, 255)).astype(np.uint8)
+    return pixels
+
+
+# ------------------------------------------------------------------------------------------------------- 1. lighting
+
+
+def brightness(pixels: Pixels, amount: float, rng: np.random.Generator) -> Pixels:
+    """Add ``amount`` in [-1, 1] to the value of HSV, which scales the three channels of a pixel alike."""
+    value = pixels.max(axis=2, keepdims=True).astype(np.float64)
+    lit = (value + 255 * amount).clip(0, 255)
+    return _to_pixels(np.where(value > 0, pixels * (lit / value.clip(1)), lit))
+
+
+def contrast(pixels: Pixels, factor: float, rng: np.random.Generator) -> Pixels:
+    """Scale the distance of every level to its channel's mean by ``factor`` in [0, 1]."""
+    mean = pixels.mean(axis=(0, 1))
+    return _to_pixels((pixels - mean) * factor + mean)
+
+
+# ----------------------------------------------------------------------------------------- 2. noise, focus and files
+
+
+def gaussian_noise(pixels: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
+    """Add independent normal noise to every level; ``sigma`` as a share of full scale."""
+    return _to_pixels(pixels + rng.standard_normal(pixels.shape) * (255 * sigma))
+
+
+def gaussian_blur(pixels: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
+    """Blur by a Gaussian of ``sigma`` reference pixels."""
+    sigma *= _scale(pixels)
+    return _to_pixels(ndimage.gaussian_filter(pixels.astype(np.float64), (sigma, sigma, 0), mode="nearest"))
+
+
+def defocus_blur(pixels: Pixels, disk: tuple[float, float], rng: np.random.Generator) -> Pixels:
+    """Blur by a disk; ``disk`` is its radius in reference pixels, and the sigma in pixels that smooths its edge."""
+    radius, edge = disk[0] * _scale(pixels), disk[1]
+    support = math.ceil(radius) + 2
+    y, x = np.mgrid[-support : support + 1, -support : support + 1]
+    kernel = (x**2 + y**2 <= radius**2).astype(np.float64)
+    return _convolve(pixels, ndimage.gaussian_filter(kernel, edge, mode="constant", radius=2 if radius > 8 else 1))
+
+
+def motion_blur(pixels: Pixels, streak: tuple[float, float], rng: np.random.Generator) -> Pixels:
+    """Blur along a line within 45 degrees of the horizontal: a fading streak, centred on its centre of mass.
+
+    ``streak`` is half its length and the sigma of its fading, in reference pixels.
+    """
+    angle = math.radians(rng.uniform(-45, 45))
+    half, sigma = (length * _scale(pixels) for length in streak)
+    along = np.arange(math.floor(2 * half) + 1, dtype=np.float64)
+    weight = np.exp(-0.5 * (along / max(sigma, 1e-6)) ** 2)
+    along -= np.average(along, weights=weight)
+    support = math.ceil(np.abs(along).max()) + 1
+    kernel = np.zeros((2 * support + 1, 2 * support + 1))
+    y, x = support - along * math.sin(angle), support - along * math.cos(angle)
+    row, column = np.floor(y).astype(int), np.floor(x).astype(int)
+    for dy, share_y in ((0, row + 1 - y), (1, y - row)):  # each point is shared among its four pixels
+        for dx, share_x in ((0, column + 1 - x), (1, x - column)):
+            np.add.at(kernel, (row + dy, column + dx), weight * share_y * share_x)
+    return _convolve(pixels, kernel)
+
+
+def jpeg_compression(pixels: Pixels, quality: int, rng: np.random.Generator) -> Pixels:
+    """Through a JPEG file of ``quality`` 1...100 and back."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    with Image.open(file) as image:
+        return np.array(image.convert("RGB"))
+
+
+def _scale(pixels: Pixels) -> float:
+    return float(min(pixels.shape[:2])) / REFERENCE_SIDE
+
+
+def _convolve(pixels: Pixels, kernel: NDArray[np.float64]) -> Pixels:
+    """Convolve every channel with an odd square kernel, scaled to a sum of 1, with mirrored borders."""
+    pad = len(kernel) // 2
+    padded = np.pad(pixels.astype(np.float64), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    return _to_pixels(signal.oaconvolve(padded, (kernel / kernel.sum())[..., None], mode="valid", axes=(0, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------- 3. position
+
+
+def rotation(pixels: Pixels, degrees: float, rng: np.random.Generator) -> Pixels:
+    """Turn about the centre by ``degrees``, either way; bilinear, with mirrored borders."""
+    degrees *= _sign(rng)
+    return _to_pixels(np.stack([_turn(channel, degrees, 1) for channel in np.moveaxis(pixels.astype(np.float64), 2, 0)], axis=2))
+
+
+def rotate_mask(mask: Mask, degrees: float, rng: np.random.Generator) -> Mask:
+    """As `rotation`, by nearest neighbour."""
+    return _turn(mask.astype(np.uint8), degrees * _sign(rng), 0).astype(bool)
+
+
+def translation(pixels: NDArray[Any], share: float, rng: np.random.Generator) -> NDArray[Any]:
+    """Move an image or a mask by ``share`` of each side, either way along each, with mirrored borders.
+
+    Whole pixels and at least one, unless the share is 0: nothing is interpolated.
+    """
+    out = pixels
+    for axis in (0, 1):
+        side, sign = pixels.shape[axis], _sign(rng)
+        move = sign * max(1, round(share * side)) if share else 0
+        pad = [(abs(move), abs(move)) if a == axis else (0, 0) for a in range(pixels.ndim)]
+        start = abs(move) - move
+        out = np.pad(out, pad, mode="reflect").take(range(start, start + side), axis=axis)
+    return out
+
+
+def _sign(rng: np.random.Generator) -> int:
+    return 1 if rng.random() < 0.5 else -1
+
+
+def _turn(plane: NDArray[Any], degrees: float, order: int) -> NDArray[Any]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = np.array([[cos, sin], [-sin, cos]])
+    centre = (np.array(plane.shape) - 1) / 2
+    turned: NDArray[Any] = ndimage.affine_transform(plane, matrix, centre - matrix @ centre, order=order, mode="mirror")
+    return turned
+
+
+SHIFTS: dict[str, Shift] = {
+    "brightness": Shift(brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "darkness": Shift(brightness, (-0.1, -0.2, -0.3, -0.4, -0.5)),
+    "contrast": Shift(contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "gaussian_noise": Shift(gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_blur": Shift(gaussian_blur, (1, 2, 3, 4, 6)),
+    "defocus_blur": Shift(defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
+    "motion_blur": Shift(motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    "jpeg_compression": Shift(jpeg_compression, (25, 18, 15, 10, 7)),
+    "rotation": Shift(rotation, (1, 2, 3, 5, 10), rotate_mask),
+    "translation": Shift(translation, (0.01, 0.02, 0.03, 0.05, 0.1), translation),
+}
+"""Every shift by its name."""

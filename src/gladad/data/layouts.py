@@ -1,0 +1,408 @@
+"""Data sets as they lie on disk: the layout is seen from the tree, and every image becomes one labelled record.
+
+All layouts of good and bad folders (`gladad.data.samples`) are read by one rule; VisA's own tree has a reader of its own, and manifests are
+`gladad.data.manifests`. What each looks like is in ``docs/datasets.md``; `gladad.data.checks` looks into the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gladad.core.errors import DataError
+from gladad.core.images import is_image, list_images
+from gladad.core.records import Sample
+from gladad.data.manifests import SUFFIXES, is_visa_table, read_manifest
+from gladad.data.samples import (
+    NORMAL_NAMES,
+    TEST_FOLDERS,
+    category_folders,
+    category_samples,
+    folders_named,
+    good_images,
+    images_directly_in,
+    is_category,
+    kind_folders,
+    labelled_images,
+    mask_files,
+    product_name,
+    subfolders,
+    visa_images,
+)
+
+FOLDER_LAYOUTS = ("mvtec_ad", "mvtec_loco", "mvtec_ad_2", "visa_1cls", "mpdd", "pcb_bank", "btad", "folders")
+LAYOUTS = (*FOLDER_LAYOUTS, "visa", "manifest")
+"""Names that `read_dataset` takes besides ``auto``."""
+
+SPLITS = ("train", "validation", "test")
+PRIVATE = frozenset({"test_private", "test_private_mixed"})
+HELD_OUT_EVERY = 10
+"""Without VisA's table, one normal image in so many is for testing: the share that its ``1cls.csv`` takes."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `read_dataset` found.
+
+    Attributes:
+        root: Where it lies.
+        layout: One of `LAYOUTS`.
+        samples: Every labelled image of every category, sorted by category, split, kind and path. Whether the files can be read is not
+            known yet (`gladad.data.checks.check_dataset`).
+        unlabelled: Number of images without a label that were left out, such as those of private test splits.
+        orphans: Category -> masks that belong to none of its images.
+        notes: What was left out or assumed, a sentence each.
+        lines: For a manifest, the line of each sample; empty for folders.
+        part: The only split that was read, if its folder was given instead of the category's.
+    """
+
+    root: Path
+    layout: str
+    samples: tuple[Sample, ...]
+    unlabelled: int = 0
+    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
+    part: str | None = None
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the products, sorted."""
+        return tuple(sorted({sample.category for sample in self.samples}))
+
+    def of(self, split: str) -> list[Sample]:
+        """The samples of a split: train, validation or test."""
+        return [sample for sample in self.samples if sample.split == split]
+
+    def training_images(self) -> list[Path]:
+        """The normal images of the training split; anomalous ones in it are never learnt from.
+
+        Raises:
+            DataError: There are none.
+        """
+        found = [sample.image_path for sample in self.of("train") if not sample.gt_label]
+        if not found:
+            hint = "; rows without a split count as test" if self.layout == "manifest" else ""
+            raise DataError(f"{self.root}: no good images to learn from in this {self.layout} data set{hint}")
+        return found
+
+    def test_samples(self) -> list[Sample]:
+        """The labelled samples of the test split. Plain folders have no splits: all of a category with defects are judged.
+
+        Raises:
+            DataError: There are none.
+        """
+        found = self.of("test")
+        if self.layout == "folders":
+            judged = {sample.category for sample in found} - {sample.category for sample in found if not sample.gt_label}
+            found = [replace(s, split="test") for s in self.samples if s.split == "test" or s.category in judged]
+        if not found:
+            raise DataError(f"{self.root}: no labelled test images in this {self.layout} data set")
+        return found
+
+
+@dataclass
+class _Found:
+    """What a reader collects."""
+
+    samples: list[Sample] = field(default_factory=list)
+    unlabelled: int = 0
+    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    part: str | None = None
+
+
+def read_dataset(path: str | Path, layout: str = "auto", category: str | None = None) -> Dataset:
+    """Read a data set where it lies.
+
+    Args:
+        path: A category, a folder of categories (up to two deep), a ``train`` or ``test`` folder of a category, a manifest (CSV, JSON
+            lines), or one of VisA's split tables.
+        layout: One of `LAYOUTS`; "auto" sees it from the tree.
+        category: Only this one.
+
+    Raises:
+        DataError: There is no such thing, the layout does not fit, a manifest is wrong (file and line are named), there is no such
+            category (those that are there are listed), or nothing is labelled.
+    """
+    path = Path(path)
+    if layout not in ("auto", *LAYOUTS):
+        raise DataError(f"layout must be auto or one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    try:
+        layout = detect_layout(path) if layout == "auto" else layout
+        _refuse_misfit(path, layout)
+        if layout == "manifest":
+            found = _read_table(path, path.parent)
+        elif layout == "visa":
+            found = _read_visa(path)
+        else:
+            found = _read_folders(path, layout, category)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+    known = sorted({*found.known, *(sample.category for sample in found.samples)})
+    if category is not None and category not in known:
+        raise DataError(f"{path}: no category {category!r}; it has {', '.join(known)}")
+    lines = found.lines or [0] * len(found.samples)
+    rows = [row for row in zip(found.samples, lines, strict=True) if category in (None, row[0].category)]
+    if not rows:
+        raise DataError(f"{path}: no labelled images of the layout {layout}; see docs/datasets.md for how it looks")
+    rows.sort(key=lambda row: (row[0].category, SPLITS.index(row[0].split), row[0].defect_type, str(row[0].image_path)))
+    return Dataset(
+        root=path,
+        layout=layout,
+        samples=tuple(sample for sample, _ in rows),
+        unlabelled=found.unlabelled,
+        orphans={name: masks for name, masks in found.orphans.items() if masks and category in (None, name)},
+        notes=tuple(found.notes),
+        lines=tuple(line for _, line in rows) if found.lines else (),
+        part=found.part,
+    )
+
+
+def training_images(path: str | Path, layout: str = "auto", category: str | None = None) -> list[Path]:
+    """The good images to learn from, of one product: a folder of them, a category, or a category of a data set.
+
+    Raises:
+        DataError: As `read_dataset` and `gladad.data.samples.good_images`.
+    """
+    if layout == "auto" and category is None and _is_one_product(path):
+        return good_images(path)
+    return one_category(path, layout, category).training_images()
+
+
+def labelled_samples(path: str | Path, layout: str = "auto", category: str | None = None) -> list[Sample]:
+    """The labelled images to judge a model of one product by.
+
+    Raises:
+        DataError: As `read_dataset` and `gladad.data.samples.category_samples`.
+    """
+    if layout == "auto" and category is None and _is_one_product(path):
+        return category_samples(path)
+    return one_category(path, layout, category).test_samples()
+
+
+def one_category(path: str | Path, layout: str = "auto", category: str | None = None) -> Dataset:
+    """`read_dataset` for one product.
+
+    Raises:
+        DataError: As there, or there are several categories and none was chosen.
+    """
+    dataset = read_dataset(path, layout, category)
+    if len(dataset.categories) > 1:
+        raise DataError(f"{path}: holds the categories {', '.join(dataset.categories)}; choose one with --category")
+    return dataset
+
+
+def detect_layout(path: Path) -> str:
+    """Name the layout of a file or folder, without reading images.
+
+    Layouts that look the same have one name: that of MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
+
+    Raises:
+        DataError: It is a single file, but no manifest.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: is a single file; give a folder, or a manifest (.csv or .jsonl)")
+        return "visa" if is_visa_table(path) else "manifest"
+    folders = category_folders(path)
+    if any(visa_images(folder) for folder in folders):
+        return "visa"
+    if not any(is_category(folder) for folder in folders) and (_own_name(path) == "split_csv" or folders_named(path, {"split_csv"})):
+        return "visa"
+    for folder in folders:
+        tests = folders_named(folder, TEST_FOLDERS)
+        if any(test.name.lower() == "test_public" for test in tests):
+            return "mvtec_ad_2"
+        if any(folders_named(test, {"logical_anomalies", "structural_anomalies"}) for test in tests):
+            return "mvtec_loco"
+        if any(folders_named(test, {"ko"}) for test in tests):
+            return "btad"
+    return "mvtec_ad" if any(_has_splits(folder) for folder in (*folders, _above_split(path))) else "folders"
+
+
+def _is_one_product(path: str | Path) -> bool:
+    """Whether `good_images` and `category_samples` know all there is to know, errors included."""
+    path = Path(path)
+    return not path.exists() or (path.is_dir() and detect_layout(path) in FOLDER_LAYOUTS and category_folders(path) == [path])
+
+
+def _refuse_misfit(path: Path, layout: str) -> None:
+    if layout == "manifest" and (path.is_dir() or path.suffix.lower() not in SUFFIXES):
+        raise DataError(f"{path}: is not a manifest; give a .csv or .jsonl file")
+    if layout in FOLDER_LAYOUTS and not path.is_dir():
+        raise DataError(f"{path}: is a single file; the layout {layout} is a folder")
+    if layout == "visa" and path.is_file() and not is_visa_table(path):
+        raise DataError(f"{path}: is not one of VisA's tables (object,split,label,image,mask); give one of them, or their folder")
+    if layout in FOLDER_LAYOUTS[:-1] and not any(_has_splits(folder) for folder in (*category_folders(path), _above_split(path))):
+        raise DataError(f"{path}: no train or test folder, so the layout is not {layout}; try --layout folders")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def _has_splits(folder: Path) -> bool:
+    return bool(folders_named(folder, {"train", *TEST_FOLDERS}))
+
+
+def _above_split(path: Path) -> Path:
+    """The category of a folder that is one of its splits; any other folder itself."""
+    return _absolute(path).parent if _own_name(path) in {"train", "validation", *TEST_FOLDERS} else path
+
+
+def _own_name(path: Path) -> str:
+    return _absolute(path).name.lower()
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - without following links: what is named counts
+
+
+def _read_folders(path: Path, layout: str, category: str | None) -> _Found:
+    folders = category_folders(path)
+    found = _Found()
+    if folders == [path] and not _has_splits(path) and (above := _above_split(path)) != path:
+        found.part = "test" if _own_name(path) in TEST_FOLDERS else _own_name(path)
+        _add_category(found, above, product_name(above))
+        found.samples = [sample for sample in found.samples if sample.split == found.part]
+        return found
+    names = _distinct_names(path, folders)
+    found.known = names
+    for folder, name in zip(folders, names, strict=True):
+        if category in (None, name):
+            _add_category(found, folder, name)
+    if folders != [path]:
+        taken = {*folders, *(folder.parent for folder in folders)}
+        if others := [folder.name for folder in subfolders(path) if folder not in taken and _has_image(folder)]:
+            found.notes.append(f"left out, because there is no train/, test/ or good/ in it: {', '.join(others)}")
+    return found
+
+
+def _distinct_names(root: Path, folders: Sequence[Path]) -> list[str]:
+    names = [product_name(folder) for folder in folders]
+    if max(Counter(names).values()) == 1:
+        return names
+    return [folder.relative_to(root).as_posix() for folder in folders]
+
+
+def _add_category(found: _Found, folder: Path, name: str) -> None:
+    """Training, validation and test samples of one category in folders."""
+    trains, tests = folders_named(folder, {"train"}), folders_named(folder, TEST_FOLDERS)
+    samples: list[Sample] = []
+    for parent in trains:
+        samples += labelled_images(kind_folders(parent), [], name, "train")
+    for parent in folders_named(folder, {"validation"}):
+        samples += labelled_images(kind_folders(parent), [], name, "validation")
+    if not any(folders_named(parent, NORMAL_NAMES) for parent in trains):
+        samples += [Sample(image, category=name, split="train") for parent in trains for image in images_directly_in(parent)]
+    if trains or tests:
+        kinds = [kind for parent in tests for kind in kind_folders(parent)]
+        samples += labelled_images(kinds, [folder, *tests], name, "test")
+        found.unlabelled += sum(len(images_directly_in(parent)) for parent in tests)
+    elif visa := visa_images(folder):
+        samples += _without_split([kind for images in visa for kind in kind_folders(images)], [images.parent for images in visa], name)
+    elif folders_named(folder, NORMAL_NAMES):
+        samples += _without_split(kind_folders(folder), [folder], name)
+    else:
+        samples += [Sample(image, category=name, split="train") for image in good_images(folder)]
+    found.samples += samples
+    found.unlabelled += sum(len(list_images(private)) for private in folders_named(folder, PRIVATE))
+    masks = mask_files([folder, *tests, *(images.parent for images in visa_images(folder))])
+    found.orphans[name] = _unused(masks, samples)
+
+
+def _without_split(kinds: Sequence[Path], mask_parents: Sequence[Path], category: str) -> list[Sample]:
+    """Plain folders have no splits: the good images are there to learn from, the others to be judged."""
+    samples = labelled_images(kinds, mask_parents, category, "test")
+    return [sample if sample.gt_label else replace(sample, split="train") for sample in samples]
+
+
+def _unused(masks: Iterable[Path], samples: Iterable[Sample]) -> tuple[Path, ...]:
+    used = {sample.mask_path for sample in samples}
+    return tuple(mask for mask in masks if used.isdisjoint((mask, *mask.parents)))
+
+
+def _has_image(folder: Path) -> bool:
+    return any(is_image(Path(name)) for _, _, files in os.walk(folder) for name in files)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def _read_table(path: Path, folder: Path) -> _Found:
+    manifest = read_manifest(path, folder)
+    return _Found(samples=list(manifest.samples), lines=list(manifest.lines), unlabelled=manifest.unlabelled)
+
+
+def _read_visa(path: Path) -> _Found:
+    table, root, only = _visa_table(path)
+    if table is None:
+        return _read_visa_without_table(path)
+    found = _read_table(table, root)
+    rows = [row for row in zip(found.samples, found.lines, strict=True) if only in (None, row[0].category)]
+    if not rows:
+        raise DataError(f"{table}: has no rows of {only}; give {root}, or read the folder alone with --layout folders")
+    named = {sample.category for sample, _ in rows}
+    absent = {name for name in named if not (root / name).is_dir()}
+    if absent == named:
+        raise DataError(f"{table}: none of the categories that it names is in {root}; put them beside its folder")
+    if absent:
+        found.notes.append(f"left out, because the table names them but they are not there: {', '.join(sorted(absent))}")
+    rows = [row for row in rows if row[0].category not in absent]
+    found.samples, found.lines = [sample for sample, _ in rows], [line for _, line in rows]
+    for name in named - absent:
+        parents = [root / name, *folders_named(root / name, {"data"})]
+        found.orphans[name] = _unused(mask_files(parents), found.samples)
+    return found
+
+
+def _visa_table(path: Path) -> tuple[Path | None, Path, str | None]:
+    """VisA's split table, the folder that its paths are relative to, and the only category that was asked for."""
+    absolute = _absolute(path)  # a link to a category may have the table beside it
+    if absolute.name.lower() == "split_csv":
+        path, absolute = path.parent, absolute.parent
+    if path.is_file():
+        root = absolute.parent.parent if absolute.parent.name.lower() == "split_csv" else absolute.parent
+        return path, root, None
+    places: list[tuple[Path, str | None]] = [(path, None)]
+    if visa_images(path):
+        places += [(absolute.parent, absolute.name), (path.resolve().parent, path.resolve().name)]
+    for root, only in places:
+        for folder in folders_named(root, {"split_csv"}):
+            tables = sorted(file for file in folder.iterdir() if is_visa_table(file))
+            first = [table for table in tables if table.name.lower() == "1cls.csv"] or tables
+            if len(first) > 1:
+                raise DataError(
+                    f"{folder}: has no 1cls.csv but {', '.join(t.name for t in tables)}; give one of these instead of the folder"
+                )
+            if first:
+                return first[0], root, only
+    return None, path, None
+
+
+def _read_visa_without_table(path: Path) -> _Found:
+    found = _Found()
+    for folder in category_folders(path):
+        if visa_images(folder):
+            if (table := _visa_table(folder)[0]) is not None:
+                raise DataError(f"{path}: holds VisA and more; give {table.parent.parent} for the data set of {table.name}")
+            _add_category(found, folder, product_name(folder))
+    if not found.samples:
+        raise DataError(f"{path}: no split_csv/1cls.csv and no <category>/Data/Images/Normal; give the folder that holds them")
+    normal: Counter[str] = Counter()
+    for index, sample in enumerate(found.samples):
+        if not sample.gt_label:
+            normal[sample.category] += 1
+            if normal[sample.category] % HELD_OUT_EVERY == 0:
+                found.samples[index] = replace(sample, split="test")
+    found.notes.append(
+        f"no split_csv/1cls.csv: every {HELD_OUT_EVERY}th normal image is taken for testing, which is not the published split"
+    )
+    return found

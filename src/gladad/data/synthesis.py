@@ -1,0 +1,413 @@
+"""Synthetic anomalies for training and for calibration: a random mask, something foreign inside it, the normal image outside.
+
+The published recipe (paper, section 3.3, after DRAEM): Perlin-noise masks, and inside them a texture image or the image's own
+shuffled tiles under three random colour augmentations. Two things are added, and can be switched off: small local blobs, because many
+real defects are much smaller than Perlin masks, and two more sources (the image itself shifted and re-lit; a flat colour).
+
+Everything is drawn from the generator given, so a sample depends on its seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
+
+from gladad.core.errors import DataError
+
+Foreground = Literal["all", "bright", "dark"]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """How synthetic anomalies look."""
+
+    perlin_scales: tuple[int, int] = (0, 5)  # noise cells per axis are 2^k, k uniform in this closed range
+    perlin_threshold: float = 0.3  # Perlin noise in about [-1, 1] above which the mask is set
+    rotation: float = 90.0  # degrees, masks are rotated by up to +- this
+    max_beta: float = 0.8  # largest share of the original inside the mask
+    local_share: float = 0.0  # probability of a few small blobs instead of a Perlin mask
+    local_radius: tuple[float, float] = (0.012, 0.25)  # blob radius, as a share of the shorter side
+    source_weights: tuple[float, float, float, float] = (0.5, 0.5, 0.0, 0.0)  # texture, shuffled tiles, shifted self, flat colour
+    augmentations: int = 3  # random colour or geometry changes of a texture or tile source
+
+
+LITE = SynthesisConfig(local_share=0.5, perlin_scales=(1, 5), source_weights=(0.35, 0.2, 0.3, 0.15), augmentations=1)
+"""The mix used for the ``lite`` base: half of the masks are small, and half of the sources stay close to the part's own look."""
+
+
+class Draw:
+    """Random numbers from a `numpy.random.Generator`, with the few shapes the recipe needs."""
+
+    def __init__(self, seed: int | Sequence[int]):
+        self.rng = np.random.default_rng(seed)
+
+    def uniform(self, low: float, high: float) -> float:
+        """Uniform in ``[low, high)``."""
+        return float(self.rng.uniform(low, high))
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform in the closed range."""
+        return int(self.rng.integers(low, high + 1))
+
+
+def perlin_noise(size: tuple[int, int], cells: tuple[int, int], draw: Draw) -> NDArray[np.float32]:
+    """Perlin noise ``[H, W]`` of about [-1, 1] over a lattice of ``cells`` (K. Perlin, 2002: quintic fade)."""
+    angle = draw.rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1)).astype(np.float32)
+    gy, gx = np.sin(angle), np.cos(angle)
+    ys = np.linspace(0, cells[0], size[0], endpoint=False, dtype=np.float32)
+    xs = np.linspace(0, cells[1], size[1], endpoint=False, dtype=np.float32)
+    yi, xi = ys.astype(np.int64), xs.astype(np.int64)
+    fy, fx = (ys - yi)[:, None], (xs - xi)[None, :]
+
+    def corner(dy: int, dx: int) -> NDArray[np.float32]:
+        rows, columns = (yi + dy)[:, None], (xi + dx)[None, :]
+        return np.asarray(gy[rows, columns] * (fy - dy) + gx[rows, columns] * (fx - dx))
+
+    def fade(f: NDArray[np.float32]) -> NDArray[np.float32]:
+        return f**3 * (f * (f * 6 - 15) + 10)
+
+    u, v = fade(fy), fade(fx)
+    top = corner(0, 0) * (1 - v) + corner(0, 1) * v
+    bottom = corner(1, 0) * (1 - v) + corner(1, 1) * v
+    return np.asarray((top * (1 - u) + bottom * u) * math.sqrt(2), dtype=np.float32)
+
+
+def perlin_mask(size: tuple[int, int], config: SynthesisConfig, draw: Draw) -> NDArray[np.bool_]:
+    """Thresholded, randomly rotated Perlin noise: ``[H, W]`` bool."""
+    low, high = config.perlin_scales
+    cells = (2 ** draw.integer(low, high), 2 ** draw.integer(low, high))
+    noise = Image.fromarray(perlin_noise(size, cells, draw))
+    turned = noise.rotate(draw.uniform(-config.rotation, config.rotation), Image.Resampling.BILINEAR)
+    return np.asarray(turned) > config.perlin_threshold
+
+
+def local_mask(size: tuple[int, int], config: SynthesisConfig, draw: Draw, foreground: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """One to three small ellipses with ragged edges, centred on the foreground: ``[H, W]`` bool."""
+    height, width = size
+    mask = np.zeros(size, dtype=bool)
+    places = None if foreground is None else np.flatnonzero(foreground)
+    for _ in range(draw.integer(1, 3)):
+        if places is not None and len(places):
+            cy, cx = divmod(int(places[draw.integer(0, len(places) - 1)]), width)
+        else:
+            cy, cx = draw.integer(0, height - 1), draw.integer(0, width - 1)
+        low, high = (math.log(r * min(size)) for r in config.local_radius)
+        radius, stretch, angle = math.exp(draw.uniform(low, high)), math.exp(draw.uniform(-1.2, 1.2)), draw.uniform(0, math.pi)
+        y, x = np.arange(height)[:, None] - cy, np.arange(width)[None, :] - cx
+        along = (x * math.cos(angle) + y * math.sin(angle)) / (radius * stretch**0.5)
+        across = (-x * math.sin(angle) + y * math.cos(angle)) / (radius / stretch**0.5)
+        cells = (2 ** draw.integer(3, 5), 2 ** draw.integer(3, 5))
+        mask |= np.hypot(along, across) + 0.6 * perlin_noise(size, cells, draw) < 1
+    return mask
+
+
+def foreground_mask(pixels: Pixels, foreground: Foreground) -> NDArray[np.bool_] | None:
+    """Where the part is: Otsu's threshold on the grey image. None means the whole image.
+
+    Args:
+        pixels: ``[H, W, 3]`` uint8.
+        foreground: ``bright`` part on dark ground, ``dark`` part on bright ground, or ``all``.
+    """
+    if foreground == "all":
+        return None
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    threshold = otsu_threshold(grey)
+    return grey > threshold if foreground == "bright" else grey <= threshold
+
+
+def otsu_threshold(grey: NDArray[np.uint8]) -> int:
+    """Otsu's threshold of an 8-bit image: the level that maximises the variance between the two classes."""
+    histogram = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
+    weight = np.cumsum(histogram)
+    total = np.cumsum(histogram * np.arange(256))
+    below, above = weight[:-1], weight[-1] - weight[:-1]
+    valid = (below > 0) & (above > 0)
+    means = np.zeros(255)
+    means[valid] = total[:-1][valid] / below[valid] - (total[-1] - total[:-1][valid]) / above[valid]
+    return int(np.argmax(below * above * means**2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForegroundChoice:
+    """Which part of the images is the part, and why.
+
+    Attributes:
+        foreground: What `foreground_mask` is to take.
+        reason: One sentence for people.
+        separation: Otsu's criterion, the median over images: the share of the grey levels' variance that lies between the two classes.
+        share: The share of the image that the part takes, the median over images; 1 with ``all``.
+    """
+
+    foreground: Foreground
+    reason: str
+    separation: float
+    share: float
+
+
+# An image shows a part before a ground when all of these hold. One Gaussian has a separation of 0.64, an even ramp of 0.75.
+MIN_SEPARATION = 0.8  # of Otsu's classes
+MIN_CONTRAST = 16.0  # grey levels between their means
+MIN_BORDER = 0.9  # share of the image's border that is ground
+MIN_SIDE = 0.75  # the same of each of its four sides: a thread or a clamp may cross it
+MAX_UNEVENNESS = 0.2  # standard deviation of the ground, as a share of the contrast
+PART_SHARE = (0.01, 0.85)  # of the image that is not ground
+PIECES, MIN_GATHERED = 8, 0.9  # this many pieces hold at least this share of the part
+# And the set does when this share of its images agrees, and parts are alike in size.
+MIN_AGREEMENT = 0.9
+MAX_SPREAD = 1.0  # 10 % to 90 % quantile of the part's share, relative to its median
+MASK_SIDE, BORDER = 128, 3  # the shape of a mask is judged at this side, and its border is this wide, pixels
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How Otsu's threshold splits one image, the class that most of the border belongs to being the ground."""
+
+    bright: bool  # the part is the brighter class
+    separation: float
+    contrast: float
+    border: float
+    side: float
+    unevenness: float
+    share: float
+    gathered: float
+
+
+def choose_foreground(images: Sequence[Pixels]) -> ForegroundChoice:
+    """Decide from normal images whether a part stands before an even ground, and whether it is the brighter or the darker side.
+
+    When in doubt it is ``all``: textures, parts that fill the image, and uneven light. The order of the images does not matter.
+
+    Args:
+        images: ``[H, W, 3]`` uint8 normal images, of any sizes. What is judged are the masks that `foreground_mask` would give.
+
+    Raises:
+        DataError: There are no images.
+    """
+    if not len(images):
+        raise DataError("choosing a foreground needs at least one image")
+    splits = [_split(pixels) for pixels in images]
+
+    def median(field: str) -> float:
+        return float(np.median([getattr(split, field) for split in splits]))
+
+    def everything(why: str) -> ForegroundChoice:
+        reason = f"the whole image, as no part stands before an even ground: {why}"
+        return ForegroundChoice(foreground="all", reason=reason, separation=median("separation"), share=1.0)
+
+    share = median("share")
+    failures = {
+        f"there is no contrast (the classes of Otsu differ by {median('contrast'):.0f} of 255 levels)": [
+            split.contrast < MIN_CONTRAST for split in splits
+        ],
+        f"Otsu separates only {median('separation'):.0%} of the variance": [split.separation < MIN_SEPARATION for split in splits],
+        f"the ground would hold only {median('border'):.0%} of the border": [split.border < MIN_BORDER for split in splits],
+        f"on one side the ground would hold only {median('side'):.0%} of the border": [split.side < MIN_SIDE for split in splits],
+        f"the ground would vary by {median('unevenness'):.0%} of its contrast to the part": [
+            split.unevenness > MAX_UNEVENNESS for split in splits
+        ],
+        f"the part would take {share:.0%} of the image": [not PART_SHARE[0] <= split.share <= PART_SHARE[1] for split in splits],
+        f"only {median('gathered'):.0%} of the part would lie in its {PIECES} largest pieces": [
+            split.gathered < MIN_GATHERED for split in splits
+        ],
+    }
+    for why, failed in failures.items():
+        if np.mean(failed) > 0.5:
+            return everything(why)
+    fits = ~np.any(list(failures.values()), axis=0)
+    bright = np.array([split.bright for split in splits])
+    votes = {side: float(np.mean(fits & (bright == (side == "bright")))) for side in ("bright", "dark")}
+    foreground: Foreground = "bright" if votes["bright"] > votes["dark"] else "dark"
+    if votes[foreground] < MIN_AGREEMENT:
+        return everything(f"{votes['bright']:.0%} of the images show a bright part, {votes['dark']:.0%} a dark one")
+    low, high = np.quantile([split.share for split in splits], (0.1, 0.9))
+    if high - low > MAX_SPREAD * share:
+        return everything(f"the part would take {low:.0%} of some images and {high:.0%} of others")
+    reason = (
+        f"a {foreground} part on an even {'dark' if foreground == 'bright' else 'bright'} ground: Otsu separates "
+        f"{median('separation'):.0%} of the variance, the ground holds {median('border'):.0%} of the border"
+    )
+    return ForegroundChoice(foreground=foreground, reason=reason, separation=median("separation"), share=share)
+
+
+def _split(pixels: Pixels) -> _Split:
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    above = grey > otsu_threshold(grey)
+    if above.all() or not above.any():
+        return _Split(bright=False, separation=0, contrast=0, border=1, side=1, unevenness=0, share=0, gathered=0)
+    levels = np.bincount(grey[above], minlength=256), np.bincount(grey[~above], minlength=256)
+    (bright_mean, bright_std), (dark_mean, dark_std) = (_moments(histogram) for histogram in levels)
+    contrast, weight = bright_mean - dark_mean, float(above.mean())
+    between = weight * (1 - weight) * contrast**2
+    within = weight * bright_std**2 + (1 - weight) * dark_std**2
+
+    small = Image.fromarray(above).convert("L").resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BOX)
+    shape = np.asarray(small) > 127
+    ring = np.ones_like(shape)
+    ring[BORDER:-BORDER, BORDER:-BORDER] = False
+    bright = bool(shape[ring].mean() <= 0.5)  # the border is dark
+    ground = shape != bright
+    sides = (ground[:BORDER], ground[-BORDER:], ground[:, :BORDER], ground[:, -BORDER:])
+    pieces, count = ndimage.label(~ground)
+    areas = np.sort(np.bincount(pieces.ravel(), minlength=count + 1)[1:])[::-1]
+    return _Split(
+        bright=bright,
+        separation=between / (between + within),
+        contrast=contrast,
+        border=float(ground[ring].mean()),
+        side=float(min(side.mean() for side in sides)),
+        unevenness=(dark_std if bright else bright_std) / contrast,
+        share=weight if bright else 1 - weight,
+        gathered=float(areas[:PIECES].sum() / max(1, areas.sum())),
+    )
+
+
+def _moments(histogram: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean and standard deviation of the levels counted in a histogram."""
+    levels = np.arange(len(histogram))
+    mean = float(np.average(levels, weights=histogram))
+    return mean, math.sqrt(float(np.average((levels - mean) ** 2, weights=histogram)))
+
+
+# Colour and geometry changes of a source image; each draws its own strength. The list is the published one.
+AUGMENTATIONS: tuple[Callable[[Image.Image, Draw], Image.Image], ...] = (
+    lambda image, draw: image.point(_gamma_table(draw.uniform(0.5, 2.0)) * 3),
+    lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.uniform(0.8, 1.2)),
+    lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.uniform(0.0, 3.0)),
+    lambda image, draw: _shift_hue(image, draw),
+    lambda image, draw: ImageOps.solarize(image, draw.integer(32, 128)),
+    lambda image, draw: ImageOps.posterize(image, draw.integer(2, 6)),
+    lambda image, draw: ImageOps.invert(image),
+    lambda image, draw: ImageOps.autocontrast(image),
+    lambda image, draw: ImageOps.equalize(image),
+    lambda image, draw: image.rotate(draw.uniform(-45, 45), Image.Resampling.BILINEAR),
+)
+
+
+def _gamma_table(gamma: float) -> list[int]:
+    return [round(255 * (level / 255) ** gamma) for level in range(256)]
+
+
+def _shift_hue(image: Image.Image, draw: Draw) -> Image.Image:
+    hsv = np.asarray(image.convert("HSV")).astype(np.int16)
+    hsv[..., 0] = (hsv[..., 0] + draw.integer(-35, 35)) % 256
+    hsv[..., 1] = np.clip(hsv[..., 1] + draw.integer(-50, 50), 0, 255)
+    return Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
+
+
+def augment(pixels: Pixels, count: int, draw: Draw) -> Pixels:
+    """Apply ``count`` different random augmentations."""
+    image = Image.fromarray(pixels)
+    for index in draw.rng.choice(len(AUGMENTATIONS), size=count, replace=False):
+        image = AUGMENTATIONS[int(index)](image, draw)
+    return np.asarray(image)
+
+
+def shuffled_tiles(pixels: Pixels, draw: Draw, tiles: int = 8) -> Pixels:
+    """The image cut into ``tiles`` x ``tiles`` pieces and shuffled; sides that do not divide keep a border."""
+    height, width = pixels.shape[0] // tiles, pixels.shape[1] // tiles
+    out = pixels.copy()
+    pieces = [(r * height, c * width) for r in range(tiles) for c in range(tiles)]
+    for (y, x), source in zip(pieces, draw.rng.permutation(len(pieces)), strict=True):
+        sy, sx = pieces[int(source)]
+        out[y : y + height, x : x + width] = pixels[sy : sy + height, sx : sx + width]
+    return out
+
+
+def shifted_self(pixels: Pixels, draw: Draw) -> Pixels:
+    """The image moved by up to an eighth of its size and re-lit: content that belongs to the part, in the wrong place or light."""
+    height, width = pixels.shape[:2]
+    moved = np.roll(pixels, (draw.integer(-height // 8, height // 8), draw.integer(-width // 8, width // 8)), axis=(0, 1))
+    lit = (moved.astype(np.float32) - 127.5) * draw.uniform(0.6, 1.4) + 127.5 + draw.uniform(-50, 50)
+    return lit.clip(0, 255).astype(np.uint8)
+
+
+def flat_colour(pixels: Pixels, draw: Draw) -> Pixels:
+    """One colour, near grey, with a little grain."""
+    grey = draw.uniform(0, 255)
+    colour = grey + draw.rng.uniform(-38, 38, 3)
+    grain = draw.rng.normal(0, 12, (*pixels.shape[:2], 1))
+    return (colour + grain).clip(0, 255).astype(np.uint8)
+
+
+def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
+    """A random texture without any texture images: two colours blended by stripes, cells, grain or clouds of random scale.
+
+    Args:
+        size: ``(H, W)``.
+        draw: Random numbers.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+    """
+    high = max(1, int(math.log2(min(size))) - 1)
+    cells = (2 ** draw.integer(1, high), 2 ** draw.integer(1, high))
+    pattern = perlin_noise(size, cells, draw)
+    kind = draw.integer(0, 3)
+    if kind == 0:  # stripes, bent by the noise
+        angle, period = draw.uniform(0, math.pi), draw.uniform(3, min(size) / 4)
+        y, x = np.arange(size[0])[:, None], np.arange(size[1])[None, :]
+        pattern = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period) + 2 * pattern).astype(np.float32)
+    elif kind == 1:  # hard-edged patches
+        pattern = np.sign(pattern - draw.uniform(-0.3, 0.3))
+    elif kind == 2:  # grain
+        pattern = (0.5 * pattern + 0.5 * draw.rng.normal(size=size)).astype(np.float32)
+    first, second = draw.rng.uniform(0, 255, (2, 3)) if draw.uniform(0, 1) < 0.5 else draw.rng.uniform(0, 255, (2, 1)).repeat(3, axis=1)
+    share = (0.5 + 0.5 * pattern).clip(0, 1)[..., None]
+    return np.asarray(np.rint(share * first + (1 - share) * second), dtype=np.uint8)
+
+
+def synthesise(
+    pixels: Pixels,
+    draw: Draw,
+    config: SynthesisConfig,
+    textures: Sequence[Pixels] = (),
+    foreground: Foreground = "all",
+) -> tuple[Pixels, NDArray[np.bool_]]:
+    """Put one synthetic anomaly into a normal image.
+
+    Args:
+        pixels: ``[H, W, 3]`` uint8 normal image.
+        draw: The sample's random numbers.
+        config: The recipe.
+        textures: ``[H, W, 3]`` images of the same size to take content from; without any, textures are generated.
+        foreground: Where anomalies may appear.
+
+    Returns:
+        The image with the anomaly, and its mask ``[H, W]`` bool (never empty).
+    """
+    size = (pixels.shape[0], pixels.shape[1])
+    allowed = foreground_mask(pixels, foreground)
+    mask = np.zeros(size, dtype=bool)
+    for attempt in range(8):
+        local = attempt >= 4 or draw.uniform(0, 1) < config.local_share
+        mask = local_mask(size, config, draw, allowed) if local else perlin_mask(size, config, draw)
+        if allowed is not None and allowed.any():
+            mask &= allowed
+        if mask.any():
+            break
+    else:
+        mask[size[0] // 2, size[1] // 2] = True
+
+    weights = np.array(config.source_weights, dtype=np.float64)
+    kind = int(draw.rng.choice(4, p=weights / weights.sum()))
+    if kind == 0:
+        texture = textures[draw.integer(0, len(textures) - 1)] if len(textures) else procedural_texture(size, draw)
+        source = augment(texture, config.augmentations, draw)
+    elif kind == 1:
+        source = augment(shuffled_tiles(pixels, draw), config.augmentations, draw)
+    elif kind == 2:
+        source = shifted_self(pixels, draw)
+    else:
+        source = flat_colour(pixels, draw)
+
+    beta = draw.uniform(0, config.max_beta)
+    blended = beta * pixels.astype(np.float32) + (1 - beta) * source.astype(np.float32)
+    return np.where(mask[..., None], np.rint(blended).astype(np.uint8), pixels), mask

@@ -1,0 +1,1 @@
+"""From scores to decisions: conformal thresholds and regions."""

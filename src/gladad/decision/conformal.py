@@ -1,0 +1,183 @@
+"""Decisions with a known error rate, learned from held-out *normal* images only.
+
+The decision threshold is a split-conformal quantile (Vovk et al. 2005; Lei et al., JASA 2018): with ``n`` held-out normal scores and a
+requested false-reject rate ``a``, the threshold is the ``ceil((n + 1)(1 - a))``-th smallest of them. For a new normal image that is
+exchangeable with them, ``P(score > threshold) <= a``, for any distribution and any model. That rank exists only when
+``n >= 1/a - 1`` (99 images for 1 %). With fewer there is no such guarantee, and none is claimed: the threshold is then the largest
+held-out score or the quantile of a normal law fitted to the logarithm of the scores, whichever is larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+
+MIN_HELD_OUT = 4
+"""Fewest held-out normal images that a calibration is made from."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A decision threshold and what is known of it.
+
+    Attributes:
+        value: Scores above it are rejected.
+        false_reject_rate: The rate asked for.
+        n: Held-out normal images it was made from.
+        method: "conformal" (the guarantee holds), "cross-fitted" (the same rank of scores of other models than the final one: it holds
+            approximately), "extrapolated" (too few images: no guarantee) or "copies" (scores of copies of a few images: none either).
+        needed: Held-out images from which on the guarantee would hold.
+    """
+
+    value: float
+    false_reject_rate: float
+    n: int
+    method: str
+    needed: int
+
+    @property
+    def statement(self) -> str:
+        """One sentence for people."""
+        rate = f"{self.false_reject_rate:.2%}"
+        if self.method == "conformal":
+            return f"at most {rate} of good parts like the {self.n} held-out ones are rejected (split-conformal, finite-sample guarantee)"
+        if self.method == "cross-fitted":
+            return f"about {rate} of good parts like these {self.n} are rejected, or fewer (cross-fitted: an approximation, no guarantee)"
+        if self.method == "copies":
+            return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
+        return (
+            f"no guarantee: {rate} false rejects need {self.needed} held-out images and there are {self.n}; "
+            "the threshold is extrapolated from their scores"
+        )
+
+
+def required_images(false_reject_rate: float) -> int:
+    """Held-out normal images needed for the conformal guarantee: the smallest ``n`` with ``n >= 1/a - 1``."""
+    return math.ceil(1 / false_reject_rate - 1 - 1e-9)
+
+
+def check_rate(false_reject_rate: float) -> None:
+    """Refuse rates outside (0, 0.5].
+
+    Raises:
+        ConfigError: The rate makes no sense.
+    """
+    if not 0 < false_reject_rate <= 0.5:
+        raise ConfigError(f"false_reject_rate must be above 0 and at most 0.5, not {false_reject_rate}")
+
+
+def conformal_threshold(
+    normal_scores: Sequence[float], false_reject_rate: float, *, cross_fitted: bool = False, images: int | None = None
+) -> Threshold:
+    """The decision threshold for a requested false-reject rate (see the module's text).
+
+    Args:
+        normal_scores: Raw scores.
+        false_reject_rate: In (0, 0.5].
+        cross_fitted: Each score comes from a model of its own fold, not from the one that will be used.
+        images: Number of different images behind the scores, where some are of copies of others.
+
+    Raises:
+        ConfigError: The rate is not in (0, 0.5].
+        DataError: There are fewer than four scores.
+    """
+    check_rate(false_reject_rate)
+    scores = np.sort(np.asarray(normal_scores, dtype=np.float64))
+    n = len(scores)
+    if n < MIN_HELD_OUT:
+        raise DataError(f"calibration needs at least {MIN_HELD_OUT} held-out good images, there are {n}; add good images")
+    copies = images is not None and images < n
+    needed = required_images(false_reject_rate)
+    rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
+    if rank <= n and not copies:
+        return Threshold(float(scores[rank - 1]), false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
+    logs = np.log(np.maximum(scores, 1e-12))
+    fitted = math.exp(float(logs.mean()) + NormalDist().inv_cdf(1 - false_reject_rate) * float(logs.std(ddof=1)))
+    method, count = ("copies", images or n) if copies else ("extrapolated", n)
+    return Threshold(max(float(scores[-1]), fitted), false_reject_rate, count, method, needed)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What inspection needs to know of normal images.
+
+    Attributes:
+        scores: Sorted raw scores of the held-out normal images.
+        threshold: Decision threshold on the raw score.
+        pixel_threshold: Threshold of the raw map for masks.
+        cross_fitted: Whether each score comes from a model that did not see its image, over folds of all images (then the
+            guarantee is approximate: the final model saw more images than each fold's).
+    """
+
+    scores: tuple[float, ...]
+    threshold: Threshold
+    pixel_threshold: float
+    cross_fitted: bool = False
+
+    def p_value(self, score: float) -> float:
+        """Conformal p-value, ``(1 + #{held-out >= score}) / (n + 1)``, in (0, 1].
+
+        Where scores are of copies it is no smaller than it can be for the number of different images.
+        """
+        above = len(self.scores) - int(np.searchsorted(self.scores, score, side="left"))
+        return max((1 + above) / (len(self.scores) + 1), 1 / (self.threshold.n + 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self) | {"statement": self.threshold.statement}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Calibration:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ModelFormatError: A key is missing or of the wrong type.
+        """
+        try:
+            return cls(
+                scores=tuple(float(s) for s in value["scores"]),
+                threshold=Threshold(**value["threshold"]),
+                pixel_threshold=float(value["pixel_threshold"]),
+                cross_fitted=bool(value["cross_fitted"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFormatError(f"calibration.json: key missing or wrong ({error})") from error
+
+
+def calibrate(
+    normal_scores: Sequence[float],
+    normal_map_peaks: Sequence[float],
+    false_reject_rate: float,
+    *,
+    cross_fitted: bool = False,
+    images: int | None = None,
+) -> Calibration:
+    """Fit the decision and the pixel threshold on held-out normal images.
+
+    The pixel threshold is chosen the same way from the largest map value of each image, so that a normal image has any masked
+    pixel at all with about the requested probability.
+
+    Args:
+        normal_scores: Raw image scores of held-out normal images.
+        normal_map_peaks: Largest raw map value of each.
+        false_reject_rate: Requested rate, in (0, 0.5].
+        cross_fitted: Recorded, see `Calibration`.
+        images: Number of different images, see `conformal_threshold`.
+    """
+    threshold, pixel_threshold = (
+        conformal_threshold(values, false_reject_rate, cross_fitted=cross_fitted, images=images)
+        for values in (normal_scores, normal_map_peaks)
+    )
+    return Calibration(
+        scores=tuple(sorted(float(s) for s in normal_scores)),
+        threshold=threshold,
+        pixel_threshold=pixel_threshold.value,
+        cross_fitted=cross_fitted,
+    )

@@ -1,0 +1,31 @@
+"""Connected areas of a predicted mask."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
+
+from gladad.core.records import Region
+
+MAX_REGIONS = 100
+
+
+def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> tuple[Region, ...]:
+    """8-connected areas of a mask ``[H, W]``, largest peak first, at most 100."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if not count:
+        return ()
+    index = np.arange(1, count + 1)
+    peaks = ndimage.maximum(anomaly_map, labels, index)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    boxes = ndimage.find_objects(labels)
+    order = np.argsort(-np.asarray(peaks), kind="stable")[:MAX_REGIONS]
+    return tuple(
+        Region(
+            box=(boxes[i][1].start, boxes[i][0].start, boxes[i][1].stop, boxes[i][0].stop),
+            area=int(areas[i]),
+            peak=float(peaks[i]),
+        )
+        for i in order
+    )

@@ -1,0 +1,1 @@
+"""Metrics, and measuring a detector on labelled images."""

@@ -1,0 +1,1 @@
+"""Metrics of scores, maps and decisions: functions on NumPy arrays that know nothing else of the program."""

@@ -1,0 +1,1 @@
+"""Detectors without diffusion, to compare with."""

@@ -1,0 +1,169 @@
+"""Baselines: anomalib's PatchCore and PaDiM on exactly the features of the ``lite`` base.
+
+anomalib (extra ``gladad[anomalib]``) brings the models; they are built, filled and asked through its own classes. Only the backbone is
+replaced by the features that ``lite`` and our memory bank use, so that all of them see the same. Scores and maps are theirs; threshold and
+metrics are ours.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
+from gladad.core.inference import one_thread
+from gladad.core.records import Inspection, Progress, no_progress
+from gladad.core.settings import from_json, to_json
+from gladad.core.storage import load_tensors, save_tensors
+from gladad.features.whitening import FEATURE_CHANNELS
+from gladad.models.baselines.memory_bank import FeatureExtractor
+
+Pixels = NDArray[np.uint8]
+Method = Literal["patchcore", "padim"]
+WEIGHTS_FILE = "anomalib.safetensors"
+LAYER = "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnomalibConfig:
+    """Which model, and its own settings."""
+
+    method: Method = "patchcore"
+    image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels; multiples of 32
+    coreset: float = 0.01  # share of the vectors that PatchCore keeps (its paper reports 25 %, 10 % and 1 %)
+    neighbours: int = 9  # of PatchCore's re-weighting of the score
+    dimensions: int = 100  # random feature dimensions that PaDiM keeps (its paper: 100 with ResNet-18)
+    seed: int = 0  # of both choices
+
+
+class _Features(nn.Module):
+    """Our features in the form in which anomalib's models ask for them."""
+
+    def __init__(self, image_size: tuple[int, int]):
+        super().__init__()
+        self.extract = FeatureExtractor(image_size)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {LAYER: self.extract(images)}
+
+
+class AnomalibBase:
+    """A model of anomalib behind the interface that `gladad.detector.glad` uses.
+
+    Args:
+        config: Which model.
+
+    Raises:
+        MissingExtraError: anomalib is not installed.
+    """
+
+    def __init__(self, config: AnomalibConfig):
+        self.config = config
+        try:
+            from anomalib.models.image.padim.torch_model import PadimModel
+            from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+        except ImportError as error:
+            raise MissingExtraError(f"the base anomalib-{config.method}", "'gladad[anomalib]'") from error
+        # The models ask their backbone for its channels only; the features themselves come from ours.
+        shape = nn.Sequential(OrderedDict([(LAYER, nn.Conv2d(3, FEATURE_CHANNELS, 1))]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            if config.method == "patchcore":
+                self.model: Any = PatchcoreModel(layers=[LAYER], backbone=shape, num_neighbors=config.neighbours)
+            else:
+                self.model = PadimModel(layers=[LAYER], backbone=shape, n_features=config.dimensions)
+        self.features = _Features(config.image_size)
+        self.model.feature_extractor = self.features
+
+    @property
+    def kind(self) -> str:
+        """The base's name."""
+        return f"anomalib-{self.config.method}"
+
+    @property
+    def workers(self) -> int:
+        """Images that are best inspected at the same time: one per core, because each runs on one thread."""
+        return max(1, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def inspect(self, pixels: Pixels) -> Inspection:
+        """The model's own map and score of one ``[H, W, 3]`` uint8 image of any size."""
+        with one_thread():
+            result = self.model(self.features.extract.prepare(pixels))
+        maps = result.anomaly_map.reshape(self.config.image_size).float().numpy()
+        return Inspection(map=maps, score=float(result.pred_score), step=0, latent=None)
+
+    def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> None:
+        """These models rebuild nothing."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what was learned into a folder; returns the JSON-ready config."""
+        save_tensors(folder / WEIGHTS_FILE, {name: getattr(owner, attribute) for name, owner, attribute in self._learned()})
+        return to_json(self.config)
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> AnomalibBase:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelFormatError: Folder and description do not fit together.
+            MissingExtraError: anomalib is not installed.
+        """
+        tensors = load_tensors(folder / WEIGHTS_FILE)
+        try:
+            base = cls(from_json(AnomalibConfig, config))
+            for name, owner, attribute in base._learned():
+                setattr(owner, attribute, tensors[name])
+        except (KeyError, ConfigError) as error:
+            raise ModelFormatError(f"{folder}: its tensors and its description do not fit together ({error})") from error
+        base.model.eval()
+        return base
+
+    def _learned(self) -> list[tuple[str, Any, str]]:
+        """``(name in the file, object, attribute)`` of every tensor that fitting sets."""
+        if self.config.method == "patchcore":
+            return [("memory_bank", self.model, "memory_bank")]
+        gaussian = self.model.gaussian
+        return [("idx", self.model, "idx"), ("mean", gaussian, "mean"), ("inv_covariance", gaussian, "inv_covariance")]
+
+
+@torch.no_grad()
+def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: Progress = no_progress) -> AnomalibBase:
+    """Fit a model of anomalib on good images; the same images and seed give the same model.
+
+    Args:
+        images: ``[H, W, 3]`` uint8 normal images.
+        config: Which model.
+        progress: Told of every image.
+
+    Raises:
+        MissingExtraError: anomalib is not installed.
+    """
+    base = AnomalibBase(config)
+    base.model.train()
+    for done, pixels in enumerate(images, start=1):
+        base.model(base.features.extract.prepare(pixels))
+        progress("features", done, len(images))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        state = np.random.get_state()  # noqa: NPY002 (their random projection draws from it)
+        np.random.seed(config.seed)  # noqa: NPY002
+        try:
+            if config.method == "patchcore":
+                base.model.subsample_embedding(config.coreset)
+            else:
+                base.model.fit()
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+    for _, owner, attribute in base._learned():  # as they will be after loading: the order of sums follows the layout
+        setattr(owner, attribute, getattr(owner, attribute).contiguous())
+    base.model.eval()
+    return base

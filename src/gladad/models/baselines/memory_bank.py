@@ -1,0 +1,147 @@
+"""Baseline: a memory bank of feature vectors, after PatchCore (Roth et al., CVPR 2022), on exactly the features of the ``lite`` base.
+
+A random sample of the standardised feature vectors of the good images is the memory. The anomaly map is the distance of every vector of an
+image to its nearest one in memory, upsampled and blurred; the score is the mean of the largest pixels. Images, sizes, features, blur and
+score are those of ``lite``, so that a difference between the two is the diffusion's. PatchCore's coreset is replaced by the random sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gladad.algorithm import gaussian_blur, top_k_mean
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.inference import inference_copy, one_thread
+from gladad.core.records import Inspection, Progress, no_progress
+from gladad.core.settings import from_json, to_json
+from gladad.core.storage import load_tensors, save_tensors
+from gladad.features.efficientnet import EfficientNetLite0, pretrained
+from gladad.features.whitening import CELL, FEATURE_CHANNELS, stack_features
+
+Pixels = NDArray[np.uint8]
+WEIGHTS_FILE = "memory_bank.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBankConfig:
+    """Shape and scoring; those that ``lite`` has too have the same values there."""
+
+    image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to; multiples of 32
+    memory: int = 20_000  # feature vectors kept at most
+    blur_sigma: float = 4.0  # Gaussian blur of the map, pixels
+    top_k: int = 250  # pixels averaged into the image score
+    seed: int = 0  # of the choice of vectors
+
+
+class FeatureExtractor:
+    """The stacked features of the ``lite`` base, of one image or many, in the precision in which it inspects."""
+
+    def __init__(self, image_size: tuple[int, int]):
+        self.image_size = image_size
+        self.grid = (image_size[0] // CELL, image_size[1] // CELL)
+        self._trunk = inference_copy(pretrained(), EfficientNetLite0())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> ``[B, 328, h, w]`` float32."""
+        return stack_features(self._trunk, images, self.grid)
+
+    def prepare(self, pixels: Pixels) -> Tensor:
+        """``uint8 [H, W, 3]`` of any size -> ``[1, 3, H, W]`` in [0, 1] at the working size."""
+        return to_tensor(resize_pixels(pixels, self.image_size))[None]
+
+
+class MemoryBank:
+    """A fitted memory bank behind the interface that `gladad.detector.glad` uses.
+
+    Args:
+        config: Shape and scoring.
+        memory: ``[M, 328]`` standardised feature vectors of good images.
+        mean: ``[328]`` of the features on good images.
+        std: ``[328]`` of them.
+    """
+
+    kind = "memory-bank"
+
+    def __init__(self, config: MemoryBankConfig, memory: Tensor, mean: Tensor, std: Tensor):
+        self.config, self.memory, self.mean, self.std = config, memory, mean, std
+        self.extract = FeatureExtractor(config.image_size)
+        self._squares = memory.square().sum(1)
+
+    @property
+    def workers(self) -> int:
+        """Images that are best inspected at the same time: one per core, because each runs on one thread."""
+        return max(1, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def inspect(self, pixels: Pixels) -> Inspection:
+        """Map and score of one ``[H, W, 3]`` uint8 image of any size, in units of standardised feature distance."""
+        config = self.config
+        with one_thread():
+            features = self.extract(self.extract.prepare(pixels))[0]
+            rows = (features.flatten(1).T - self.mean) / self.std
+            # A thousand rows at a time: the distances of a large image would not fit.
+            nearest = torch.cat([(self._squares - 2 * part @ self.memory.T).amin(dim=1) for part in rows.split(1024)])
+            squared = nearest + rows.square().sum(1)
+            cells = squared.clamp_min(0).sqrt().view(1, 1, *features.shape[1:])
+            upsampled = F.interpolate(cells, config.image_size, mode="bilinear", align_corners=False)
+            maps = gaussian_blur(upsampled, config.blur_sigma, 2 * math.ceil(4 * config.blur_sigma) + 1)
+            score = float(top_k_mean(maps, config.top_k))
+        return Inspection(map=maps[0, 0].numpy(), score=score, step=0, latent=None)
+
+    def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> None:
+        """A memory bank rebuilds nothing."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the memory into a folder; returns the JSON-ready config."""
+        save_tensors(folder / WEIGHTS_FILE, {"memory": self.memory, "mean": self.mean, "std": self.std})
+        return to_json(self.config)
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> MemoryBank:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelFormatError: Folder and description do not fit together.
+        """
+        tensors = load_tensors(folder / WEIGHTS_FILE)
+        try:
+            return cls(from_json(MemoryBankConfig, config), tensors["memory"], tensors["mean"], tensors["std"])
+        except (KeyError, ConfigError) as error:
+            raise ModelFormatError(f"{folder}: its memory and its description do not fit together ({error})") from error
+
+
+@torch.inference_mode()
+def fit_memory_bank(images: Sequence[Pixels], config: MemoryBankConfig, *, progress: Progress = no_progress) -> MemoryBank:
+    """Remember good images; the same images and seed give the same memory.
+
+    Args:
+        images: ``[H, W, 3]`` uint8 normal images.
+        config: Shape and scoring.
+        progress: Told of every image.
+    """
+    extract = FeatureExtractor(config.image_size)
+    parts = []
+    for pixels in images:
+        parts.append(extract(extract.prepare(pixels))[0].flatten(1).T.half())
+        progress("features", len(parts), len(images))
+    rows = torch.cat(parts)
+    total, squares = torch.zeros(FEATURE_CHANNELS, dtype=torch.float64), torch.zeros(FEATURE_CHANNELS, dtype=torch.float64)
+    for part in parts:
+        total += part.double().sum(0)
+        squares += part.double().square().sum(0)
+    mean = total / len(rows)
+    std = (squares / len(rows) - mean.square()).clamp_min(0).sqrt() + 1e-5
+    kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.memory]
+    memory = ((rows[kept].double() - mean) / std).float()
+    return MemoryBank(config, memory, mean.float(), std.float())

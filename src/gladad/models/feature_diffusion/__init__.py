@@ -1,0 +1,1 @@
+"""``lite``: the method in a space of frozen features."""

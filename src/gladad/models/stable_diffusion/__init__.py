@@ -1,0 +1,1 @@
+"""The paper's form: a Stable Diffusion and a ViT."""

@@ -1,0 +1,345 @@
+"""Fine-tuning of the autoencoder on normal images of a product (METHOD, "VAE fine-tuning"), before the denoiser is trained in its latents.
+
+The loss is that of latent diffusion's KL autoencoder (arXiv 2112.10752): absolute difference, a perceptual distance, a light pull of the
+latents towards a standard normal, and if wanted a discriminator of patches. The perceptual distance is that of the extractor which the
+detector compares images with, instead of LPIPS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.images import to_pixels, to_tensor
+from gladad.core.records import Progress, no_progress
+from gladad.core.settings import to_json
+from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
+from gladad.features.vit import DinoFeatures
+from gladad.models.stable_diffusion.components import choose_device, latent_factor
+from gladad.models.stable_diffusion.training import digest
+from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
+
+Pixels = NDArray[np.uint8]
+AUTOENCODER_FORMAT = "gladad-autoencoder"
+AUTOENCODER_VERSION = 1
+SAMPLED = 4096
+FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTuningConfig:
+    """How the autoencoder is fine-tuned."""
+
+    steps: int = 2000  # optimiser steps
+    batch_size: int = 4  # images per step, of all processes together
+    micro_batch: int | None = None  # images at a time; None = all of a process's share
+    learning_rate: float = 1e-5  # of Adam; latent diffusion trains from nothing with 4.5e-6 per image of a batch, 1.8e-5 for four
+    kl_weight: float = 1e-6  # of the latents' divergence from a standard normal, its sum in nats divided by the image's number of values
+    perceptual_weight: float = 1.0  # of the distance between patch features
+    discriminator: bool = False  # train a discriminator of patches, too, and against it
+    discriminator_weight: float = 0.1  # of what the discriminator says of reconstructions
+    discriminator_start: int = 500  # step from which it guides the autoencoder; it learns from the first
+    gradient_checkpointing: bool = True  # compute activations twice instead of keeping them
+    gradient_clip: float = 1.0  # largest gradient norm
+    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    precision: Precision = "float32"  # of the networks' arithmetic; fine detail is what this training is for
+    seed: int = 0  # of everything random
+
+    def __post_init__(self) -> None:
+        weights = (self.kl_weight, self.perceptual_weight, self.discriminator_weight)
+        if not all(weight >= 0 for weight in weights):  # false of NaN, too
+            raise ConfigError("kl_weight, perceptual_weight and discriminator_weight must not be negative")
+        if self.discriminator_start < 0:
+            raise ConfigError(f"discriminator_start must not be negative, not {self.discriminator_start}")
+        self.loop()
+
+    def loop(self) -> LoopConfig:
+        """The loop's settings."""
+        return LoopConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            gradient_clip=self.gradient_clip,
+            precision=self.precision,
+            ema=self.ema,
+            seed=self.seed,
+        )
+
+
+def tune_autoencoder(
+    vae: Any,
+    features: DinoFeatures,
+    images: Sequence[Pixels],
+    config: AutoencoderTuningConfig,
+    *,
+    run: TrainingRun | None = None,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Train an autoencoder in place, to rebuild normal images of a product; the same seed and images give the same weights.
+
+    Images are taken as they are: parts have an orientation, so there are no flips. Each is shown once per epoch.
+
+    Args:
+        vae: A diffusers ``AutoencoderKL`` in float32. Its encoder learns, too; its ``scaling_factor`` stays.
+        features: The frozen extractor, for the perceptual distance; in any dtype.
+        images: ``[H, W, 3]`` uint8 normal images, of one size that the autoencoder accepts.
+        config: How to train.
+        run: Checkpoints, logs and examples.
+        progress: Told of every step, as ``autoencoder``.
+
+    Returns:
+        The loss of every step; with a discriminator its own is in it.
+
+    Raises:
+        ConfigError: The autoencoder is in half precision.
+        DataError: There are no images, they differ in size, or their sides are no multiples of the autoencoder's stride.
+    """
+    check_images(images)
+    stride = latent_factor(vae)
+    height, width = images[0].shape[:2]
+    if height % stride or width % stride:
+        raise DataError(f"the autoencoder needs image sides that are multiples of {stride}, got {height}x{width} (height x width)")
+    if vae.dtype != torch.float32:
+        raise ConfigError(f"training needs the autoencoder in float32, not {vae.dtype}; its arithmetic is set by precision")
+    device = choose_device()
+    extractor: Any = features
+    extractor.to(device).eval().requires_grad_(False)
+    vae.to(device).requires_grad_(True)
+    try:
+        task = AutoencoderTask(vae, extractor, images, config)
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return train(task, config.loop(), run, progress=progress, stage="autoencoder")
+    finally:
+        vae.disable_gradient_checkpointing()
+        vae.requires_grad_(False).eval()
+
+
+class Passed(NamedTuple):
+    """What one call of `TrainedAutoencoder` makes of a batch.
+
+    Attributes:
+        reconstruction: ``[B, 3, H, W]`` float32, nominally in [-1, 1].
+        mean: ``[B, C, h, w]`` float32 of the posterior.
+        logvar: Logarithm of its variance, the same shape.
+        generator_loss: What the discriminator says of the reconstructions; no gradient of it reaches the discriminator.
+        discriminator_loss: How badly it tells them from images; no gradient of it reaches the autoencoder.
+    """
+
+    reconstruction: Tensor
+    mean: Tensor
+    logvar: Tensor
+    generator_loss: Tensor
+    discriminator_loss: Tensor
+
+
+class TrainedAutoencoder(nn.Module):
+    """Autoencoder and discriminator as one module: data-parallel training wants all that is trained in one call.
+
+    Args:
+        vae: The autoencoder.
+        discriminator: Of patches, or None.
+    """
+
+    def __init__(self, vae: nn.Module, discriminator: nn.Module | None = None):
+        super().__init__()
+        self.vae: Any = vae
+        self.discriminator = discriminator
+
+    def forward(self, images: Tensor, noise: Tensor, guided: bool = False) -> Passed:
+        """Rebuild images ``[B, 3, H, W]`` in [-1, 1] from a draw of the posterior.
+
+        Args:
+            images: The images.
+            noise: ``[B, C, h, w]`` standard normal, which makes the draw.
+            guided: Ask the discriminator what it thinks of the reconstructions.
+        """
+        posterior = self.vae.encode(images).latent_dist
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        zero = rebuilt.new_zeros(())
+        generator_loss, discriminator_loss = zero, zero
+        if self.discriminator is not None:
+            # One optimiser trains both, because each one's loss sees the other as a constant; AdamW keeps its moments per weight.
+            if guided:
+                constant = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+                generator_loss = -torch.func.functional_call(self.discriminator, constant, (rebuilt,)).float().mean()
+            real, fake = self.discriminator(torch.cat([images, rebuilt.detach()])).float().chunk(2)
+            discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
+        return Passed(rebuilt, posterior.mean.float(), posterior.logvar.float(), generator_loss, discriminator_loss)
+
+
+def patch_discriminator(seed: int, width: int = 64) -> nn.Sequential:
+    """A small convolutional network ``[B, 3, H, W] -> [B, 1, H / 8, W / 8]``: how real each patch looks (PatchGAN, arXiv 1611.07004).
+
+    Group norm in place of batch norm: what it says of an image depends on that image alone.
+
+    Args:
+        seed: Of its weights.
+        width: Channels of the first layer.
+    """
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for before, after in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(4 * width, 1, 3, padding=1))
+    return nn.Sequential(*layers)
+
+
+class AutoencoderTask:
+    """The autoencoder as a task of the training loop.
+
+    Args:
+        vae: With the weights to train requiring a gradient.
+        features: The frozen `DinoFeatures`.
+        images: ``[H, W, 3]`` uint8, of one size.
+        config: How to train.
+    """
+
+    def __init__(self, vae: Any, features: Any, images: Sequence[Pixels], config: AutoencoderTuningConfig):
+        self.features, self.images, self.config = features, images, config
+        settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
+        self.identity: dict[str, Any] = {
+            "tuning": settings,
+            "images": digest(images),
+            "vae": weights_digest(vae.state_dict()),
+            "features": weights_digest(self.features.state_dict()),
+        }
+        self.module: nn.Module = TrainedAutoencoder(vae, patch_discriminator(config.seed) if config.discriminator else None)
+        factor = latent_factor(vae)
+        self.latent_shape = (vae.config.latent_channels, images[0].shape[0] // factor, images[0].shape[1] // factor)
+
+    def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
+        """Difference, perceptual distance and divergence, means over samples; with a discriminator, what it says and its own loss."""
+        config, device = self.config, self._device()
+        numbers = [image_of_sample(config.seed, step * config.batch_size + sample, len(self.images)) for sample in samples]
+        images = torch.stack([to_tensor(self.images[number]) for number in numbers]).to(device) * 2 - 1
+        draws = [torch.randn(self.latent_shape, generator=draw_generator(config.seed, step, sample)) for sample in samples]
+        passed: Passed = module(images, torch.stack(draws).to(device), step >= config.discriminator_start)
+        total = F.l1_loss(passed.reconstruction, images)
+        if config.perceptual_weight:
+            total = total + config.perceptual_weight * self.perceptual(images, passed.reconstruction)
+        divergence = (passed.mean.square() + passed.logvar.exp() - 1 - passed.logvar).sum() / 2
+        # Latent diffusion sums both over the image. Here both are divided by its number of values, so the weight means the same.
+        total = total + config.kl_weight * divergence / images.numel()
+        # A fixed weight: latent diffusion's, a quotient of gradient norms, would depend on how a batch is divided among processes.
+        return total + config.discriminator_weight * passed.generator_loss + passed.discriminator_loss
+
+    def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
+        """Mean over patches and layers of the squared distance between unit-normalised features, in [0, 4]; gradients reach ``others``.
+
+        Both are ``[B, 3, H, W]`` in [-1, 1]; they are resized to the nearest size that the extractor takes.
+        """
+        size = self.features.nearest_size(images.shape[-2:])
+        pair = [F.interpolate(x / 2 + 0.5, size, mode="bilinear", align_corners=True) for x in (images, others)]
+        with torch.no_grad():
+            wanted = self.features(pair[0])
+        layers = zip(wanted, self.features(pair[1]), strict=True)
+        return torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in layers]).mean()
+
+    @torch.no_grad()
+    def examples(self) -> dict[str, Pixels]:
+        """The first image beside what the autoencoder makes of it."""
+        vae: Any = self.module.vae
+        image = to_tensor(self.images[0])[None].to(self._device())
+        rebuilt = vae.decode(vae.encode(image * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+        return {"image-and-reconstruction": np.concatenate([self.images[0], to_pixels(rebuilt[0].cpu())], axis=1)}
+
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+# ---------------------------------------------------------------------------------------------- what both tunings need
+
+
+def check_images(images: Sequence[Pixels]) -> None:
+    """Refuse what is no set of images to train on.
+
+    Raises:
+        DataError: There are none, one is not ``[H, W, 3]`` uint8, or they differ in size.
+    """
+    if not images:
+        raise DataError("there are no images to train on; give normal images of the product")
+    for number, image in enumerate(images):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(f"image {number} must be [H, W, 3] uint8, not {list(image.shape)} {image.dtype}")
+    if len({image.shape for image in images}) > 1:
+        raise DataError("images to train on must all be of the same size; resize them")
+
+
+def image_of_sample(seed: int, number: int, count: int) -> int:
+    """Which of ``count`` images a sample shows: each one once per epoch, in an order drawn for that epoch.
+
+    Args:
+        seed: Of the orders.
+        number: Of the sample, counted through the whole training.
+        count: Images.
+    """
+    epoch, place = divmod(number, count)
+    return int(np.random.default_rng([seed, epoch]).permutation(count)[place])
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """What weights are known again by: names, shapes and evenly spaced values, which are soon read even of a large network."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        values = tensor.detach().flatten()
+        found.update(f"{name}:{tuple(tensor.shape)}".encode())
+        found.update(values[:: max(1, len(values) // SAMPLED)].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def is_autoencoder(folder: Path) -> bool:
+    """Whether `save_autoencoder` wrote a folder."""
+    try:
+        return (folder / MODEL_FILE).is_file() and read_json(folder / MODEL_FILE).get("format") == AUTOENCODER_FORMAT
+    except ModelFormatError:
+        return False
+
+
+def check_autoencoder_target(folder: Path) -> None:
+    """Refuse before a long training what `save_autoencoder` would refuse after it.
+
+    Raises:
+        WriteError: The folder holds something else, or its place cannot be written to.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not is_autoencoder(folder):
+        raise WriteError(f"{folder}: exists and is no earlier tuned autoencoder; it will not be overwritten, choose another folder")
+    check_target(folder)
+
+
+def save_autoencoder(vae: Any, folder: Path) -> None:
+    """Write a plain diffusers folder, whole or not at all, which ``gladad fit --vae`` takes; an earlier one is replaced.
+
+    Beside ``config.json`` and the safetensors it holds a ``model.json``, by which it is known again.
+
+    Args:
+        vae: A diffusers ``AutoencoderKL``.
+        folder: To write.
+
+    Raises:
+        WriteError: The folder holds something else, or the disk refuses.
+    """
+    check_autoencoder_target(folder)
+    with atomic_folder(folder) as temporary:
+        try:
+            vae.save_pretrained(temporary)
+        except SafetensorError as error:  # a full disk, in safetensors' own class
+            raise OSError(f"writing the weights failed: {error}") from error
+        write_json(temporary / MODEL_FILE, {"format": AUTOENCODER_FORMAT, "format_version": AUTOENCODER_VERSION})

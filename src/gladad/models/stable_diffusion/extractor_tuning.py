@@ -1,0 +1,220 @@
+"""Fine-tuning of the feature extractor that scores (METHOD, "Extractor fine-tuning"; the paper's for VisA and PCB-Bank).
+
+An image and its reconstruction differ a little even where the part is normal: the autoencoder loses fine detail. The extractor learns to
+overlook just that, on normal images, by the loss of DDAD's domain adaptation (arXiv 2305.15956). The step search keeps the frozen one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gladad.algorithm import ReconstructionConfig
+from gladad.core.errors import ConfigError, DataError
+from gladad.core.images import to_pixels, to_tensor
+from gladad.core.records import Progress, no_progress
+from gladad.models.stable_diffusion.autoencoder_tuning import check_images, image_of_sample, weights_digest
+from gladad.models.stable_diffusion.components import choose_device
+from gladad.models.stable_diffusion.model import PaperBase
+from gladad.models.stable_diffusion.training import digest
+from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTuningConfig:
+    """How the extractor is fine-tuned. The defaults are the paper's, but for the number of denoising steps."""
+
+    epochs: int = 15  # times that every image is shown; the budget is fixed, no epoch is chosen by results
+    steps: int | None = None  # optimiser steps instead of epochs
+    batch_size: int = 32  # images per step, of all processes together
+    micro_batch: int | None = None  # images at a time; None = all of a process's share
+    learning_rate: float = 3e-4  # of Adam
+    anchor_weight: float = 0.01  # lambda: pull towards the frozen features; the paper's 0 for cashew and macaroni2
+    start_timestep: int = 200  # that reconstructions start from, of 1000
+    num_steps: int | None = None  # denoiser calls of a reconstruction; None = as densely spaced as the base's own
+    feature_size: tuple[int, int] = (256, 256)  # (H, W) pixels that features are compared at
+    seed: int = 0  # of the order of the images
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ConfigError(f"epochs must be at least 1, not {self.epochs}")
+        if not self.anchor_weight >= 0:
+            raise ConfigError(f"anchor_weight must not be negative, not {self.anchor_weight}")
+        if self.start_timestep < 1:
+            raise ConfigError(f"start_timestep must be at least 1, not {self.start_timestep}")
+        if self.num_steps is not None and not 1 <= self.num_steps <= self.start_timestep:
+            raise ConfigError(f"num_steps must lie in 1...{self.start_timestep}, the start_timestep, not {self.num_steps}")
+        if min(self.feature_size) < 1:
+            raise ConfigError(f"feature_size must be at least 1 pixel, not {list(self.feature_size)}")
+
+    def loop(self, images: int, precision: Precision) -> LoopConfig:
+        """The loop's settings for so many images."""
+        return LoopConfig(
+            steps=math.ceil(self.epochs * images / max(1, self.batch_size)) if self.steps is None else self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,  # AdamW is Adam then
+            precision=precision,
+            seed=self.seed,
+        )
+
+    def reconstruction(self, usual: ReconstructionConfig) -> ReconstructionConfig:
+        """Plain DDIM from `start_timestep`, without the step search, in the stride of a base's usual chain unless `num_steps` is given.
+
+        From 200 that is 6 steps for a base that takes 25 from 750, or 15 from 450.
+        """
+        stride = max(1, usual.max_step // usual.num_steps)
+        return ReconstructionConfig(
+            max_step=self.start_timestep, num_steps=self.num_steps or max(1, self.start_timestep // stride), adaptive=False
+        )
+
+
+def tune_features(
+    base: PaperBase,
+    images: Sequence[Pixels],
+    config: FeatureTuningConfig,
+    *,
+    run: TrainingRun | None = None,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Teach the extractor that scores to overlook what reconstructions of normal images lose.
+
+    Only the MLPs of the blocks whose outputs are compared are trained (blocks 3, 6, 9, 12 of ViT-B), in a copy of the frozen extractor; a
+    base that was tuned before starts from the frozen one again. Scores are of another scale afterwards: thresholds have to be calibrated
+    anew, on images that are not among these.
+
+    Args:
+        base: A fitted diffusers base. Changed only at the end, and only in what scores.
+        images: ``[H, W, 3]`` uint8 normal images, already at the ``image_size`` of its config.
+        config: How to train.
+        run: Checkpoints, logs and examples.
+        progress: Told of every reconstruction and every step, as ``features``.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ConfigError: The base is not a diffusers base, or its schedule is shorter than ``start_timestep``.
+        DataError: There are no images, or they are of another size.
+    """
+    if base.kind != PaperBase.kind:
+        raise ConfigError(f"only the extractor of a {PaperBase.kind} base can be tuned; this detector's base is {base.kind}")
+    check_images(images)
+    if images[0].shape[:2] != base.config.image_size:
+        (height, width), (wanted_height, wanted_width) = images[0].shape[:2], base.config.image_size
+        raise DataError(f"images of {height}x{width} pixels for a base of {wanted_height}x{wanted_width} (height x width); resize them")
+    timesteps = base.pipeline.schedule.num_timesteps
+    if config.start_timestep >= timesteps:
+        raise ConfigError(f"start_timestep must lie below the denoiser's {timesteps} timesteps, not be {config.start_timestep}")
+    loop = config.loop(len(images), base.config.precision)
+    base.pipeline.to(choose_device())
+    task = FeatureTask(base, images, config, progress)
+    losses = train(task, loop, run, progress=progress, stage="features")
+    base.pipeline.tune_scoring({name: weight.detach() for name, weight in task.trained.items()})
+    return losses
+
+
+class FeatureTask:
+    """The extractor as a task of the training loop.
+
+    Args:
+        base: Its denoiser makes the reconstructions; its frozen extractor is where the tuned one starts.
+        images: ``[H, W, 3]`` uint8 at the base's ``image_size``.
+        config: How to train.
+        progress: Told of every reconstruction.
+    """
+
+    def __init__(self, base: PaperBase, images: Sequence[Pixels], config: FeatureTuningConfig, progress: Progress = no_progress):
+        self.base, self.images, self.config = base, images, config
+        self.reconstruction = config.reconstruction(base.config.reconstruction)
+        frozen: Any = base.pipeline.features
+        # Both in float32: rounded weights cannot take small updates, and would differ from the frozen ones before the first.
+        self.frozen: Any = frozen if frozen.dtype == torch.float32 else copy.deepcopy(frozen).float()
+        self.tuned: Any = copy.deepcopy(self.frozen)
+        for weight in self.trained.values():
+            weight.requires_grad_(True)
+        self.size: tuple[int, int] = frozen.nearest_size(config.feature_size)
+        self.identity = self._identity()
+        made = divided(self._pair, len(images), lambda *done: progress("reconstructions", *done))
+        self.pairs = torch.stack(made)  # [N, 2, 3, h, w] on the CPU; float16 is finer than the pixels' 256 steps, and nothing is clipped
+
+    @property
+    def module(self) -> nn.Module:
+        """The tuned extractor."""
+        module: nn.Module = self.tuned
+        return module
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Name in the extractor -> weight that is trained."""
+        return dict(self.tuned.mlp_parameters(self.tuned.default_layers))
+
+    def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
+        """Sum over layers of the mean distance between an image's features and its reconstruction's, and of both to the frozen ones'."""
+        config = self.config
+        numbers = [image_of_sample(config.seed, step * config.batch_size + sample, len(self.pairs)) for sample in samples]
+        device = next(self.tuned.parameters()).device
+        pixels = self.pairs[numbers].to(device).float().transpose(0, 1).flatten(0, 1)  # all images, then all reconstructions, in one call
+        ours = [layer.chunk(2) for layer in module(pixels)]
+        total = torch.stack([features_distance(image, rebuilt) for image, rebuilt in ours]).sum()
+        if config.anchor_weight:
+            with torch.no_grad():
+                frozen = [layer.chunk(2) for layer in self.frozen(pixels)]
+            anchors = [features_distance(a, b) for now, then in zip(ours, frozen, strict=True) for a, b in zip(now, then, strict=True)]
+            total = total + config.anchor_weight * torch.stack(anchors).sum()
+        return total
+
+    def examples(self) -> dict[str, Pixels]:
+        """The first image beside its reconstruction: what the extractor is taught to overlook."""
+        return {"image-and-reconstruction": np.concatenate([to_pixels(picture) for picture in self.pairs[0]], axis=1)}
+
+    @torch.no_grad()
+    def _pair(self, number: int) -> Tensor:
+        """An image and its reconstruction, ``[2, 3, h, w]`` float16 in [0, 1] on the CPU, resized as for scoring."""
+        image = to_tensor(self.images[number])[None].to(self.base.pipeline.device)
+        rebuilt = self.base.pipeline.decode(self.base.rebuild(image, self.reconstruction).latent)
+        pair = F.interpolate(torch.cat([image, rebuilt]), self.size, mode="bilinear", align_corners=True)
+        return pair.half().cpu()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the result depends on besides the loop's settings. Reconstructions themselves could differ in a bit on another card."""
+        base, config = self.base, self.config
+        pipeline = base.pipeline
+        return {
+            "anchor_weight": config.anchor_weight,
+            "feature_size": list(self.size),
+            "reconstruction": [self.reconstruction.max_step, self.reconstruction.num_steps],
+            "inspection": [list(base.config.image_size), base.config.guidance_scale, base.config.seed],
+            "images": digest(self.images),
+            "features": weights_digest(self.frozen.state_dict()),
+            "vae": weights_digest(pipeline.vae.state_dict()),
+            "unet": weights_digest(_without_adapters(pipeline.unet.state_dict())),
+            "adapter": weights_digest({} if base.adapter is None else base.adapter.weights),
+            "prompt": weights_digest({"embeds": pipeline.prompt_embeds}),
+        }
+
+
+def features_distance(features: Tensor, others: Tensor) -> Tensor:
+    """Mean over images of ``1 - cos`` between all of an image's features at once.
+
+    The features ``[B, D, h, w]`` of an image are one vector of ``D h w`` values, as in DDAD's and GLAD's programs, so that strong features
+    count more. (GLAD's program has the class token in the vector, too, which no map is made of.)
+    """
+    return (1 - F.cosine_similarity(features.flatten(1), others.flatten(1), dim=1)).mean()
+
+
+def _without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a denoiser as if no adapters were attached, of which others than this base's may be."""
+    return {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}

@@ -1,0 +1,391 @@
+"""The networks behind the algorithm: a Stable-Diffusion-like latent denoiser and a patch feature extractor, as a diffusers pipeline.
+
+`GladPipeline` provides the four callables of `gladad.algorithm.Networks` and keeps everything an inspection needs in one folder. The
+text encoder is used once, when a base is adopted; its two embeddings are stored with the model and it is not needed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_noise
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.storage import load_tensors, read_json, save_tensors
+from gladad.features.vit import DinoFeatures, imagenet_normalise
+from gladad.models.stable_diffusion.components import (
+    Networks,
+    Origin,
+    embed_prompts,
+    first_line,
+    latent_factor,
+    load_networks,
+    locate,
+    locate_base,
+)
+
+DEFAULT_PROMPT = "a photo of sks"
+CONDITIONING = Path("conditioning") / "prompt_embeds.safetensors"
+TUNED_FILE = "tuned_features.safetensors"
+
+
+class GladPipeline(DiffusionPipeline):
+    """The components of a GLAD model, and the algorithm's view of them.
+
+    Networks run in the pipeline's dtype; latents, noise predictions, images and features cross its border in float32.
+
+    Args:
+        vae: Autoencoder between images and latents.
+        unet: Denoiser with text conditioning, for noise or velocity.
+        scheduler: Holds the noise schedule; its own stepping is not used.
+        features: Patch feature extractor.
+        prompt_embeds: ``[2, L, D]`` text embeddings of the prompt and of the empty prompt.
+        prompt: The prompt, for the record.
+        guidance_scale: Weight of classifier-free guidance in `predict_noise`; 1 switches it off and halves the cost.
+    """
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    features: Any
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        features: DinoFeatures,
+        prompt_embeds: Tensor | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if prompt_embeds is None:
+            raise ModelFormatError("a GLAD model needs its prompt embeddings; load it with GladPipeline.from_pretrained or from_base")
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, features=features)  # type: ignore[no-untyped-call]
+        if self.scheduler.config.prediction_type not in {"epsilon", "v_prediction"}:
+            raise ModelFormatError(f"the denoiser must predict noise or velocity, not {self.scheduler.config.prediction_type!r}")
+        self.register_to_config(prompt=prompt, guidance_scale=guidance_scale)  # type: ignore[no-untyped-call]
+        self.prompt = prompt
+        self.guidance_scale = guidance_scale  # later assignments reach the saved config too: diffusers sees to it
+        self.prompt_embeds = prompt_embeds
+        self.scoring_features: Any = features  # `tune_scoring` puts another one here
+        self.origin: Origin | None = None  # where the networks are from, if that is known
+        for network in (self.vae, self.unet, self.features):
+            network.eval().requires_grad_(False)
+
+    # -------------------------------------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | os.PathLike[str],
+        features: str | os.PathLike[str] | None = None,
+        *,
+        vae: str | os.PathLike[str] | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        unet_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Adopt a text-to-image base as an untrained GLAD model.
+
+        Args:
+            base: Stable Diffusion 1.x or 2.x in diffusers form: ``sd14``, a Hub id or a folder with ``vae``, ``unet``, ``text_encoder``,
+                ``tokenizer`` and ``scheduler``; or a folder that holds such a base as ``sd`` and a feature extractor as ``dino``.
+            features: ViT or DINOv2 folder or Hub id. Default: ``base/dino`` where that exists, else DINO ViT-B/8.
+            vae: Folder of an autoencoder that replaces the base's, such as a fine-tuned one.
+            prompt: What the denoiser is conditioned on; the paper's stand-in word by default.
+            revision: Hub revision of ``base``.
+            local_files_only: Never ask the Hub; use its local cache.
+            torch_dtype: Dtype of the networks; None means float32.
+            unet_dtype: Dtype of the denoiser, if it differs.
+
+        Raises:
+            ModelFormatError: ``base``, ``features`` or ``vae`` cannot be found, or lacks a component.
+        """
+        return cls.for_prompts(
+            base,
+            {"": prompt},
+            features,
+            vae=vae,
+            revision=revision,
+            local_files_only=local_files_only,
+            torch_dtype=torch_dtype,
+            unet_dtype=unet_dtype,
+        )[""]
+
+    @classmethod
+    def for_prompts(
+        cls,
+        base: str | os.PathLike[str],
+        prompts: Mapping[str, str],
+        features: str | os.PathLike[str] | None = None,
+        *,
+        vae: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        unet_dtype: torch.dtype | None = None,
+    ) -> dict[str, Self]:
+        """Adopt a base once for several products: pipelines over the same networks, each with the embeddings of its own prompt.
+
+        Args:
+            base: As for `from_base`; or a saved GLAD model, whose stored prompt is then the only one there is.
+            prompts: Name of the product -> prompt.
+            features: As for `from_base`.
+            vae: As for `from_base`.
+            revision: As for `from_base`.
+            local_files_only: As for `from_base`.
+            torch_dtype: As for `from_base`.
+            unet_dtype: As for `from_base`.
+
+        Raises:
+            ConfigError: The base is a saved model with another prompt.
+            ModelFormatError: As for `from_base`.
+        """
+        found, extractor, autoencoder = locate_base(base, features, vae, revision=revision, local_files_only=local_files_only)
+        networks = load_networks(found, extractor, autoencoder, torch_dtype or torch.float32, unet_dtype)
+        if saved := (found.folder / CONDITIONING).is_file():
+            stored = _stored_prompt(found.folder, prompts.values())
+            prompts = dict.fromkeys(prompts, stored)
+            embeds = dict.fromkeys(prompts, read_embeds(found.folder))
+        else:
+            *given, empty = embed_prompts(found.folder, (*prompts.values(), "")).split(1)
+            embeds = {product: torch.cat([own, empty]) for product, own in zip(prompts, given, strict=True)}
+        pipelines = {product: cls.of(networks, embeds[product], prompt) for product, prompt in prompts.items()}
+        for pipeline in pipelines.values():
+            if saved and features is None:
+                pipeline.load_own(found.folder)
+            pipeline.origin = Origin(base=found.part, features=extractor.part, vae=None if autoencoder is None else autoencoder.part)
+        return pipelines
+
+    @classmethod
+    def of(cls, networks: Networks, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT, guidance_scale: float = 1.0) -> Self:
+        """A pipeline over networks that others may use, too; it owns nothing but its prompt embeddings ``[2, L, D]``."""
+        return cls(networks.vae, networks.unet, networks.scheduler, networks.features, prompt_embeds, prompt, guidance_scale)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a saved model, from a folder or the Hub; takes diffusers' keyword arguments. Only safetensors are read.
+
+        Raises:
+            ModelFormatError: The folder is missing or is not a GLAD model.
+        """
+        resolved = locate(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False)).folder
+        if not (resolved / CONDITIONING).is_file():
+            raise ModelFormatError(f"{folder} is not a saved GLAD model: it has no {CONDITIONING}; a plain base is read by from_base")
+        try:
+            kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
+            kwargs |= {"use_safetensors": True, "prompt_embeds": read_embeds(resolved)}
+            pipeline = super().from_pretrained(str(resolved), **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelFormatError(f"{folder} is not a complete GLAD model: {first_line(error)}") from error
+        pipeline.load_own(resolved)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Write every component and the prompt embeddings, as safetensors; takes diffusers' keyword arguments.
+
+        Raises:
+            ConfigError: Pickled weights were asked for.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise ConfigError("models are saved as safetensors only; leave safe_serialization on")
+        super().save_pretrained(save_directory, **kwargs)
+        self.save_own(Path(save_directory))
+
+    def save_own(self, folder: Path) -> None:
+        """Write what a pipeline owns even where others use its networks, too: prompt embeddings, and the tuned part of the extractor."""
+        write_embeds(folder, self.prompt_embeds)
+        if tuned := self.tuned_weights():
+            save_tensors(folder / TUNED_FILE, tuned)
+
+    def load_own(self, folder: Path) -> None:
+        """Read what `save_own` wrote, but for the prompt embeddings, which the constructor takes."""
+        if (folder / TUNED_FILE).is_file():
+            self.tune_scoring(load_tensors(folder / TUNED_FILE))
+
+    def tune_scoring(self, weights: Mapping[str, Tensor]) -> None:
+        """Score with a copy of the extractor that has some weights of its own; the step search keeps the frozen one (section 3.5).
+
+        Args:
+            weights: Name in the extractor -> tensor; with none, the frozen one scores, too.
+
+        Raises:
+            ModelFormatError: The extractor has no such weight, or one of another shape.
+        """
+        frozen = self.features
+        shared = {id(parameter): parameter for name, parameter in frozen.named_parameters() if name not in weights}
+        tuned = copy.deepcopy(frozen, shared)  # what is not tuned is in memory once
+        own = dict(tuned.named_parameters())
+        for name, value in weights.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ModelFormatError(f"{TUNED_FILE}: {name} is no weight of this extractor, or one of another shape")
+            own[name].data = value.to(own[name])
+        self.scoring_features = tuned.eval().requires_grad_(False) if weights else frozen
+
+    def tuned_weights(self) -> dict[str, Tensor]:
+        """The weights of the scoring extractor that are not the frozen one's; none if it was not tuned."""
+        frozen = dict(self.features.named_parameters())
+        return {name: own for name, own in self.scoring_features.named_parameters() if own is not frozen[name]}
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the networks, as in diffusers, and the tuned part of the extractor with them."""
+        super().to(*args, **kwargs)
+        frozen = dict(self.features.named_parameters())
+        for name, own in self.scoring_features.named_parameters():
+            own.data = own.data.to(frozen[name])
+        return self
+
+    # ----------------------------------------------------------------------------------------- the algorithm's contract
+
+    @property
+    def schedule(self) -> Schedule:
+        """The denoiser's noise schedule, on the pipeline's device."""
+        return Schedule(self.scheduler.alphas_cumprod.to(self.device, torch.float32))
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return latent_factor(self.vae)
+
+    def encode(self, image: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Latents of images.
+
+        Args:
+            image: ``[B, 3, H, W]`` in [0, 1]; sides are multiples of `latent_factor`.
+            generators: One CPU generator per image: sample the posterior. None takes its mean.
+
+        Returns:
+            ``[B, C, H / f, W / f]`` float32, scaled to about unit variance.
+
+        Raises:
+            ConfigError: A side is not a multiple of `latent_factor`.
+        """
+        height, width = image.shape[-2:]
+        if height % self.latent_factor or width % self.latent_factor:
+            raise ConfigError(
+                f"the autoencoder needs image sides that are multiples of {self.latent_factor}, got {height}x{width} (height x width)"
+            )
+        posterior = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist
+        latent: Tensor = posterior.mean.float()
+        if generators is not None:
+            draws = [torch.randn(latent.shape[1:], generator=generator) for generator in generators]
+            latent = latent + posterior.std.float() * torch.stack(draws).to(latent.device)
+        return latent * float(self.vae.config.scaling_factor)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` float32 of latents ``[B, C, h, w]``. Nominally in [0, 1], but not clipped: nor does the paper's code."""
+        unscaled = latent / float(self.vae.config.scaling_factor)
+        image: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        return image.float() / 2 + 0.5
+
+    def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """Noise prediction for noisy latents ``[B, C, h, w]`` at timesteps ``[B]``, with guidance where it is on.
+
+        Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): ``eps_empty + g (eps_prompt - eps_empty)``.
+        """
+        prompt, empty = self.prompt_embeds.chunk(2)
+        if self.guidance_scale == 1:
+            return self.denoise(latent, timestep, prompt)
+        both = torch.cat([empty.expand(len(latent), -1, -1), prompt.expand(len(latent), -1, -1)])
+        without, given = self.denoise(latent.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        return without + self.guidance_scale * (given - without)
+
+    def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, unet: nn.Module | None = None) -> Tensor:
+        """One call of the denoiser under text embeddings ``[B or 1, L, D]``, as a noise prediction. Gradients flow.
+
+        ``unet`` is the pipeline's own, wrapped for several processes perhaps.
+        """
+        context = prompt_embeds.to(latent.device, self.unet.dtype).expand(len(latent), -1, -1)
+        network: Any = self.unet if unet is None else unet
+        output: Tensor = network(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return velocity_to_noise(latent, output, self.schedule.alpha_bar(timestep))
+        return output
+
+    def latent_features(self, latent: Tensor) -> Tensor:
+        """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent at full resolution.
+
+        Full resolution is the nearest that the extractor takes: 518 px (``h' = 37``) for 512 px and patches of 14. Without ImageNet
+        normalisation, as published.
+        """
+        image = self.decode(latent)
+        image = _resize(image, self.features.nearest_size(image.shape[-2:]))
+        last: Tensor = self.features(image, layers=self.features.default_layers[-1:], imagenet=False)[0]
+        return last
+
+    # -------------------------------------------------------------------------------------------------------- scoring
+
+    @torch.no_grad()
+    def score_maps(
+        self,
+        image: Tensor,
+        reconstruction: Tensor,
+        scoring: ScoringConfig,
+        feature_size: tuple[int, int],
+        foreground: Tensor | None = None,
+    ) -> Tensor:
+        """Where images and their reconstructions differ (section 3.5).
+
+        Args:
+            image: ``[B, 3, H, W]`` in [0, 1].
+            reconstruction: The same shape, not necessarily clipped.
+            scoring: How features become a map.
+            feature_size: ``(height, width)`` of the map and of the pixel difference; features are extracted at the nearest size that
+                the extractor takes.
+            foreground: ``[B, 1, H', W']`` in [0, 1]: how much each place counts (`gladad.algorithm.soft_foreground` of a mask).
+
+        Returns:
+            Anomaly maps ``[B, 1, *feature_size]``.
+        """
+        pair = [_resize(x.float(), feature_size) for x in (image, reconstruction)]
+        difference = (imagenet_normalise(pair[0]) - imagenet_normalise(pair[1])).abs().mean(dim=1, keepdim=True)
+        extractor: Any = self.scoring_features
+        size = extractor.nearest_size(feature_size)
+        ours, theirs = (extractor(_resize(x.float(), size)) for x in (image, reconstruction))
+        return anomaly_map(ours, theirs, feature_size, scoring, pixel_difference=difference, foreground=foreground)
+
+
+def write_embeds(folder: Path, prompt_embeds: Tensor) -> None:
+    """Write the embeddings ``[2, L, D]`` of a prompt and of the empty prompt into a model's folder."""
+    path = folder / CONDITIONING
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompt, empty = prompt_embeds.detach().cpu().chunk(2)
+    save_tensors(path, {"prompt": prompt, "empty": empty})
+
+
+def read_embeds(folder: Path) -> Tensor:
+    """What `write_embeds` wrote, ``[2, L, D]``.
+
+    Raises:
+        ModelFormatError: The file is missing or damaged.
+    """
+    embeds = load_tensors(folder / CONDITIONING)
+    if embeds.keys() != {"prompt", "empty"}:
+        raise ModelFormatError(f"{folder / CONDITIONING}: holds {', '.join(sorted(embeds))} instead of prompt and empty")
+    return torch.cat([embeds["prompt"], embeds["empty"]])
+
+
+def _stored_prompt(folder: Path, prompts: Iterable[str]) -> str:
+    """The prompt of a saved model, which cannot be another because it has no text encoder."""
+    stored = str(read_json(folder / "model_index.json").get("prompt"))
+    if other := sorted(set(prompts) - {stored, DEFAULT_PROMPT}):
+        raise ConfigError(f"{folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out")
+    return stored
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return image if image.shape[-2:] == size else F.interpolate(image, size, mode="bilinear", align_corners=True)

@@ -1,0 +1,1 @@
+"""Files of results, and the page of a report."""

@@ -1,0 +1,219 @@
+"""The charts of a report as SVG for a page: scores, ROC, precision-recall and PRO, drawn by Matplotlib.
+
+Text stays text, nothing refers to anything outside, and colours are CSS variables of the page, so that they follow its light or dark mode.
+The same report gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gladad.core.records import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What Matplotlib draws in -> what the page calls it.
+INK, SOFT, LINE, GOOD, BAD = "#010101", "#020202", "#030303", "#040404", "#050505"
+CSS = {INK: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+
+STYLE: Any = {  # Matplotlib types its keys one by one
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": LINE,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+SIZE = (5.2, 3.7)
+"""Of a chart in inches of 72 units; the page scales it."""
+
+LOG_FROM = 8
+"""Ratio of the largest to the smallest score from which on the axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing ready for a page.
+
+    Attributes:
+        name: "scores", "roc", "pr" or "pro".
+        title: What it shows.
+        svg: One ``<svg>`` element.
+    """
+
+    name: str
+    title: str
+    svg: str
+
+
+def charts(report: Report) -> list[Chart]:
+    """The charts that the report has numbers for; the scores always."""
+    found = [_score_chart(report)]
+    curves, metrics = report.details["curves"], report.metrics
+    if "roc" in curves:
+        point = (metrics["false_reject_rate"], metrics["recall"])
+        label = f"AUROC {metrics['image_auroc']:.3f}"
+        found.append(_curve_chart("roc", "ROC of images", curves["roc"], label, ("good parts rejected", "bad parts found"), point))
+    if "pr" in curves:
+        label = f"AP {metrics['image_ap']:.3f}"
+        found.append(
+            _curve_chart(
+                "pr", "Precision and recall", curves["pr"], label, ("bad parts found", "share of rejects that are bad"), _precision(report)
+            )
+        )
+    if "pro" in curves:
+        limit = report.details["max_fpr"]
+        axes = ("false-positive rate of pixels", "mean overlap with regions")
+        found.append(
+            _curve_chart("pro", f"PRO of pixels, up to {limit:g}", curves["pro"], f"AUPRO {metrics['pixel_aupro']:.3f}", axes, None, limit)
+        )
+    return found
+
+
+def bin_edges(scores: Sequence[float]) -> tuple[NDArray[np.float64], bool]:
+    """Edges of a histogram of scores, one of them the threshold 1, which has room on both sides; and whether they grow by factors."""
+    values = np.asarray(scores, np.float64)
+    logarithmic = bool(values.min() > 0 and values.max() / values.min() > LOG_FROM)
+    places = np.log(values) if logarithmic else values - 1
+    low, high = min(0.0, float(places.min())), max(0.0, float(places.max()))
+    span = max(high - low, 0.05)
+    low, high = min(low, -0.4 * span), max(high, 0.4 * span)
+    step = (high - low) / min(40, max(12, round(2 * math.sqrt(len(values)))))
+    places = step * np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    edges = np.exp(places) if logarithmic else 1 + places
+    return edges.astype(np.float64), logarithmic
+
+
+def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Scores above each edge and up to the next, as the decision has it: at the threshold is still accepted."""
+    places = np.searchsorted(edges, np.asarray(scores, np.float64), side="left") - 1
+    return np.bincount(places.clip(0, len(edges) - 2), minlength=len(edges) - 1)
+
+
+def _score_chart(report: Report) -> Chart:
+    rows = [row for row in report.rows if "error" not in row]
+    edges, logarithmic = bin_edges([row["score"] for row in rows])
+    labels = []
+    with _figure("scores") as (figure, drawing):
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, anomalous, name, colour in ((upper, 0, "good", GOOD), (lower, 1, "bad", BAD)):
+            members = [row for row in rows if row["gt_label"] == anomalous]
+            rejected = sum(row["label"] == "anomalous" for row in members)
+            counts = bin_counts([row["score"] for row in members], edges)
+            axes.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
+            axes.axvline(1, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))
+            axes.set_ylim(0, max(1, int(counts.max())) * 1.35)
+            axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+            axes.set_ylabel(f"{name} parts")
+            axes.grid(visible=False, axis="x")
+            texts = (f"{len(members) - rejected} accepted", f"{rejected} rejected")
+            labels.append(f"{name}: {', '.join(texts)}")
+            for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
+                axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
+        if logarithmic:
+            lower.set_xscale("log")
+            _plain_ticks(lower)
+        lower.set_xlim(edges[0], edges[-1])
+        lower.set_xlabel("score; above 1 is rejected")
+    return Chart("scores", "Scores", drawing.svg(f"Histogram of scores around the threshold 1. {'; '.join(labels)}."))
+
+
+def _curve_chart(
+    name: str,
+    title: str,
+    curve: dict[str, list[float]],
+    label: str,
+    axes: tuple[str, str],
+    point: tuple[float, float] | None,
+    limit: float = 1.0,
+) -> Chart:
+    with _figure(name) as (figure, drawing):
+        area = figure.add_subplot()
+        area.plot(curve["x"], curve["y"], color=INK, label=label)
+        described = f"{title}: {label}."
+        if point is not None:
+            place = f"{point[0]:.1%}, {point[1]:.1%}"
+            area.plot(*point, "o", color=BAD, markersize=9, label=f"threshold: {place}", clip_on=False, zorder=5)
+            described += f" At the threshold: {axes[0]}, {axes[1]}: {place}."
+        area.set_xlim(-0.015 * limit, 1.015 * limit)
+        area.set_ylim(-0.015, 1.015)
+        area.set_xlabel(axes[0])
+        area.set_ylabel(axes[1])
+        area.legend(loc="lower left" if name == "pr" else "lower right")
+    return Chart(name, title, drawing.svg(described))
+
+
+def _precision(report: Report) -> tuple[float, float] | None:
+    """Recall and precision of the decisions, if anything was rejected."""
+    rejected = [row["gt_label"] for row in report.rows if row.get("label") == "anomalous"]
+    return (report.metrics["recall"], sum(rejected) / len(rejected)) if rejected else None
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Write 0.5 and 2 on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axes.dataLim.intervalx
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+class _Drawing:
+    """A figure's SVG, once it has been drawn."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.text = ""
+
+    def svg(self, label: str) -> str:
+        """The element alone, with names of its own, the page's colours and a description for who cannot see it."""
+        text = self.text[self.text.index("<svg") :]
+        box = re.search(r'viewBox="[^"]*"', text)
+        assert box is not None
+        text = f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + text[text.index(">") + 1 :]
+        text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
+        text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+        used = set(re.findall(r"#([\w.]+)[\")]", text))
+        text = re.sub(r' id="([^"]*)"', lambda match: f' id="{self.name}-{match[1]}"' if match[1] in used else "", text)
+        text = re.sub(r'(xlink:href="|url\()#', rf"\1#{self.name}-", text).replace("xlink:href", "href")
+        for drawn, shown in CSS.items():
+            text = text.replace(drawn, shown)
+        return re.sub(r"\s*\n\s*", "\n", text).strip()
+
+
+@contextmanager
+def _figure(name: str) -> Iterator[tuple[Figure, _Drawing]]:
+    """A figure to draw on, rendered at the end of the block; without pyplot, which keeps figures and asks for a display."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that its font cache is made is nobody's business
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE | {"svg.hashsalt": name}):
+        figure, drawing, buffer = Figure(SIZE, layout="constrained"), _Drawing(name), io.StringIO()
+        yield figure, drawing
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        drawing.text = buffer.getvalue()

@@ -1,0 +1,167 @@
+"""Predictions as files: JSON lines, CSV, overlays and masks, all in one folder and whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gladad.core.records import Prediction
+from gladad.core.storage import WriteError, printable, write_text
+from gladad.report.pictures import overlay
+
+COLUMNS = ("image", "score", "p_value", "label", "step", "regions", "seconds")
+TABLE_FILE, RECORDS_FILE = "predictions.csv", "predictions.jsonl"
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """A table of records, one line each; regions are counted, and an ``error`` column is added where a record has one."""
+    rows = list(rows)
+    columns = (*columns, "error") if any("error" in row for row in rows) else columns
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "regions": len(row["regions"])} if "regions" in row else row)
+    return text.getvalue()
+
+
+def check_output(folder: Path) -> None:
+    """Refuse early what `output_folder` would refuse at the end of a long run.
+
+    Raises:
+        WriteError: The folder cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise WriteError(f"{folder}: is a file; give a folder for the results")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".gladad-", dir=folder if folder.is_dir() else folder.absolute().parent):
+            pass
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose content is moved into ``folder`` when the block succeeds, and which vanishes when it does not.
+
+    Files of the same name are replaced. Folders are too, but only those of an earlier run, which has left its `TABLE_FILE`.
+
+    Raises:
+        WriteError: A folder of someone else is in the way, or the disk refuses.
+    """
+    check_output(folder)
+    folder = folder.absolute()
+    # Inside it if it is there: it may be a file system of its own.
+    temporary = Path(tempfile.mkdtemp(prefix=".gladad-", suffix=".partial", dir=folder if folder.is_dir() else folder.parent))
+    try:
+        yield temporary
+        ours = (folder / TABLE_FILE).is_file()
+        created = sorted(temporary.iterdir())
+        for path in created:
+            if (folder / path.name).is_dir() and not ours:
+                raise WriteError(f"{folder / path.name}: exists and is not from an earlier run; choose another folder")
+        folder.mkdir(exist_ok=True)
+        for path in created:
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def picture_names(images: Sequence[Path]) -> list[Path]:
+    """A relative ``.png`` name for each image: its path below the folder they have in common, never the same one twice.
+
+    Two images that differ in their suffix only keep it in the name.
+    """
+    absolute = [Path(os.path.normpath(image.absolute())) for image in images]
+    if not absolute:
+        return []
+    try:
+        root = Path(os.path.commonpath([path.parent for path in absolute]))
+    except ValueError:  # several drives
+        root = None
+    relative = [Path(path.name) if root is None else path.relative_to(root) for path in absolute]
+    # Compared without case: there are file systems that do not tell.
+    stems = Counter(str(path.with_suffix("")).casefold() for path in relative)
+    names: list[Path] = []
+    taken: set[str] = set()
+    for path in relative:
+        alone = stems[str(path.with_suffix("")).casefold()] == 1
+        base = path.stem if alone else path.name
+        name, number = f"{base}.png", 1
+        while str(path.with_name(name)).casefold() in taken:
+            number += 1
+            name = f"{base}-{number}.png"
+        names.append(path.with_name(name))
+        taken.add(str(names[-1]).casefold())
+    return names
+
+
+class PredictionWriter:
+    """Writes predictions into a folder as they come; the table follows in `close`.
+
+    Args:
+        folder: An empty folder that exists.
+        pictures: Write overlays and masks too.
+    """
+
+    def __init__(self, folder: Path, *, pictures: bool = True):
+        self.folder, self.pictures = folder, pictures
+        self.rows: list[dict[str, Any]] = []
+
+    def draw(self, prediction: Prediction, pixels: NDArray[np.uint8], name: Path) -> None:
+        """Write the pictures of one prediction, if any are wanted. Different images may be drawn at the same time.
+
+        Args:
+            prediction: What inspection said.
+            pixels: ``[H, W, 3]`` uint8, the inspected image.
+            name: Relative name of its pictures.
+        """
+        if self.pictures:
+            self._save("overlays" / name, overlay(pixels, prediction.anomaly_map, prediction.pred_mask, prediction.regions))
+            self._save("masks" / name, prediction.pred_mask.astype(np.uint8) * np.uint8(255))
+
+    def add(self, prediction: Prediction, image: Path, name: Path) -> None:
+        """Record one prediction; the records are in the order of these calls.
+
+        Args:
+            prediction: What inspection said.
+            image: The file.
+            name: Relative name of its pictures.
+        """
+        record = prediction.to_record() | {"image": printable(image)}
+        if self.pictures:
+            record |= {"overlay": printable("overlays" / name), "mask": printable("masks" / name)}
+        self.rows.append(record)
+
+    def fail(self, image: Path, error: Exception) -> None:
+        """Record an image that cannot be inspected."""
+        self.rows.append({"image": printable(image), "error": printable(str(error))})
+
+    def close(self) -> None:
+        """Write the records and the table."""
+        write_text(self.folder / RECORDS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        write_text(self.folder / TABLE_FILE, to_csv(self.rows))
+
+    def _save(self, name: Path, pixels: NDArray[np.uint8]) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, compress_level=1)  # the default takes longer than the inspection

@@ -1,0 +1,262 @@
+"""The images of a report: small pictures inside the page, full-size ones in files beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gladad.core.records import Prediction
+from gladad.report.pictures import overlay, thumbnail
+
+Pixels = NDArray[np.uint8]
+
+FOLDER = "pictures"
+
+# From what needs a look to what does not.
+OUTCOMES = ("false accept", "false reject", "found", "passed")
+WRONG = OUTCOMES[:2]
+
+MAX_PICTURES = 1000
+"""Images on a page; more would not open on a phone."""
+
+PICTURE_BYTES = 9_500_000
+"""All pictures of a page: base64 makes 4 bytes of 3, and the page is to stay below 15 MB."""
+
+MAX_ITEM_BYTES = 64_000
+SIDES = (256, 224, 192, 176, 160, 144, 128, 112, 96, 80, 64)
+QUALITY, LOWEST_QUALITY, FULL_QUALITY = 80, 50, 92
+
+
+class Picture(NamedTuple):
+    """One picture of an image.
+
+    Attributes:
+        title: "input", "reconstruction", "map" or "ground truth".
+        jpeg: The small one, encoded.
+        link: Where the full-size one is, relative to the page and ready for a link; empty if there is none.
+    """
+
+    title: str
+    jpeg: bytes
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One image of the page, ready to be written: the pictures are already small and encoded.
+
+    Attributes:
+        name: What to call it, such as its path in the data set.
+        pred_score: Anomaly score; above 1 is rejected.
+        p_value: As in `Prediction`.
+        pred_label: Rejected.
+        step: The image's diffusion timestep.
+        pictures: In the order of display.
+        gt_label: 0 normal, 1 anomalous.
+        defect_type: Its kind.
+    """
+
+    name: str
+    pred_score: float
+    p_value: float
+    pred_label: bool
+    step: int
+    pictures: tuple[Picture, ...]
+    gt_label: int
+    defect_type: str
+
+    @property
+    def outcome(self) -> str:
+        """One of `OUTCOMES`."""
+        return outcome(self.gt_label, self.pred_label)
+
+
+def outcome(gt_label: int, pred_label: bool) -> str:
+    """A decision compared with the truth: one of `OUTCOMES`."""
+    if gt_label:
+        return "found" if pred_label else "false accept"
+    return "false reject" if pred_label else "passed"
+
+
+def item_bytes(count: int) -> int:
+    """Bytes that the pictures of one image may take on a page of so many images."""
+    return min(MAX_ITEM_BYTES, PICTURE_BYTES // max(1, min(count, MAX_PICTURES)))
+
+
+def small_pictures(prediction: Prediction, pixels: Pixels, gt_mask: NDArray[np.bool_] | None, limit: int) -> list[tuple[str, bytes]]:
+    """Shrink and encode the pictures of one image, as large as the limit allows, so that large images need not be kept.
+
+    Args:
+        prediction: What inspection said.
+        pixels: ``[H, W, 3]`` uint8, the inspected image.
+        gt_mask: ``[H, W]`` bool; None if there is no picture of it.
+        limit: Bytes of all of them together; exceeded only where 64 pixels at a low quality are too many.
+
+    Returns:
+        ``(title, JPEG bytes)`` in the order of display.
+    """
+    found: list[tuple[str, bytes]] = []
+    for side in SIDES:
+        small = thumbnail(pixels, side)
+        size = (small.shape[0], small.shape[1])
+        pictures = list(
+            views(
+                small,
+                None if prediction.reconstruction is None else thumbnail(prediction.reconstruction, side),
+                _averaged(prediction.anomaly_map, size),
+                _averaged(prediction.pred_mask.astype(np.float32), size) > 0,
+                None if gt_mask is None else _averaged(gt_mask.astype(np.float32), size) > 0,
+            )
+        )
+        quality = QUALITY if side > SIDES[-1] else LOWEST_QUALITY
+        found = [(title, _jpeg(picture, quality)) for title, picture in pictures]
+        if sum(len(data) for _, data in found) <= limit:
+            break
+    return found
+
+
+def full_pictures(prediction: Prediction, pixels: Pixels, gt_mask: NDArray[np.bool_] | None, folder: Path, name: Path) -> dict[str, str]:
+    """Write the pictures of one image at its own size, in a folder for each title.
+
+    Args:
+        prediction: What inspection said.
+        pixels: ``[H, W, 3]`` uint8, the inspected image.
+        gt_mask: ``[H, W]`` bool; None if there is no picture of it.
+        folder: Where; the page lies beside it.
+        name: Relative name of the image in it.
+
+    Returns:
+        Title -> link from the page.
+    """
+    links = {}
+    for title, picture in views(pixels, prediction.reconstruction, prediction.anomaly_map, prediction.pred_mask, gt_mask):
+        path = folder / title.replace(" ", "_") / name.with_suffix(".jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_jpeg(picture, FULL_QUALITY))
+        links[title] = quote(os.fsencode(path.relative_to(folder.parent).as_posix()))
+    return links
+
+
+def views(
+    pixels: Pixels,
+    reconstruction: Pixels | None,
+    anomaly_map: NDArray[np.float32],
+    pred_mask: NDArray[np.bool_],
+    gt_mask: NDArray[np.bool_] | None,
+) -> Iterator[tuple[str, Pixels]]:
+    """The pictures of one image with their titles: the map and both masks are drawn on the input. All of one size."""
+    yield "input", pixels
+    if reconstruction is not None:
+        yield "reconstruction", reconstruction
+    yield "map", overlay(pixels, anomaly_map, pred_mask)
+    if gt_mask is not None:
+        yield "ground truth", overlay(pixels, np.zeros_like(anomaly_map), gt_mask)
+
+
+def chosen(items: Sequence[GalleryItem]) -> list[GalleryItem]:
+    """At most `MAX_PICTURES` items: the wrong decisions, then an even choice over the scores of the others."""
+    if len(items) <= MAX_PICTURES:
+        return list(items)
+    wrong = [item for item in items if item.outcome in WRONG][:MAX_PICTURES]
+    rest = sorted((item for item in items if item.outcome not in WRONG), key=lambda item: item.pred_score)
+    places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
+    return [*wrong, *(rest[place] for place in places)]
+
+
+def gallery_html(items: Sequence[GalleryItem]) -> str:
+    """The images with the controls that choose among them, most wrong first."""
+    ordered = sorted(items, key=_wrongness)
+    outcomes, kinds = Counter(item.outcome for item in items), Counter(item.defect_type for item in items)
+    linked = any(picture.link for item in items for picture in item.pictures)
+    hint = (
+        f" A click shows a picture at full size, which is in <code>{FOLDER}/</code> beside this page; without that folder it stays small."
+        if linked
+        else " There are no full-size pictures beside this page."
+    )
+    parts = [
+        '<section><h2 id="images">Images</h2>',
+        '<p class="soft">Wrong decisions first, the most wrong of them leading; then the right ones, the closest to the threshold leading.'
+        f"{hint}</p>",
+        '<div class="controls">',
+        _buttons("outcome", "Outcome", {name: outcomes[name] for name in OUTCOMES if outcomes[name]}, len(items)),
+        _buttons("type", "Type", dict(sorted(kinds.items())), len(items)),
+        '<p class="group"><label>Name <input type="search" id="search" autocomplete="off"></label>'
+        '<label>Order <select id="order"><option value="">most wrong first</option><option value="down">highest score first</option>'
+        f'<option value="up">lowest score first</option></select></label><span id="shown" role="status">{len(items)} of {len(items)}'
+        " images</span></p>",
+        "</div>",
+        '<div id="items">',
+        *map(_article, ordered),
+        "</div></section>",
+        '<dialog id="large"><form method="dialog"><button autofocus>close</button></form><img alt=""><p></p></dialog>',
+    ]
+    return "\n".join(parts)
+
+
+def _wrongness(item: GalleryItem) -> tuple[int, float, str]:
+    """Sorting key: false accepts from the lowest score, false rejects from the highest, the others from the threshold outwards."""
+    distance = abs(math.log(item.pred_score)) if item.pred_score > 0 else math.inf
+    group = OUTCOMES.index(item.outcome) if item.outcome in WRONG else len(WRONG)
+    return group, distance if group == len(WRONG) else -distance, item.name
+
+
+def _buttons(group: str, label: str, counts: Mapping[str, int], total: int) -> str:
+    def button(value: str, text: str, count: int) -> str:
+        pressed = "false" if value else "true"
+        return (
+            f'<button type="button" data-group="{group}" data-show="{escape(value)}" aria-pressed="{pressed}">{escape(text)} '
+            f"<span>{count}</span></button>"
+        )
+
+    buttons = [button("", "all", total), *(button(name, name, count) for name, count in counts.items())]
+    return f'<div class="group" role="group" aria-label="{label}"><span class="soft">{label}</span>{"".join(buttons)}</div>'
+
+
+def _article(item: GalleryItem) -> str:
+    verdict = "rejected" if item.pred_label else "accepted"
+    facts = [verdict, f"score {item.pred_score:.3f}", f"p {item.p_value:.3g}", f"step {item.step}"]
+    figures = [_figure(picture, item.name) for picture in item.pictures]
+    if item.pictures and item.pictures[-1].title != "ground truth":
+        reason = "no mask" if item.gt_label else "good part: nothing to mark"
+        figures.append(f'<figure><div class="none">{reason}</div><figcaption>ground truth</figcaption></figure>')
+    wrong = " wrong" if item.outcome in WRONG else ""
+    data = f'data-outcome="{item.outcome}" data-type="{escape(item.defect_type)}" data-score="{item.pred_score!r}"'
+    return (
+        f'<article class="item{wrong}" {data}><header><b>{item.outcome}</b><h3>{escape(item.name)}</h3>'
+        f'<p>{" &middot; ".join(facts)}</p></header><div class="pictures">{"".join(figures)}</div></article>'
+    )
+
+
+def _figure(picture: Picture, name: str) -> str:
+    with Image.open(io.BytesIO(picture.jpeg)) as image:
+        width, height = image.size
+    source = f"data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}"
+    described = f"{picture.title} of {escape(name)}"
+    shown = f'<img loading="lazy" width="{width}" height="{height}" alt="{described}" src="{source}">'
+    if picture.link:
+        shown = f'<a href="{escape(picture.link)}" target="_blank">{shown}</a>'
+    return f"<figure>{shown}<figcaption>{picture.title}</figcaption></figure>"
+
+
+def _averaged(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """A map at a smaller size ``(H, W)``, each value the mean of its area, so that nothing small is passed over."""
+    return np.asarray(Image.fromarray(values).resize((size[1], size[0]), Image.Resampling.BOX))
+
+
+def _jpeg(pixels: Pixels, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,112 @@
+"""What a report says in words and tables, for the page, the Markdown file and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gladad.core.records import Report
+from gladad.metrics.image import NAMES
+
+ORDER = ("image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2", *NAMES, "recall", "false_reject_rate", "seconds_per_image")
+LABELS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1max": "image F1-max",
+    "image_pg2": "image PG2",
+    "image_pb2": "image PB2",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "pixel_aupro": "AUPRO",
+    "pixel_aupro_05": "AUPRO to 0.05",
+    "pixel_aupimo": "AUPIMO",
+    "recall": "bad parts found",
+    "false_reject_rate": "good parts rejected",
+    "seconds_per_image": "time per image",
+}
+TYPE_HEAD = ("type", "rate", "95 % interval", "rejected", "images", "image AUROC", "AUPIMO")
+
+
+def summary(report: Report) -> list[tuple[str, float]]:
+    """The numbers that people look at first, those that are there, in order: ``(name, value)``."""
+    return [(name, report.metrics[name]) for name in ORDER if name in report.metrics]
+
+
+def cell(name: str, value: float) -> str:
+    """One of these numbers as people read it: per cent, or seconds."""
+    return f"{value:.3f} s" if name == "seconds_per_image" else f"{value:.1%}"
+
+
+def interval(report: Report, name: str) -> str:
+    """The 95 % interval of a rate; empty for numbers that have none."""
+    low, high = report.details["intervals_95"].get(name, (None, None))
+    return "" if low is None else f"{low:.1%} to {high:.1%}"
+
+
+def headline(report: Report) -> str:
+    """One sentence: how many bad parts were found, and how many good ones rejected."""
+    parts = []
+    for anomalous, text in ((True, "bad parts found"), (False, "good parts rejected")):
+        rows = [row for row in report.details["per_type"] if row["anomalous"] == anomalous]
+        if rows:
+            parts.append(f"{sum(row['rejected'] for row in rows)} of {sum(row['count'] for row in rows)} {text}")
+    return ", ".join(parts)
+
+
+def type_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of kinds as text, good ones first: head and rows, without the columns that nothing is known for."""
+    rows = [_type_row(row) for row in report.details["per_type"]]
+    known = [place for place in range(len(TYPE_HEAD)) if any(row[place] for row in rows)]
+
+    def only_known(row: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(row[place] for place in known)
+
+    return only_known(TYPE_HEAD), [only_known(row) for row in rows]
+
+
+def _type_row(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["defect_type"],
+        f"{row['rate']:.1%} {'found' if row['anomalous'] else 'falsely rejected'}",
+        f"{row['low']:.1%} to {row['high']:.1%}",
+        str(row["rejected"]),
+        str(row["count"]),
+        *(f"{row[name]:.1%}" if name in row else "" for name in ("image_auroc", "aupimo")),
+    )
+
+
+def markdown(report: Report, title: str) -> str:
+    """The report without its images, as tables in Markdown."""
+    metrics = [(LABELS[name], cell(name, value), interval(report, name)) for name, value in summary(report)]
+    counts = [(name.replace("_", " "), str(count)) for name, count in report.counts.items()]
+    blocks = [
+        f"# {_escaped(title)}",
+        f"**{headline(report)}**",
+        report.details["guarantee"],
+        _table(("metric", "value", "95 % interval"), metrics),
+        "## Kinds of parts",
+        _table(*type_table(report)),
+        "## Images",
+        _table(("images", "count"), counts),
+        "## Notes",
+        "\n".join(f"* {_escaped(note)}" for note in notes(report)),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def notes(report: Report) -> list[str]:
+    """What to know when reading the numbers: what is left out, then what each unit means."""
+    return [*report.details["notes"], *(f"{name}: {text}" for name, text in report.details["units"].items())]
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *(tuple(map(_escaped, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown takes for text."""
+    for sign in "\\|*_`<[":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""The one training loop of long trainings: checkpoints, optimisers and trackers."""

@@ -1,0 +1,405 @@
+"""The one training loop of the diffusers bases: denoiser, feature extractor and autoencoder differ in their loss only.
+
+Everything random is a function of ``(seed, step, sample)``. So a training that was stopped goes on bit for bit as if it had not been, and
+several processes, which divide the samples of every step among them, draw what one process would have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gladad.core.errors import ConfigError, Interrupted, TrainingError
+from gladad.core.processes import process_count
+from gladad.core.records import Progress, no_progress
+from gladad.core.settings import to_json
+from gladad.training.checkpoints import Checkpoint, Checkpoints
+from gladad.training.optimizers import OptimizerName, make_optimizer
+from gladad.training.trackers import Tracker, check_tracker, start_tracker
+
+Result = TypeVar("Result")
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FREE_OF_RESULT = ("steps", "micro_batch")
+"""Settings that may differ between a training and its continuation: more steps, or as many images at a time as another card holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The budget and arithmetic of a training."""
+
+    steps: int  # optimiser steps
+    batch_size: int  # samples per optimiser step, of all processes together
+    micro_batch: int | None = None  # samples at a time; gradients are accumulated over them; None = all of a process's share
+    learning_rate: float  # constant, after the warm-up
+    warmup: int = 0  # steps over which the rate rises linearly
+    weight_decay: float = 1e-2  # of AdamW
+    optimizer: OptimizerName = "adamw"  # 8 bit moments need a package of their own
+    gradient_clip: float = 1.0  # largest gradient norm
+    precision: Precision = "float32"  # of the networks' arithmetic; trained weights and moments are float32
+    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    seed: int = 0  # of everything random
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"steps must not be negative, not {self.steps}")
+        if self.batch_size < 1 or (self.micro_batch is not None and self.micro_batch < 1):
+            raise ConfigError("batch_size and micro_batch must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must lie in [0, 1), not {self.ema}")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, not {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What a training writes on its way. None of it changes the result."""
+
+    folder: Path | None = None  # for checkpoints, logs and examples; None = nothing is written, and an interrupted training is lost
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept
+    tracker: str = "auto"  # "auto" = TensorBoard where it is installed; "none"; or one of accelerate's, such as "wandb"
+    sample_every: int = 500  # steps between example pictures
+    memory_limit: int | None = None  # bytes; a training of the denoiser that needs more is refused; None = what is available
+    tell: Callable[[str], None] = lambda line: None  # for sentences worth reading
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1 or self.sample_every < 1:
+            raise ConfigError("checkpoint_every and sample_every must be at least 1 step")
+
+    def part(self, name: str) -> TrainingRun:
+        """The run of one of several trainings, in a folder below."""
+        return self if self.folder is None else replace(self, folder=self.folder / name)
+
+
+class Task(Protocol):
+    """What is trained, and towards what."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its parameters that require a gradient are trained, in place."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-ready: what the result depends on besides the loop's settings, such as images and base."""
+        ...
+
+    def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
+        """Mean loss of some samples of a step, which depend on their numbers alone; ``module`` is `module`, perhaps wrapped."""
+        ...
+
+    def examples(self) -> dict[str, NDArray[np.uint8]]:
+        """Pictures ``[H, W, 3]`` of what has been learnt so far, by name; may be empty."""
+        ...
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, such as seed, step and sample."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+
+def draw_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator of its own for `seed_of` these numbers, so that every device draws the same."""
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+def make_accelerator() -> Accelerator:
+    """The processes and the device of this training: those of ``torchrun`` or ``accelerate launch``, or this process alone."""
+    # Precision is the loop's own affair: the accelerator's would be fixed for the whole process.
+    # The main process writes gigabytes while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+
+
+def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:
+    """The results of some work for the numbers below ``count``, which the processes of a training divide among them; all get all.
+
+    Args:
+        work: Its result depends on the number alone and can be pickled.
+        count: How many there are.
+        told: Called with how many are done and ``count``.
+    """
+    if process_count() == 1:
+        results = []
+        for number in range(count):
+            results.append(work(number))
+            told(number + 1, count)
+        return results
+    state = make_accelerator()
+    own = []
+    for number in range(count)[state.process_index :: state.num_processes]:
+        own.append((number, work(number)))
+        told(min(count, len(own) * state.num_processes), count)
+    found: list[tuple[int, Result]] = gather_object(own)
+    return [result for _, result in sorted(found, key=lambda item: item[0])]
+
+
+def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, progress: Progress = no_progress, stage: str) -> list[float]:
+    """Train a module in place, or go on where its checkpoints stopped.
+
+    Args:
+        task: Module and loss.
+        config: Budget and arithmetic.
+        run: Checkpoints, logs and examples; None writes nothing.
+        progress: Told of every step, by the main process only.
+        stage: Name of the training for the progress and the logs.
+
+    Returns:
+        The loss of every step, of earlier runs too.
+
+    Raises:
+        ConfigError: The settings do not fit together, or the folder holds another training.
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written. Without a folder for it, KeyboardInterrupt is raised. Or the
+            training is finished over sharded weights, which one process has to put together.
+        TrainingError: The loss is not finite.
+    """
+    run = TrainingRun() if run is None else run
+    identity = {"stage": stage, **to_json(config), **task.identity}
+    for name in FREE_OF_RESULT:
+        identity.pop(name)
+    checkpoints = None if run.folder is None else Checkpoints(run.folder, identity, run.keep, run.tell)
+    found = None if checkpoints is None else checkpoints.newest()
+    if found is not None and found.step > config.steps:
+        raise ConfigError(f"{run.folder}: has {found.step} steps already, more than the {config.steps} asked for; remove the folder")
+    check_tracker(run.tracker)
+    loop = _Loop(task, config)
+    if checkpoints is not None:
+        if loop.accelerator.is_main_process:
+            checkpoints.start()
+        loop.accelerator.wait_for_everyone()
+    losses: list[float] = []
+    if found is not None:
+        losses = loop.restore(found)
+        run.tell(f"going on after step {found.step} of {config.steps}")
+        del found  # as large as the training itself
+    main = loop.accelerator.is_main_process
+    tracker = start_tracker(run.tracker, run.folder if main else None, stage, first_step=len(losses))
+    with loop, tracker, _asked_to_stop(enabled=checkpoints is not None) as asked:
+        for step in range(len(losses), config.steps):
+            started = time.monotonic()
+            losses.append(loop.step(step))
+            done = step + 1
+            last = done == config.steps
+            seconds = time.monotonic() - started
+            if main:
+                progress(stage, done, config.steps)
+            number = loop.agree(asked.number)
+            if checkpoints is not None and (last or number or done % run.checkpoint_every == 0):
+                loop.checkpoint(checkpoints, losses)
+            if main and run.folder is not None:
+                _report(tracker, loop, run, done, losses[-1], seconds)
+            if number:
+                raise Interrupted(f"stopped after step {done} of {config.steps}; saved in {run.folder}, the same command goes on", number)
+        if loop.sharded and checkpoints is not None:
+            raise Interrupted(f"trained, and saved in {run.folder}; the same command in one process finishes the model", 0)
+        loop.finish()
+    return losses
+
+
+def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: float, seconds: float) -> None:
+    """What people follow a training by; it goes on without it."""
+    values = {
+        "loss": loss,
+        "learning_rate": loop.rate(done - 1),
+        "images_per_second": loop.config.batch_size / max(seconds, 1e-9),
+        "memory_gib": used_memory(loop.device) / 2**30,
+    }
+    try:
+        tracker.log(values, done)
+        # The parts of a sharded network are needed by all processes, and only this one shows anything.
+        if not loop.sharded and (done % run.sample_every == 0 or done == loop.config.steps):
+            tracker.show(loop.task.examples(), done)
+    except Exception as error:
+        run.tell(f"step {done} is not shown: {type(error).__name__}: {error}")
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: the largest amount allocated on a GPU, or what the process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+class _Loop:
+    """Module, optimiser and averages of one training, and one step of it."""
+
+    def __init__(self, task: Task, config: LoopConfig):
+        self.task, self.config = task, config
+        self.accelerator = make_accelerator()
+        self.device = self.accelerator.device
+        if config.precision == "float16" and self.device.type == "cpu":
+            raise ConfigError("precision float16 trains on a GPU only; use bfloat16 or float32")
+        count = self.accelerator.num_processes
+        if config.batch_size < count:
+            raise ConfigError(f"batch_size {config.batch_size} is smaller than the number of processes, {count}")
+        trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+        if not trained or any(parameter.dtype != torch.float32 for parameter in trained):
+            raise ConfigError("training needs weights to train, and them in float32: in half precision updates this small vanish")
+        optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay)
+        self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.sharded = any(isinstance(parameter, DTensor) for _, parameter in self._trained())
+        if self.sharded and config.batch_size % count:
+            raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
+        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}
+
+    def __enter__(self) -> _Loop:
+        self.task.module.train()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.task.module.eval()
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return self.config.learning_rate * min(1.0, (step + 1) / (self.config.warmup + 1))
+
+    def step(self, step: int) -> float:
+        """One step of the optimiser; returns the mean loss of its batch, of all processes."""
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        mine = range(config.batch_size)[accelerator.process_index :: accelerator.num_processes]
+        size = config.micro_batch or len(mine)
+        pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
+        total = torch.zeros((), device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(config.seed, step, accelerator.process_index))  # for layers that draw, such as dropout
+            for piece in pieces:
+                # Gradients travel once per step, with the last piece. Processes average them: a share counts as its part of the batch.
+                waits = contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(self.module)
+                with waits:
+                    with self.arithmetic():
+                        loss = self.task.loss(self.module, step, piece) * (len(piece) / config.batch_size)
+                    self.scaler.scale(loss * accelerator.num_processes).backward()
+                total += loss.detach().float()
+        mean = float(accelerator.reduce(total, "sum"))
+        if not np.isfinite(mean):
+            raise TrainingError(f"the loss is {mean} at step {step + 1}; lower the learning rate, or train in float32")
+        self.scaler.unscale_(self.optimizer)
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), config.gradient_clip)
+        if not self.scaler.is_enabled() and norm is not None and not torch.isfinite(norm):  # a scaler skips such a step by itself
+            raise TrainingError(f"the gradient is not finite at step {step + 1}; lower the learning rate, or train in float32")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self._trained() if self.averages else ():
+            self.averages[name].lerp_(parameter.detach(), 1 - config.ema)
+        return mean
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[object]:
+        """Where the networks run in the precision of the settings."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.config.precision])
+
+    def agree(self, number: int) -> int:
+        """The largest of the processes' numbers: all stop when one is asked to."""
+        if self.accelerator.num_processes == 1:
+            return number
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.device))
+        return int(torch.as_tensor(numbers).max())
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters by their name in the module as it was given."""
+        module = self.accelerator.unwrap_model(self.module)
+        return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+    def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float]) -> None:
+        """Write where the training is; every process has to call it, the main one writes."""
+        tensors, scalars = {}, {}
+        inner = self.optimizer.optimizer
+        for name, parameter in self._trained():
+            tensors[f"weights.{name}"] = _whole(parameter)
+            for key, value in inner.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = _whole(value)
+                else:
+                    scalars[f"{name}.{key}"] = value
+        tensors |= {f"averages.{name}": _whole(value) for name, value in self.averages.items()}
+        if self.accelerator.is_main_process:
+            state = {"losses": list(losses), "optimizer": scalars, "scaler": self.scaler.state_dict()}
+            checkpoints.save(Checkpoint(len(losses), tensors, state))
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> list[float]:
+        """Go back to where a checkpoint was written; returns the losses until then."""
+        inner = self.optimizer.optimizer
+        stored = checkpoint.tensors
+        for name, parameter in self._trained():
+            parameter.data.copy_(_spread(stored[f"weights.{name}"], parameter))
+            prefix = f"optimizer.{name}."
+            state: dict[str, Any] = {}
+            for key in (key for key in stored if key.startswith(prefix)):
+                value = stored[key]
+                state[key[len(prefix) :]] = _spread(value, parameter) if value.shape == parameter.shape else value.clone()
+            state |= {k[len(name) + 1 :]: v for k, v in checkpoint.state["optimizer"].items() if k.startswith(f"{name}.")}
+            if state:
+                inner.state[parameter] = state
+            if self.averages:
+                self.averages[name] = _spread(stored[f"averages.{name}"], parameter)
+        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        return [float(loss) for loss in checkpoint.state["losses"]]
+
+    def finish(self) -> None:
+        """Keep the averaged weights, if there are any."""
+        for name, parameter in self._trained() if self.averages else ():
+            parameter.data.copy_(self.averages[name])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, not copied if it is there; one that is spread over processes is put together, for which all are needed."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _spread(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor at the place of another, spread over processes as that one is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like.device, copy=True)
+
+
+class _Asked:
+    """Which signal has asked to stop; 0 = none."""
+
+    number = 0
+
+
+@contextlib.contextmanager
+def _asked_to_stop(*, enabled: bool) -> Iterator[_Asked]:
+    """Note SIGTERM and Ctrl-C instead of dying of them; a second one does what it always does."""
+    asked = _Asked()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.number = number
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
