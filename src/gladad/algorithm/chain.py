@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor
 from gladad.algorithm.distance import patch_distance, top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, chain_timesteps, ddim_step, predict_x0
+from gladad.core.settings import validated
 
 FusionMode = Literal["sigmoid", "calibrated", "none"]
 
 PENDING = -1
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ReconstructionConfig:
     """How an image is rebuilt by the denoising chain. The defaults are the paper's for MVTec AD."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gladad.core.settings import validated
 
 
 def top_k_mean(values: Tensor, k: int) -> Tensor:
@@ -16,7 +17,7 @@ def top_k_mean(values: Tensor, k: int) -> Tensor:
     return flat.topk(min(k, flat.shape[1]), dim=1).values.mean(dim=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ScoringConfig:
     """How input and reconstruction become an anomaly map and a score. The defaults are the paper's."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,10 @@ from gladad.algorithm.chain import FusionMode
 from gladad.algorithm.distance import top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, predict_x0
+from gladad.core.settings import validated
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class OneCallConfig:
     """How an image is rebuilt by independent single calls of the denoiser instead of a chain.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gladad.core.errors import ConfigError
-from gladad.core.settings import from_json
+from gladad.core.settings import from_json, validated
 
 Entry = TypeVar("Entry")
 SHIPPED = "shipped"
@@ -19,7 +19,7 @@ SHIPPED = "shipped"
 PLACEHOLDER = "{category}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class DatasetEntry:
     """One data set to run on.
 
@@ -36,7 +36,7 @@ class DatasetEntry:
     categories: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class Configuration:
     """One detector to compare.
 
@@ -58,7 +58,7 @@ class Configuration:
         return filled | {"seed": seed}
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ShiftEntry:
     """The shifts of ``--shift``.
 
@@ -81,7 +81,7 @@ class ShiftEntry:
             raise ConfigError(f"contamination must be shares from 0 to 0.5, not {wrong_share[0]}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class BenchmarkConfig:
     """Everything of one file; ``source`` is its name for messages."""
 

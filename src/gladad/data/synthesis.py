@@ -20,12 +20,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
 from gladad.core.errors import DataError
+from gladad.core.settings import validated
 
 Foreground = Literal["all", "bright", "dark"]
 Pixels = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SynthesisConfig:
     """How synthetic anomalies look."""
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gladad.core.errors import ConfigError
 from gladad.core.processes import process_count
 from gladad.core.records import Inspection, Progress
-from gladad.core.settings import from_json
+from gladad.core.settings import from_json, validated
 from gladad.data.synthesis import Foreground
 from gladad.decision.conformal import check_rate
 from gladad.models.baselines.anomalib import AnomalibBase, AnomalibConfig, fit_anomalib
@@ -73,7 +73,7 @@ class Base(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class FitSettings:
     """What a user may choose about a fit. Everything else is data-driven or a default of the base."""
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from gladad.core.errors import ConfigError, Interrupted, TrainingError
 from gladad.core.processes import process_count
 from gladad.core.records import Progress, no_progress
-from gladad.core.settings import to_json
+from gladad.core.settings import to_json, validated
 from gladad.training.checkpoints import Checkpoint, Checkpoints
 from gladad.training.optimizers import OptimizerName, make_optimizer
 from gladad.training.trackers import Tracker, check_tracker, start_tracker
@@ -41,7 +41,7 @@ FREE_OF_RESULT = ("steps", "micro_batch")
 """Settings that may differ between a training and its continuation: more steps, or as many images at a time as another card holds."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LoopConfig:
     """The budget and arithmetic of a training."""
 
@@ -68,7 +68,7 @@ class LoopConfig:
             raise ConfigError(f"learning_rate must be positive, not {self.learning_rate}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class TrainingRun:
     """What a training writes on its way. None of it changes the result."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 from gladad.core.inference import one_thread
 from gladad.core.records import Inspection, Progress, no_progress
-from gladad.core.settings import from_json, to_json
+from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
 from gladad.features.whitening import FEATURE_CHANNELS
 from gladad.models.baselines.memory_bank import FeatureExtractor
@@ -32,7 +31,7 @@ WEIGHTS_FILE = "anomalib.safetensors"
 LAYER = "features"
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class AnomalibConfig:
     """Which model, and its own settings."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_tensor
 from gladad.core.inference import inference_copy, one_thread
 from gladad.core.records import Inspection, Progress, no_progress
-from gladad.core.settings import from_json, to_json
+from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, stack_features
@@ -33,7 +32,7 @@ Pixels = NDArray[np.uint8]
 WEIGHTS_FILE = "memory_bank.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class MemoryBankConfig:
     """Shape and scoring; those that ``lite`` has too have the same values there."""
 

@@ -38,7 +38,7 @@ from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_pixels, to_tensor
 from gladad.core.inference import channels_last, inference_copy, one_thread
 from gladad.core.records import Inspection
-from gladad.core.settings import from_json, to_json
+from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
 from gladad.features.efficientnet import EfficientNetLite0
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
@@ -66,7 +66,7 @@ RECIPES: dict[Product, Recipe] = {
 """An object's structure can be predicted, so fine detail is evidence; a texture's grain cannot, so what is left on average is."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LiteConfig:
     """Shape and scoring of a ``lite`` model. Training settings are in `gladad.models.feature_diffusion.training`."""
 

@@ -18,6 +18,7 @@ from gladad.algorithm import OneCallConfig, add_noise, mix_anomaly
 from gladad.core.errors import DataError
 from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress
+from gladad.core.settings import validated
 from gladad.data.synthesis import LITE, Draw, Foreground, SynthesisConfig, synthesise
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
 from gladad.models.feature_diffusion.model import LiteBase, LiteConfig, pool
@@ -32,7 +33,7 @@ POSITION_SHARE, POSITION_PRIOR = 0.75, 10
 """Largest share of the position profile, and the number of images that stand against it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LiteTrainingConfig:
     """The training budget and recipe."""
 

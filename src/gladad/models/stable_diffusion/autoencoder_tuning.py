@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
-from gladad.core.settings import to_json
+from gladad.core.settings import to_json, validated
 from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
 from gladad.features.vit import DinoFeatures
 from gladad.models.stable_diffusion.components import choose_device, latent_factor
@@ -37,7 +36,7 @@ SAMPLED = 4096
 FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class AutoencoderTuningConfig:
     """How the autoencoder is fine-tuned."""
 

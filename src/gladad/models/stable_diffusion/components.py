@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from gladad.core.errors import ModelFormatError
+from gladad.core.settings import validated
 from gladad.features.vit import DinoFeatures
 
 NAMED_BASES = {"sd14": "CompVis/stable-diffusion-v1-4"}
@@ -42,7 +43,7 @@ OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")
 SAMPLED, BLOCK = 32, 2**16
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class Part:
     """Where one part of a base is from.
 
@@ -59,7 +60,7 @@ class Part:
     fingerprint: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class Origin:
     """Where the networks of a model are from.
 

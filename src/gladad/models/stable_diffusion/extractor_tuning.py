@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from gladad.algorithm import ReconstructionConfig
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
+from gladad.core.settings import validated
 from gladad.models.stable_diffusion.autoencoder_tuning import check_images, image_of_sample, weights_digest
 from gladad.models.stable_diffusion.components import choose_device
 from gladad.models.stable_diffusion.model import PaperBase
@@ -31,7 +31,7 @@ from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, tr
 Pixels = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class FeatureTuningConfig:
     """How the extractor is fine-tuned. The defaults are the paper's, but for the number of denoising steps."""
 

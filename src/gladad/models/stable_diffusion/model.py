@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gladad.algorithm import Reconstruction, ReconstructionConfig, ScoringConfig
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_pixels, to_tensor
 from gladad.core.records import Inspection, Progress, no_progress
-from gladad.core.settings import from_json, to_json
+from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import read_json, write_json
 from gladad.data.synthesis import Foreground, foreground_mask
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, attach_adapter, detach_adapter, merge_adapter, switched_on
@@ -40,7 +40,7 @@ BASE_VARIABLE = "GLADAD_BASE"
 """Environment variable: where the base of models with an adapter is now, if it is not where it was."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class PaperConfig:
     """How a diffusers base inspects. Guidance is off and delta calibrated by default; the paper's constants are options."""
 

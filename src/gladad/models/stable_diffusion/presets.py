@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.errors import ConfigError
-from gladad.core.settings import from_json
+from gladad.core.settings import from_json, validated
 from gladad.data.synthesis import Foreground
 
 FOLDER = Path(__file__).with_name("presets_data")
@@ -23,7 +22,7 @@ MULTI_CLASS = "multi_class"
 """The category name of the preset for one model of all categories of a data set."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class Preset:
     """Everything that the authors set for one category, or for all categories of a data set at once."""
 

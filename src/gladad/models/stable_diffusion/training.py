@@ -21,7 +21,7 @@ from gladad.algorithm import add_noise, denoising_target, image_noise, mix_anoma
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
-from gladad.core.settings import to_json
+from gladad.core.settings import to_json, validated
 from gladad.data.synthesis import Draw, Foreground, SynthesisConfig, synthesise
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
@@ -33,7 +33,7 @@ LEARNING_RATES = {"lora": 1e-4, "full": 5e-6}
 EXAMPLE_TIMESTEP = 400
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class FinetuneConfig:
     """How the denoiser is trained."""
 
