@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class OneCallConfig:
     own, cost as much as as many steps of a chain and average their errors away instead of feeding them forward.
     """
 
+    method: Literal["single-calls"] = "single-calls"
     timesteps: tuple[int, ...] = (500, 300)  # probes, from high to low
     adaptive: bool = True  # stop, per image, at the first timestep where the difference is clear; False = average all probes
     step_thresholds: tuple[float, ...] = ()  # delta of each timestep (calibrated); needed when adaptive

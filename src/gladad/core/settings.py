@@ -11,7 +11,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -66,36 +66,46 @@ def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         ConfigError: A key is unknown, or a value is of the wrong type or out of range.
     """
     try:
-        made: Settings = _adapter(kind).validate_json(json.dumps(values))
+        made: Settings = _adapter(typing.cast(Any, kind)).validate_json(json.dumps(values))
         return made
     except ValidationError as error:
         raise ConfigError(_sentence(error, kind)) from None
 
 
 def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """A copy with some values changed, by their dotted names.
+    """A copy with some values changed, by their names: dotted, or nested as in `to_json`.
 
     Args:
         settings: Where to start from.
-        values: Such as ``{"training.steps": 900}``.
+        values: Such as ``{"training.steps": 900}`` or ``{"training": {"steps": 900}}``.
 
     Raises:
         ConfigError: A name is unknown, or a value is of the wrong type or out of range.
     """
     tree = to_json(settings)
-    for name, value in values.items():
+    for name, value in _flat(values):
         *path, last = name.split(".")
         node = tree
         for depth, part in enumerate(path):
             inner = node.get(part)
-            if not isinstance(inner, dict):  # unset so far, or unknown: the validation below says which
-                _check_name(type(settings), path[: depth + 1])
+            if not isinstance(inner, dict):  # unset so far, or unknown
+                if part not in _known(type(settings), path[:depth]):
+                    raise ConfigError(_unknown(type(settings), path[: depth + 1]))
                 inner = node[part] = {}
             node = inner
         if last == METHOD and node.get(METHOD) != value:
             node.clear()  # settings of another method: nothing of the present one's fits it
         node[last] = value
     return from_json(type(settings), tree)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values, with the choice of a method before that method's settings."""
+    for key, value in sorted(values.items(), key=lambda item: item[0].rsplit(".", 1)[-1] != METHOD):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
@@ -116,14 +126,9 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-@functools.cache
+@functools.lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _check_name(kind: Any, path: Sequence[str]) -> None:
-    if path[-1] not in _known(kind, path[:-1]):
-        raise ConfigError(_unknown(kind, path))
 
 
 def _unknown(kind: Any, path: Sequence[str]) -> str:

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images, load_image, resize_pixels
+from gladad.core.processes import process_count
 from gladad.core.records import Progress
-from gladad.core.settings import to_json
 from gladad.core.threads import in_order
 from gladad.data.few_shot import FEW, views, with_copies
-from gladad.data.samples import fingerprint, good_images, split_held_out
+from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
 from gladad.data.synthesis import Foreground, choose_foreground
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate
-from gladad.features.whitening import size_for_aspect
-from gladad.models.feature_diffusion.model import LiteBase
-from gladad.models.registry import (
-    FEATURE_BASES,
-    INSPECTION_SETTINGS,
-    Base,
-    FitSettings,
-    adjust_base,
-    check_settings,
-    train_base,
-    train_bases,
-)
-from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig, tune_features
-from gladad.models.stable_diffusion.model import PaperBase
-from gladad.models.stable_diffusion.presets import category_preset, load_preset
-from gladad.training.loop import TrainingRun, divided
+from gladad.models.family import Family, Model, Training
+from gladad.models.registry import family_of, family_of_kind
+from gladad.models.settings import DenoisingSettings, FitSettings
+
+if TYPE_CHECKING:
+    from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
+    from gladad.training.loop import TrainingRun
 
 Pixels = NDArray[np.uint8]
 Images = str | Path | Sequence[str | Path]
@@ -48,6 +39,23 @@ FOLDS = 2
 PARTS = ("all", *(f"fold-{fold + 1}" for fold in range(FOLDS)))
 """Names of the trainings of a fit, as folders of their checkpoints: that of the model, and those of cross-fitting."""
 MAX_TEXTURES = 300
+NO_RECORD = (
+    "the model was saved by a version that did not record which images it was trained on: "
+    "the promise holds only if none of them are among those that it is calibrated on"
+)
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """SHA-256 (hexadecimal) of the files of a fit.
+
+    Attributes:
+        trained: Those that a denoiser, a memory or any statistic but the thresholds was made from.
+        held_out: Those that the thresholds were made from, and nothing else.
+    """
+
+    trained: frozenset[str] = frozenset()
+    held_out: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -55,143 +63,156 @@ class Fitted:
     """What a fit makes.
 
     Attributes:
-        base: The trained base.
+        model: The trained model.
         calibration: Thresholds and held-out scores.
         peaks: Largest raw map value of each held-out image, rising.
         provenance: Versions, seed and data fingerprint.
+        seen: The images of the fit; None where a model was saved without.
     """
 
-    base: Base
+    model: Model
     calibration: Calibration
     peaks: list[float]
     provenance: dict[str, Any]
+    seen: SeenImages | None = field(default_factory=SeenImages)
 
 
 @dataclass(frozen=True)
 class Fitter:
-    """A base's name and the user's choices, and what follows from them for images.
+    """The name of a model and the user's choices, and what follows from them for images.
 
     Attributes:
-        name: Of the base, see `gladad.models.registry.train_base`.
-        settings: The user's choices.
+        name: Of the model or its weights, see `gladad.models.registry.family_of`.
+        settings: The user's choices, of the family's class.
     """
 
     name: str
     settings: FitSettings
 
-    def fit(self, images: Images, run: TrainingRun, progress: Progress) -> Fitted:
+    @property
+    def family(self) -> Family:
+        """What trains it."""
+        return family_of(self.name)
+
+    def fit(self, images: Images, run: TrainingRun | None, progress: Progress) -> Fitted:
         """Learn from good images, see `gladad.detector.glad.Glad.fit`."""
-        settings = self.settings
-        check_settings(self.name, settings)
+        self.family.check(self.name, self.settings, False)
         paths = self.chosen(images)
         cross_fitted = self.cross_fits(paths)
         # What is held out takes no part in any choice: the thresholds' guarantee needs that.
         kept, held_out = (paths, []) if cross_fitted else self.split(paths)
         size = self.working_size(kept)
         pixels = read_pixels(kept, size, progress)
-        textures = self.textures(size)
-        foreground, reason = self.foreground(pixels)
-        few, share = len(paths) < FEW, FOLDS + 1 if cross_fitted else 1
+        place, reason = self.foreground(pixels)
+        few, folds = len(paths) < FEW, FOLDS if cross_fitted and len(paths) > 1 else 0
+        training = Training(self.name, self.settings, size, {"": place}, self.textures(size), 1 + folds, run, progress)
 
-        def train(images: Sequence[Pixels], part: str, told: Progress) -> Base:
-            shown = with_copies(images, settings.seed) if few else images
-            return train_base(self.name, shown, size, settings, textures, foreground, share, run.part(part), told)
+        def train(images: Sequence[Pixels], part: str, told: Progress) -> Model:
+            shown = with_copies(images, self.settings.seed) if few else images
+            own = replace(training, run=None if run is None else run.part(part), progress=told)
+            return self.family.train({"": shown}, own)[""]
 
-        base = train(pixels, PARTS[0], progress)
+        model = train(pixels, PARTS[0], progress)
         if not cross_fitted:
-            scores, peaks = judge(base, read_pixels(held_out, size, progress), progress)
-        elif len(pixels) == 1:  # nothing but its own copies to be judged by
-            scores, peaks = judge(base, views(pixels, settings.seed), progress)
+            scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress), progress)
+        elif not folds:  # one image: nothing but its own copies to be judged by
+            scores, peaks = held_out_scores(model, views(pixels, self.settings.seed), progress)
         else:
             scores, peaks = [], []
-            for fold in range(FOLDS):
+            for fold in range(folds):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
-                fold_scores, fold_peaks = judge(other, views(out, settings.seed) if few else out, progress)
+                found = held_out_scores(other, views(out, self.settings.seed) if few else out, progress)
                 del other  # two sets of networks are enough
-                scores += fold_scores
-                peaks += fold_peaks
-        images_judged = len(paths) if cross_fitted else len(held_out)
-        return Fitted(
-            base,
-            self.calibration(scores, peaks, images_judged, cross_fitted=cross_fitted and len(paths) > 1),
-            sorted(peaks),
-            self.provenance(paths, images_judged, foreground, reason),
-        )
+                scores, peaks = scores + found[0], peaks + found[1]
+        judged = len(paths) if cross_fitted else len(held_out)
+        calibration = self.calibration(scores, peaks, judged, cross_fitted=folds > 0)
+        return Fitted(model, calibration, sorted(peaks), self.provenance(paths, judged, place, reason), seen(kept, held_out))
 
-    def fit_together(self, images: Mapping[str, Sequence[str | Path]], run: TrainingRun, progress: Progress) -> dict[str, Fitted]:
+    def fit_together(self, images: Mapping[str, Sequence[str | Path]], run: TrainingRun | None, progress: Progress) -> dict[str, Fitted]:
         """Fit one denoiser for several products, see `gladad.detector.glad.Glad.fit_together`."""
-        check_settings(self.name, self.settings, together=True)
-        chosen = {category: self.chosen(images[category]) for category in sorted(images)}
-        for category, paths in chosen.items():
+        self.family.check(self.name, self.settings, True)
+        chosen = {product: self.chosen(images[product]) for product in sorted(images)}
+        for product, paths in chosen.items():
             if len(paths) < FEW_IMAGES:
-                raise DataError(
-                    f"{category}: at least {FEW_IMAGES} good images are needed to fit it together with others, not {len(paths)}"
-                )
-        split = {category: self.split(paths) for category, paths in chosen.items()}
+                raise DataError(f"{product}: at least {FEW_IMAGES} good images are needed to fit it together with others, not {len(paths)}")
+        split = {product: self.split(paths) for product, paths in chosen.items()}
         # One grid for all: that of the images together.
         size = self.working_size([path for train, _ in split.values() for path in train[:: max(1, len(train) // 25)]])
-        kept = {category: read_pixels(train, size, prefixed(progress, f"{category}: ")) for category, (train, _) in split.items()}
-        places = {category: self.foreground(pixels, category) for category, pixels in kept.items()}
-        foregrounds = {category: foreground for category, (foreground, _) in places.items()}
-        bases = train_bases(self.name, kept, size, self.settings, self.textures(size), foregrounds, run.part(PARTS[0]), progress)
+        kept = {product: read_pixels(train, size, prefixed(progress, f"{product}: ")) for product, (train, _) in split.items()}
+        places = {product: self.foreground(pixels, product) for product, pixels in kept.items()}
+        own_run = None if run is None else run.part(PARTS[0])
+        foregrounds = {product: place for product, (place, _) in places.items()}
+        models = self.family.train(
+            kept, Training(self.name, self.settings, size, foregrounds, self.textures(size), run=own_run, progress=progress)
+        )
         fitted = {}
-        for category, (_, held_out) in split.items():
-            told = prefixed(progress, f"{category}: ")
-            scores, peaks = judge(bases[category], read_pixels(held_out, size, told), told)
+        for product, (train, held_out) in split.items():
+            told = prefixed(progress, f"{product}: ")
+            scores, peaks = held_out_scores(models[product], read_pixels(held_out, size, told), told)
             calibration = self.calibration(scores, peaks, len(scores))
-            provenance = self.provenance(chosen[category], len(scores), *places[category])
-            fitted[category] = Fitted(bases[category], calibration, sorted(peaks), provenance)
+            provenance = self.provenance(chosen[product], len(scores), *places[product])
+            fitted[product] = Fitted(models[product], calibration, sorted(peaks), provenance, seen(train, held_out))
         return fitted
 
     def adjust(self, fitted: Fitted, images: Images, settings: FitSettings, progress: Progress) -> Fitted:
-        """Change how a fitted ``lite`` base inspects, see `gladad.detector.glad.Glad.adjust`."""
-        old, new = to_json(self.settings), to_json(settings)
-        changed = [name for name in new if new[name] != old[name]]
-        if fixed := sorted(set(changed) - INSPECTION_SETTINGS):
+        """Change how a fitted model inspects, see `gladad.detector.glad.Glad.adjust`."""
+        family, after = self.family, Fitter(self.name, settings)
+        family.check(self.name, settings, False)
+        before, wanted = family.training_values(self.settings), family.training_values(settings)
+        if fixed := sorted(key for key in wanted if wanted[key] != before[key]):
             raise ConfigError(f"{fixed[0]} cannot be changed without another fit")
-        base, after = fitted.base, Fitter(self.name, settings)
-        if set(changed) <= {"false_reject_rate"}:
+        if replace(settings, false_reject_rate=self.settings.false_reject_rate) == self.settings:
             return after.at_rate(fitted)
-        if not isinstance(base, LiteBase):
-            raise ConfigError(f"the inspection of a {base.kind} base cannot be adjusted; fit it anew")
         train, held_out = self.split_of(fitted, images, "adjusted")
-        size = base.config.image_size
-        adjust_base(base, read_pixels(train, size, progress), settings, progress)
-        return after.recalibrated(fitted, read_pixels(held_out, size, progress), progress)
+        size = fitted.model.image_size
+        model = family.adjust(fitted.model, read_pixels(train, size, progress), settings, progress)
+        return after.recalibrated(replace(fitted, model=model), held_out, progress)
 
     def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
         """Make the thresholds anew, see `gladad.detector.glad.Glad.calibrate`."""
         paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
-        if fingerprint(paths) == fitted.provenance["data_fingerprint"]:
-            if self.cross_fits(paths):
-                raise DataError("these are the images of the fit, of which none were held out; give good images that it has not seen")
-            paths = self.split(paths)[1]
-        if len(paths) < MIN_HELD_OUT:
-            raise DataError(f"at least {MIN_HELD_OUT} good images are needed to calibrate, there are {len(paths)}")
-        size: tuple[int, int] = fitted.base.config.image_size
-        return self.recalibrated(fitted, read_pixels(paths, size, progress), progress)
+        kept, notes = paths, []
+        if fitted.seen is None:
+            if fingerprint(paths) == fitted.provenance["data_fingerprint"]:
+                if self.cross_fits(paths):
+                    raise DataError("these are the images of the fit, of which none were held out; give good images that it has not seen")
+                kept = self.split(paths)[1]
+            else:
+                notes.append(NO_RECORD)
+        else:
+            kept = [path for path in paths if file_digest(path) not in fitted.seen.trained]
+        left_out = len(paths) - len(kept)
+        if len(kept) < MIN_HELD_OUT:
+            why = f"; {left_out} of the {len(paths)} given were trained on, and none of those can be used" if left_out else ""
+            raise DataError(f"at least {MIN_HELD_OUT} good images that the model has not seen are needed, there are {len(kept)}{why}")
+        provenance = fitted.provenance | {"left_out": left_out, "notes": notes}
+        return self.recalibrated(replace(fitted, provenance=provenance), kept, progress)
 
     def tune_features(self, fitted: Fitted, images: Images, config: FeatureTuningConfig, run: TrainingRun, progress: Progress) -> Fitted:
         """Fine-tune the extractor that scores, see `gladad.detector.glad.Glad.tune_features`."""
-        base = fitted.base
-        if not isinstance(base, PaperBase):
-            raise ConfigError(f"the extractor of a {base.kind} base cannot be tuned; this is for Stable Diffusion bases")
+        from gladad.models.stable_diffusion.extractor_tuning import tune_features
+        from gladad.models.stable_diffusion.model import StableDiffusion
+
+        model = fitted.model
+        if not isinstance(model, StableDiffusion):
+            raise ConfigError(f"the extractor of a {model.kind} model cannot be tuned; this is for Stable Diffusion models")
         train, held_out = self.split_of(fitted, images, "tuned")
-        size, before = base.config.image_size, base.pipeline.tuned_weights()
+        before = model.pipeline.tuned_weights()
         try:
-            tune_features(base, read_pixels(train, size, progress), config, run=run, progress=progress)
-            return self.recalibrated(fitted, read_pixels(held_out, size, progress), progress)
+            tune_features(model, read_pixels(train, model.image_size, progress), config, run=run, progress=progress)
+            return self.recalibrated(fitted, held_out, progress)
         except BaseException:
-            base.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
+            model.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
             raise
 
-    def recalibrated(self, fitted: Fitted, held_out: Sequence[Pixels], progress: Progress) -> Fitted:
-        """With thresholds from held-out images at the base's size."""
-        scores, peaks = judge(fitted.base, held_out, progress)
+    def recalibrated(self, fitted: Fitted, held_out: Sequence[Path], progress: Progress) -> Fitted:
+        """With thresholds from images that the model was not trained on."""
+        scores, peaks = held_out_scores(fitted.model, read_pixels(held_out, fitted.model.image_size, progress), progress)
+        known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
         provenance = fitted.provenance | {"held_out": len(held_out)}
-        return Fitted(fitted.base, self.calibration(scores, peaks, len(scores)), sorted(peaks), provenance)
+        return Fitted(fitted.model, self.calibration(scores, peaks, len(scores)), sorted(peaks), provenance, known)
 
     def at_rate(self, fitted: Fitted) -> Fitted:
         """With thresholds for the false-reject rate of the settings, from the scores that are there."""
@@ -241,29 +262,22 @@ class Fitter:
             raise DataError(f"{paths[0].parent}: not the images that this detector was fitted on")
         return self.split(paths)
 
-    def foreground(self, pixels: Sequence[Pixels], category: str = "") -> tuple[Foreground, str]:
+    def foreground(self, pixels: Sequence[Pixels], product: str = "") -> tuple[Foreground, str]:
         """Where synthetic anomalies may appear, and why."""
-        if self.settings.preset is not None:
-            preset = load_preset(self.settings.preset)
-            return (category_preset(preset, category) if category else preset).synthesis_foreground, f"set by the preset {preset.name}"
-        if self.settings.foreground != "auto":
-            return self.settings.foreground, "set by the user, or the default"
+        place, reason = self.family.foreground(self.settings, product)
+        if place is not None:
+            return place, reason
         choice = choose_foreground(pixels)
         return choice.foreground, choice.reason
 
     def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
-        """``(H, W)`` the model works at: for the feature bases with the median proportions of the images, for others square."""
-        if self.name not in FEATURE_BASES:
-            preset = None if self.settings.preset is None else load_preset(self.settings.preset)
-            side = self.settings.image_size or 512
-            return preset.encode_size if preset and self.settings.image_size is None else (side, side)
+        """``(H, W)`` the model works at, by the median proportions of the images."""
         shapes = [load_image(path).shape for path in paths[:: max(1, len(paths) // 25)]]
-        aspect = float(np.median([width / height for height, width, _ in shapes]))
-        return size_for_aspect(aspect, self.settings.image_size or 256)
+        return self.family.working_size(self.settings, float(np.median([width / height for height, width, _ in shapes])))
 
     def textures(self, size: tuple[int, int]) -> list[Pixels]:
         """Images ``[H, W, 3]`` that synthetic anomalies take content from."""
-        if self.settings.textures is None:
+        if not isinstance(self.settings, DenoisingSettings) or self.settings.textures is None:
             return []
         folder = Path(self.settings.textures)
         if not folder.is_dir():
@@ -292,6 +306,11 @@ class Fitter:
         }
 
 
+def seen(trained: Sequence[Path], held_out: Sequence[Path]) -> SeenImages:
+    """The record of a fit's files."""
+    return SeenImages(frozenset(map(file_digest, trained)), frozenset(map(file_digest, held_out)))
+
+
 def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
     """Images ``[H, W, 3]`` at one size."""
     pixels = []
@@ -301,18 +320,20 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress
     return pixels
 
 
-def judge(base: Base, images: Sequence[Pixels], progress: Progress) -> tuple[list[float], list[float]]:
+def held_out_scores(model: Model, images: Sequence[Pixels], progress: Progress) -> tuple[list[float], list[float]]:
     """Raw scores and map peaks of held-out normal images."""
 
     def look(pixels: Pixels) -> tuple[float, float]:
-        inspection = base.inspect(pixels)
+        inspection = model.inspect(pixels)
         return inspection.score, float(inspection.map.max())
 
-    if isinstance(base, PaperBase):
+    if family_of_kind(model.kind).LONG and process_count() > 1:
+        from gladad.training.loop import divided
+
         found = divided(lambda number: look(images[number]), len(images), lambda *done: progress("calibration", *done))
     else:
         found = []
-        for pair in in_order(look, images, base.workers):
+        for pair in in_order(look, images, model.workers):
             found.append(pair)
             progress("calibration", len(found), len(images))
     return [score for score, _ in found], [peak for _, peak in found]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,22 +18,25 @@ from numpy.typing import NDArray
 from gladad.core.errors import ConfigError, ModelFormatError, NotFittedError
 from gladad.core.images import as_pixels
 from gladad.core.records import Prediction, Progress, no_progress
-from gladad.core.settings import from_json, to_json
+from gladad.core.settings import to_json
 from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
-from gladad.core.threads import in_order
+from gladad.core.threads import CancelToken, in_order
 from gladad.data.samples import expand_paths
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
-from gladad.detector.fit import Fitted, Fitter, Images
-from gladad.models.registry import Base, FitSettings, load_base
-from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
-from gladad.models.stable_diffusion.model import PaperBase
-from gladad.models.stable_diffusion.presets import load_preset
-from gladad.training.loop import TrainingRun
+from gladad.detector.fit import Fitted, Fitter, Images, SeenImages
+from gladad.detector.old_format import upgraded
+from gladad.models.family import Model
+from gladad.models.registry import family_of_kind, make_settings
+from gladad.models.settings import FitSettings
+
+if TYPE_CHECKING:
+    from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
+    from gladad.training.loop import TrainingRun
 
 Pixels = NDArray[np.uint8]
-CALIBRATION_FILE = "calibration.json"
-BASE_FOLDER = "base"
+CALIBRATION_FILE, SEEN_FILE = "calibration.json", "images.json"
+WEIGHTS_FOLDER = "base"
 
 
 class Glad:
@@ -43,30 +48,35 @@ class Glad:
         >>> detector.save_pretrained("models/part")
 
     Attributes:
-        base_: The fitted base.
+        model_: The fitted model.
         calibration_: Thresholds and held-out scores.
         provenance_: Versions, seed and data fingerprint of the fit.
     """
 
-    def __init__(self, base: str = "lite", settings: FitSettings | None = None):
-        self.base = base
-        self.settings = FitSettings() if settings is None else settings
+    def __init__(self, name: str = "lite", settings: FitSettings | None = None):
+        self.name = name
+        self.settings = make_settings(name) if settings is None else settings
         self._fitted: Fitted | None = None
+        self._ids = ("", "")
 
     @classmethod
-    def from_base(cls, base: str = "lite", *, settings: FitSettings | None = None) -> Glad:
+    def from_base(cls, base: str = "lite", *, settings: FitSettings | Mapping[str, Any] | None = None) -> Glad:
         """A detector to be fitted.
 
         Args:
-            base: ``lite``, one of `BASELINES`, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form.
-            settings: What may be chosen about the fit.
+            base: One of `gladad.models.registry.BUILT_IN`, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form.
+            settings: What may be chosen about the fit: settings of the model's family, or values by their names, such as
+                ``{"training.steps": 900}``.
+
+        Raises:
+            ConfigError: A name is unknown to this model, or a value is wrong.
         """
-        return cls(base, settings)
+        return cls(base, settings if isinstance(settings, FitSettings) else make_settings(base, settings))
 
     @property
-    def base_(self) -> Base:
-        """The fitted base."""
-        return self._require_fit().base
+    def model_(self) -> Model:
+        """The fitted model."""
+        return self._require_fit().model
 
     @property
     def calibration_(self) -> Calibration:
@@ -78,25 +88,38 @@ class Glad:
         """Versions, seed and data fingerprint of the fit."""
         return self._require_fit().provenance
 
+    @property
+    def model_id(self) -> str:
+        """What the fitted model is called: the start of the SHA-256 of its config and everything it learned."""
+        return self._ids[0]
+
+    @property
+    def calibration_id(self) -> str:
+        """What its calibration is called: the start of the SHA-256 of the held-out scores and thresholds."""
+        return self._ids[1]
+
     # -- fit ----------------------------------------------------------------------------------------------------
 
-    def fit(self, images: Images, *, run: TrainingRun | None = None, progress: Progress = no_progress) -> Glad:
+    def fit(
+        self, images: Images, *, run: TrainingRun | None = None, progress: Progress = no_progress, cancel: CancelToken | None = None
+    ) -> Glad:
         """Learn from good images only, and calibrate on a part of them that training does not see.
 
         Args:
             images: A folder of good images, a data set category (its ``train/good`` is taken), or paths.
-            run: Checkpoints, logs and examples of a diffusers base; with the same folder, a fit that was stopped goes on.
+            run: Checkpoints, logs and examples of a Stable Diffusion; with the same folder, a fit that was stopped goes on.
             progress: Told of every stage.
+            cancel: Stops the fit between two steps when it is cancelled, from any thread.
 
         Returns:
             This detector.
 
         Raises:
-            ConfigError: The settings do not fit together or are not for this base, or the training would not fit into memory.
+            ConfigError: The settings do not fit together or are not for this model, or the training would not fit into memory.
             DataError: There are too few images, or one cannot be read (it is named).
-            Interrupted: The training was asked to stop, and has saved where it is.
+            Interrupted: The training was asked to stop, and has saved where it is if it can go on.
         """
-        self._fitted = self._fitter.fit(images, run or TrainingRun(), progress)
+        self._set(self._fitter.fit(images, run, _cancellable(progress, cancel)))
         return self
 
     @classmethod
@@ -104,10 +127,11 @@ class Glad:
         cls,
         images: Mapping[str, Sequence[str | Path]],
         base: str = "lite",
-        settings: FitSettings | None = None,
+        settings: FitSettings | Mapping[str, Any] | None = None,
         *,
         run: TrainingRun | None = None,
         progress: Progress = no_progress,
+        cancel: CancelToken | None = None,
     ) -> dict[str, Glad]:
         """Fit one denoiser for several products, which it is told apart by their name; each product gets a detector that uses it.
 
@@ -116,40 +140,50 @@ class Glad:
         Args:
             images: Category -> paths of its good images; at least 24 for each.
             base: ``lite``, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form, whose prompt then names the category.
-            settings: What may be chosen about the fit; for ``lite`` the default of the steps grows with the square root of the number
-                of products.
+            settings: As for `from_base`; for ``lite`` the default of the steps grows with the square root of the number of products.
             run: As for `fit`.
             progress: Told of every stage.
+            cancel: As for `fit`.
 
         Raises:
-            ConfigError: The base cannot be shared.
+            ConfigError: The model cannot be shared.
             DataError: There are too few images, or one cannot be read (it is named).
             Interrupted: As for `fit`.
         """
-        settings = FitSettings() if settings is None else settings
-        found = Fitter(base, settings).fit_together(images, run or TrainingRun(), progress)
-        detectors = {category: cls(base, settings) for category in found}
+        first = cls.from_base(base, settings=settings)
+        found = first._fitter.fit_together(images, run, _cancellable(progress, cancel))
+        detectors = {category: cls(base, first.settings) for category in found}
         for category, detector in detectors.items():
-            detector._fitted = found[category]
+            detector._set(found[category])
         return detectors
 
-    def adjust(self, images: Images, settings: FitSettings, *, progress: Progress = no_progress) -> Glad:
+    def adjust(
+        self,
+        images: Images,
+        settings: FitSettings | Mapping[str, Any],
+        *,
+        progress: Progress = no_progress,
+        cancel: CancelToken | None = None,
+    ) -> Glad:
         """Change how a fitted ``lite`` detector inspects, without another training; the result is that of a fit with these settings.
 
         Args:
             images: Those it was fitted on.
-            settings: They differ from the detector's in those of `gladad.models.registry.INSPECTION_SETTINGS` only.
+            settings: They differ from the detector's in the reconstruction and the false-reject rate only; or values by their names.
             progress: Told of every stage.
+            cancel: As for `fit`.
 
         Returns:
-            This detector.
+            This detector, which is as it was if anything goes wrong.
 
         Raises:
-            ConfigError: Another setting differs; or more than the false-reject rate does, and the base is not a ``lite`` one or the
+            ConfigError: Another setting differs; or more than the false-reject rate does, and the model is not a ``lite`` one or the
                 calibration is cross-fitted.
             DataError: The images are not those of the fit.
         """
-        self._fitted = self._fitter.adjust(self._require_fit(), images, settings, progress)
+        if not isinstance(settings, FitSettings):
+            settings = make_settings(self.name, settings)
+        self._set(self._fitter.adjust(self._require_fit(), images, settings, _cancellable(progress, cancel)))
         self.settings = settings
         return self
 
@@ -157,16 +191,17 @@ class Glad:
         """Make the thresholds anew, from good images that the training has not seen; the networks stay.
 
         Args:
-            images: Good images, at least 4. Those of the fit, all of them, stand for the part of them that was held out.
+            images: Good images. Those that the model was trained on are known by their content and left out; ``provenance_`` says how many
+                as ``left_out``. At least 4 must remain.
             progress: Told of every image.
 
         Returns:
             This detector.
 
         Raises:
-            DataError: There are too few images, or they are those of a fit that held nothing out.
+            DataError: Too few images remain.
         """
-        self._fitted = self._fitter.recalibrate(self._require_fit(), images, progress)
+        self._set(self._fitter.recalibrate(self._require_fit(), images, progress))
         return self
 
     def tune_features(
@@ -184,16 +219,19 @@ class Glad:
             This detector.
 
         Raises:
-            ConfigError: The base is not a diffusers one, or the calibration is cross-fitted.
+            ConfigError: The model is not a Stable Diffusion, or the calibration is cross-fitted.
             DataError: The images are not those of the fit.
             Interrupted: As for `fit`.
         """
+        from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
+        from gladad.training.loop import TrainingRun
+
         fitted = self._require_fit()
-        self._fitted = self._fitter.tune_features(fitted, images, config or FeatureTuningConfig(), run or TrainingRun(), progress)
+        self._set(self._fitter.tune_features(fitted, images, config or FeatureTuningConfig(), run or TrainingRun(), progress))
         return self
 
     def merge(self) -> Glad:
-        """Add the adapter of a diffusers base to its weights, so that the model needs its base no more; scores agree up to rounding.
+        """Add the adapter of a Stable Diffusion to its weights, so that the model needs its base no more; scores agree up to rounding.
 
         Returns:
             This detector.
@@ -203,33 +241,42 @@ class Glad:
             ModelFormatError: The base is not there any more.
         """
         fitted = self._require_fit()
-        if not isinstance(fitted.base, PaperBase):
-            raise ConfigError(f"a {fitted.base.kind} base has no adapter to merge")
-        self._fitted = replace(fitted, base=fitted.base.standalone())
+        standalone = getattr(fitted.model, "standalone", None)
+        if standalone is None:
+            raise ConfigError(f"a {fitted.model.kind} model has no adapter to merge")
+        self._set(replace(fitted, model=standalone()))
         return self
 
     def set_false_reject_rate(self, rate: float) -> None:
         """Choose another false-reject rate; the thresholds follow from the stored held-out scores."""
         settings = replace(self.settings, false_reject_rate=rate)
-        self._fitted = Fitter(self.base, settings).at_rate(self._require_fit())
+        self._set(Fitter(self.name, settings).at_rate(self._require_fit()))
         self.settings = settings
 
     @property
     def _fitter(self) -> Fitter:
-        return Fitter(self.base, self.settings)
+        return Fitter(self.name, self.settings)
+
+    def _set(self, fitted: Fitted, model_id: str = "") -> None:
+        before = self._fitted
+        if not model_id:
+            same = before is not None and before.model is fitted.model and self.model_id
+            model_id = self.model_id if same else fitted.model.digest()[:16]
+        content = json.dumps(fitted.calibration.to_json(), sort_keys=True).encode()
+        self._fitted, self._ids = fitted, (model_id, hashlib.sha256(content).hexdigest()[:16])
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
     @property
     def workers(self) -> int:
         """Images that are best inspected at the same time, each on a thread of its own."""
-        return self.base_.workers
+        return self.model_.workers
 
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect one image.
 
         Args:
-            image: A path, PIL image, array or tensor; see `gladad.core.images.as_pixels`.
+            image: A path, the bytes of an image file, a PIL image, array or tensor; see `gladad.core.images.as_pixels`.
             reconstruct: Make the picture of the reconstruction too.
 
         Returns:
@@ -237,12 +284,13 @@ class Glad:
 
         Raises:
             DataError: The image cannot be used.
+            NotFiniteError: The score or the map is not finite.
             NotFittedError: There is no model yet.
         """
         fitted = self._require_fit()
         pixels = as_pixels(image)
         started = time.perf_counter()
-        inspection = fitted.base.inspect(pixels)
+        inspection = fitted.model.inspect(pixels)
         size = (pixels.shape[0], pixels.shape[1])
         raw = torch.from_numpy(inspection.map)[None, None]
         maps = F.interpolate(raw, size, mode="bilinear", align_corners=False)[0, 0] / fitted.calibration.pixel_threshold
@@ -259,22 +307,31 @@ class Glad:
             pred_mask=mask,
             regions=find_regions(mask, anomaly_map),
             image_size=size,
-            reconstruction=fitted.base.picture(inspection, pixels, fitted.calibration.pixel_threshold) if reconstruct else None,
+            reconstruction=fitted.model.picture(inspection, pixels, fitted.calibration.pixel_threshold) if reconstruct else None,
             image_path=Path(image) if isinstance(image, str | Path) else None,
             seconds=seconds,
+            model_id=self.model_id,
+            model_version=str(fitted.provenance["versions"]["gladad"]),
+            calibration_id=self.calibration_id,
         )
 
-    def predict(self, images: Any, *, reconstruct: bool = True, progress: Progress = no_progress) -> list[Prediction]:
-        """Inspect several images, in order, as many at a time as the base can use cores for.
+    def predict(
+        self, images: Any, *, reconstruct: bool = True, progress: Progress = no_progress, cancel: CancelToken | None = None
+    ) -> list[Prediction]:
+        """Inspect several images, in order, as many at a time as the model can use cores for.
 
         Args:
-            images: A path or folder, one image, or a sequence of any of these.
+            images: A path or folder, one image, a batch (array ``[B, H, W, 3]`` or tensor ``[B, 3, H, W]``), or a sequence of any of these.
             reconstruct: Make the pictures of the reconstructions too.
             progress: Told of every image.
+            cancel: Stops between two images when it is cancelled, from any thread.
+
+        Raises:
+            Interrupted: It was cancelled.
         """
         items = list(_flatten(images))
         predictions: list[Prediction] = []
-        for prediction in in_order(lambda item: self.inspect(item, reconstruct=reconstruct), items, self.workers):
+        for prediction in in_order(lambda item: self.inspect(item, reconstruct=reconstruct), items, self.workers, cancel):
             predictions.append(prediction)
             progress("inspecting", len(predictions), len(items))
         return predictions
@@ -289,16 +346,19 @@ class Glad:
         """
         fitted = self._require_fit()
         with atomic_folder(Path(folder)) as temporary:
-            (temporary / BASE_FOLDER).mkdir()
-            config = fitted.base.save(temporary / BASE_FOLDER)
+            (temporary / WEIGHTS_FOLDER).mkdir()
+            config = fitted.model.save(temporary / WEIGHTS_FOLDER)
             write_json(temporary / CALIBRATION_FILE, fitted.calibration.to_json() | {"map_peaks": fitted.peaks})
+            if fitted.seen is not None:
+                write_json(temporary / SEEN_FILE, {"trained": sorted(fitted.seen.trained), "held_out": sorted(fitted.seen.held_out)})
             description = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "base": fitted.base.kind,
-                "source": self.base,
-                "config": config,
+                "name": self.name,
+                "kind": fitted.model.kind,
+                "model_id": self.model_id,
                 "settings": to_json(self.settings),
+                "config": config,
                 "provenance": fitted.provenance,
             }
             write_json(temporary / MODEL_FILE, description)
@@ -313,38 +373,40 @@ class Glad:
         folder = Path(folder)
         model = read_model_file(folder)
         try:
-            detector = cls(model["source"], from_json(FitSettings, model["settings"]))
+            old = model["format_version"] == 1
+            if old:
+                model = upgraded(model)
+            name, kind = model["name"], model["kind"]
+            family = family_of_kind(kind)
+            detector = cls(name, family.make_settings(name, model["settings"]))
             calibration = read_json(folder / CALIBRATION_FILE)
-            detector._fitted = Fitted(
-                base=load_base(model["base"], folder / BASE_FOLDER, model["config"]),
+            fitted = Fitted(
+                model=family.load(folder / WEIGHTS_FOLDER, model["config"]),
                 calibration=Calibration.from_json(calibration),
                 peaks=[float(p) for p in calibration["map_peaks"]],
                 provenance=model["provenance"],
+                seen=None if old else SeenImages(**{key: frozenset(value) for key, value in read_json(folder / SEEN_FILE).items()}),
             )
+            detector._set(fitted, "" if old else str(model["model_id"]))
         except (KeyError, TypeError, ConfigError) as error:
             raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error
         return detector
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready description: base and its origin, settings, calibration and provenance."""
+        """JSON-ready description: the model and its origin, settings asked for and as resolved, calibration and provenance."""
         fitted = self._require_fit()
         calibration = fitted.calibration.to_json()
         scores = calibration.pop("scores")
-        description: dict[str, Any] = {
-            "base": fitted.base.kind,
-            "source": self.base,
+        return {
+            "name": self.name,
+            "kind": fitted.model.kind,
+            "model_id": self.model_id,
+            "calibration_id": self.calibration_id,
             "settings": to_json(self.settings),
-            "config": to_json(fitted.base.config),
             "calibration": calibration | {"held_out_median": float(np.median(scores))},
             "provenance": fitted.provenance,
+            **fitted.model.describe(),
         }
-        if self.settings.preset is not None:
-            tuned = isinstance(fitted.base, PaperBase) and bool(fitted.base.pipeline.tuned_weights())
-            replaced = self.settings.vae is not None
-            description["preset"] = load_preset(self.settings.preset).describe(tuned_features=tuned, tuned_autoencoder=replaced)
-        if isinstance(fitted.base, PaperBase) and fitted.base.pipeline.origin is not None:
-            description["origin"] = to_json(fitted.base.pipeline.origin)
-        return description
 
     def _require_fit(self) -> Fitted:
         if self._fitted is None:
@@ -352,10 +414,22 @@ class Glad:
         return self._fitted
 
 
+def _cancellable(progress: Progress, cancel: CancelToken | None) -> Progress:
+    """The same progress, which stops the work that reports to it once the token is cancelled."""
+    if cancel is None:
+        return progress
+
+    def told(stage: str, done: int, total: int) -> None:
+        cancel.check()
+        progress(stage, done, total)
+
+    return told
+
+
 def _flatten(images: Any) -> Iterator[Any]:
     if isinstance(images, str | Path):
         yield from expand_paths([Path(images)])
-    elif isinstance(images, list | tuple):
+    elif isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
         for image in images:
             yield from _flatten(image)
     else:

@@ -1,0 +1,64 @@
+"""``lite`` as a family of models: settings by name, training, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gladad.core.errors import ConfigError
+from gladad.core.records import Progress
+from gladad.core.settings import METHOD, to_json, with_values
+from gladad.data.synthesis import Foreground
+from gladad.features.whitening import size_for_aspect
+from gladad.models.family import Model, Pixels, Training
+from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
+from gladad.models.feature_diffusion.training import adjusted, train_models
+
+LONG, SHARED = False, True
+load = FeatureDiffusion.load
+
+
+def make_settings(name: str, values: Mapping[str, Any]) -> FeatureDiffusionSettings:
+    """The defaults with these values, see `gladad.models.family.Family`."""
+    return with_values(FeatureDiffusionSettings(), values)
+
+
+def check(name: str, settings: object, together: bool) -> None:
+    """Any ``lite`` settings will do."""
+    if not isinstance(settings, FeatureDiffusionSettings):
+        raise ConfigError(f"{name} needs FeatureDiffusionSettings, not {type(settings).__name__}")
+
+
+def working_size(settings: FeatureDiffusionSettings, aspect: float) -> tuple[int, int]:
+    """The images' own proportions."""
+    return size_for_aspect(aspect, settings.image_size or 256)
+
+
+def foreground(settings: FeatureDiffusionSettings, product: str) -> tuple[Foreground | None, str]:
+    """What the user says, or the images."""
+    return (None, "") if settings.foreground == "auto" else (settings.foreground, "set by the user, or the default")
+
+
+def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping[str, Model]:
+    """Train one denoiser, see `gladad.models.feature_diffusion.training`."""
+    categories = tuple(images) if set(images) != {""} else ()
+    config = FeatureDiffusionConfig(
+        settings=training.settings, image_size=training.size, categories=categories, category=categories[0] if categories else ""
+    )
+    return train_models(
+        images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share, progress=training.progress
+    )
+
+
+def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:
+    """All but the rate and the reconstruction; the method itself is trained for."""
+    values = to_json(settings)
+    del values["false_reject_rate"]
+    return values | {"reconstruction": {METHOD: values["reconstruction"][METHOD]}}
+
+
+def adjust(model: FeatureDiffusion, images: Sequence[Pixels], settings: FeatureDiffusionSettings, progress: Progress) -> Model:
+    """A copy with the statistics measured anew."""
+    return adjusted(model, replace(settings), images, progress)

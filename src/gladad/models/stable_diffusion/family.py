@@ -1,0 +1,221 @@
+"""The paper's form as a family of models: settings by name, presets, training over one base, loading."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gladad.core.errors import ConfigError
+from gladad.core.images import to_tensor
+from gladad.core.processes import process_count
+from gladad.core.records import Progress
+from gladad.core.settings import from_json, to_json, with_values
+from gladad.data.synthesis import Foreground
+from gladad.models.family import Model, Pixels, Training
+from gladad.models.stable_diffusion.components import choose_device, locate_base
+from gladad.models.stable_diffusion.memory_fit import available_memory, check_fits
+from gladad.models.stable_diffusion.memory_plan import MemoryPlan, PlanRequest, plan_training, read_configs
+from gladad.models.stable_diffusion.model import StableDiffusion, origin_fingerprints
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
+from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
+from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, Product, finetune_denoiser
+from gladad.training.loop import DTYPES, divided
+
+LONG, SHARED = True, True
+UNREACHABLE = 1e9
+"""A delta that no gap reaches: the chain then runs its whole search."""
+STEP_SEARCH_IMAGES = 32
+load = StableDiffusion.load
+
+
+def make_settings(name: str, values: Mapping[str, Any]) -> StableDiffusionSettings:
+    """The defaults, or those of the ``preset`` among the values, with the other values; see `gladad.models.family.Family`."""
+    preset = values.get("preset")
+    start = StableDiffusionSettings() if preset is None else from_preset(load_preset(str(preset)))
+    if "image_size" in values and "feature_size" not in values:
+        start = replace(start, feature_size=None)  # the preset's goes with its own image size
+    return with_values(start, values)
+
+
+def from_preset(preset: Preset) -> StableDiffusionSettings:
+    """Settings with the published constants of a category."""
+    return StableDiffusionSettings(
+        preset=preset.name,
+        image_size=preset.encode_size[0],
+        feature_size=preset.feature_size[0],
+        prompt=preset.prompt,
+        foreground=preset.synthesis_foreground,
+        training=from_json(DenoiserSettings, to_json(PAPER) | {"steps": preset.train_steps}),
+        guidance_scale=preset.guidance_scale,
+        reconstruction=preset.reconstruction,
+        calibrate_step=preset.step_threshold_calibrated,
+        scoring=preset.scoring,
+        scoring_foreground=preset.scoring_foreground,
+    )
+
+
+def check(name: str, settings: object, together: bool) -> None:
+    """Refuse settings of another family, and a preset of one category for several products or the reverse."""
+    if not isinstance(settings, StableDiffusionSettings):
+        raise ConfigError(f"{name} needs StableDiffusionSettings, not {type(settings).__name__}; is it the name of a built-in model?")
+    if settings.preset is not None and (load_preset(settings.preset).category == MULTI_CLASS) != together:
+        wanted = "one product; use the data set's multi_class" if together else "several products together; use a preset of one category"
+        raise ConfigError(f"preset: {settings.preset} is for {wanted}")
+
+
+def working_size(settings: StableDiffusionSettings, aspect: float) -> tuple[int, int]:
+    """A square."""
+    side = settings.image_size or 512
+    return side, side
+
+
+def foreground(settings: StableDiffusionSettings, product: str) -> tuple[Foreground | None, str]:
+    """What the preset of the product's category or the user says, or the images."""
+    if settings.preset is not None and load_preset(settings.preset).category == MULTI_CLASS:
+        return category_preset(load_preset(settings.preset), product).synthesis_foreground, f"set by the preset {settings.preset}"
+    reason = "set by the user, or the default" if settings.preset is None else f"set by the preset {settings.preset}, or the user"
+    return (None, "") if settings.foreground == "auto" else (settings.foreground, reason)
+
+
+def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping[str, Model]:
+    """Fine-tune one denoiser, and set the delta of each product's step search."""
+    settings: StableDiffusionSettings = training.settings
+    preset = None if settings.preset is None else load_preset(settings.preset)
+    denoiser, steps = settings.training, settings.training.steps
+    if steps is None:
+        steps = max(1, DEFAULT_STEPS // training.share)
+    if steps and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
+        check_memory(training.name, training.size, settings, None if training.run is None else training.run.memory_limit)
+    dtype = DTYPES[denoiser.precision]
+    own = {key: settings.of_product(key, preset) for key in images}
+    pipelines = GladPipeline.for_prompts(
+        training.name,
+        {key: product.prompt for key, product in own.items()},
+        settings.features,
+        vae=settings.vae,
+        revision=settings.revision,
+        local_files_only=settings.offline,
+        torch_dtype=dtype,
+        unet_dtype=torch.float32 if denoiser.method == "full" and steps else dtype,
+    )
+    return _fit(pipelines, images, own, steps, training)
+
+
+def _fit(
+    pipelines: Mapping[str, GladPipeline],
+    images: Mapping[str, Sequence[Pixels]],
+    settings: Mapping[str, StableDiffusionSettings],
+    steps: int,
+    training: Training,
+) -> Mapping[str, StableDiffusion]:
+    """Train pipelines of several products, which are over the same networks, in place; no steps adopt the denoiser as it is."""
+    first, denoiser = next(iter(pipelines.values())), next(iter(settings.values())).training
+    for pipeline in pipelines.values():
+        pipeline.to(choose_device())
+    adapter, name = None, None
+    if steps:
+        products = {key: Product(own, pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key, own in images.items()}
+        known = {"origin": {} if first.origin is None else origin_fingerprints(first.origin)}
+        trained = finetune_denoiser(
+            first,
+            products,
+            denoiser,
+            steps,
+            seed=training.settings.seed,
+            textures=training.textures,
+            run=training.run,
+            identity=known | {"prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
+            progress=training.progress,
+        )
+        adapter, name = trained.adapter, trained.adapter_name
+    first.unet.to(DTYPES[denoiser.precision])
+    models = {}
+    for key, pipeline in pipelines.items():
+        config = StableDiffusionConfig(settings=settings[key], image_size=training.size, adapted=adapter is not None)
+        models[key] = StableDiffusion(config, pipeline, adapter, name)
+        if settings[key].reconstruction.adaptive and settings[key].calibrate_step:
+            _set_delta(models[key], images[key], f"{key}: step search" if key else "step search", training.progress)
+    return models
+
+
+def _set_delta(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
+    """Set delta to the 90 % quantile, over training images, of the largest gap that the whole search meets down to ``min_step``.
+
+    A normal image is then usually given the least noise.
+    """
+    settings = model.config.settings
+    search = replace(settings.reconstruction, step_threshold=UNREACHABLE)
+
+    def peak(number: int) -> float:
+        trace = model.rebuild(to_tensor(images[number])[None].to(model.pipeline.device), search).trace.nan_to_num(0)
+        return float(trace[0, :-1].max()) if trace.shape[1] > 1 else float(trace.max())
+
+    peaks = divided(peak, min(len(images), STEP_SEARCH_IMAGES), lambda done, total: progress(stage, done, total))
+    found = replace(settings.reconstruction, step_threshold=float(np.quantile(peaks, 0.9)))
+    model.config = replace(model.config, settings=replace(settings, reconstruction=found))
+
+
+def training_values(settings: StableDiffusionSettings) -> dict[str, Any]:
+    """All but the rate and how input and reconstruction are compared."""
+    apart = {"false_reject_rate", "reconstruction", "scoring", "scoring_foreground", "feature_size", "guidance_scale", "calibrate_step"}
+    return {name: value for name, value in to_json(settings).items() if name not in apart}
+
+
+def adjust(model: Model, images: Sequence[Pixels], settings: StableDiffusionSettings, progress: Progress) -> Model:
+    """Not built for these models."""
+    raise ConfigError(f"the inspection of a {model.kind} model cannot be adjusted; fit it anew with --steps 0 from the trained one")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------
+
+
+def plan_request(training: FinetuneConfig, size: tuple[int, int], processes: int = 1) -> PlanRequest:
+    """What one of so many processes asks of its memory."""
+    share = math.ceil(training.batch_size / processes)
+    at_once = min(training.micro_batch or share, share)
+    return PlanRequest(
+        image_size=size,
+        training=training.method,
+        batch_size=at_once,
+        accumulation=math.ceil(share / at_once),
+        lora_rank=training.rank,
+        lora_layers=training.layers,
+        gradient_checkpointing=training.gradient_checkpointing,
+        precision=training.precision,
+        optimizer=training.optimizer,
+        ema=training.ema > 0,
+    )
+
+
+def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSettings, limit: int | None) -> None:
+    """Refuse a training that does not fit into memory, before its weights are loaded.
+
+    Args:
+        name: Of the base.
+        size: ``(H, W)`` it works at.
+        settings: Of the fit.
+        limit: Bytes; None = what is available.
+
+    Raises:
+        ConfigError: It does not fit; the message says what would.
+    """
+    base, extractor, vae = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
+    configs = read_configs(base.folder, extractor.folder, None if vae is None else vae.folder)
+    device = choose_device()
+
+    def plan(request: PlanRequest) -> MemoryPlan:
+        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+
+    processes = process_count()
+    request = plan_request(settings.training, size, processes)
+    available = available_memory(device) if limit is None else limit
+    if device.type == "cpu":
+        available //= processes
+    check_fits(plan(request), available, request, plan, device.type)
