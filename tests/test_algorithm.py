@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from gladad.algorithm import (
+    DeviationConfig,
+    OneCallConfig,
     Reconstruction,
     ReconstructionConfig,
     Schedule,
@@ -18,8 +20,10 @@ from gladad.algorithm import (
     add_noise,
     anomaly_map,
     chain_timesteps,
+    corrupt_cells,
     ddim_step,
     denoising_target,
+    deviation_target,
     fusion_mask,
     gaussian_blur,
     image_noise,
@@ -27,14 +31,20 @@ from gladad.algorithm import (
     mix_anomaly,
     patch_distance,
     predict_x0,
+    random_cells,
     reconstruct,
+    reconstruct_deviation,
+    reconstruct_one_call,
     soft_foreground,
     top_k_mean,
     velocity_to_noise,
 )
+from gladad.core.errors import ConfigError
+from gladad.core.settings import from_json, to_json
 
 SCHEDULE = Schedule.scaled_linear()
 SHAPE = (4, 6, 5)
+OUT_OF_REACH = 9.0  # gaps are at most 2
 
 
 class ToyNetworks:
@@ -100,6 +110,12 @@ def test_schedule_is_stable_diffusions() -> None:
     assert SCHEDULE.alpha_bar(torch.tensor([-1, 5])).shape == (2, 1, 1, 1)
 
 
+@pytest.mark.parametrize("count", [10, 1000])
+def test_cosine_schedule_is_that_of_diffusers(count: int) -> None:
+    scheduler = DDIMScheduler(num_train_timesteps=count, beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(Schedule.cosine(count).alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
 def test_published_timestep_grid() -> None:
     grid = chain_timesteps(750, 25)
     assert [t for t, _ in grid] == list(range(721, 0, -30))
@@ -153,7 +169,7 @@ def diffusers_ddim(latent: Tensor, eps: Tensor, max_step: int, num_steps: int) -
     return x
 
 
-@pytest.mark.parametrize("options", [{"adaptive": False}, {"step_threshold": math.inf, "min_step": 0}])
+@pytest.mark.parametrize("options", [{"adaptive": False}, {"step_threshold": OUT_OF_REACH, "min_step": 0}])
 def test_without_a_choice_the_chain_is_plain_ddim(options: dict[str, object]) -> None:
     latent, eps = noise(2), noise(2, 1)
     result, networks = run(latent, eps, max_step=500, num_steps=25, **options)
@@ -177,7 +193,7 @@ def test_threshold_zero_stops_at_the_first_call() -> None:
 
 
 def test_threshold_out_of_reach_stops_below_min_step() -> None:
-    result, _ = run(noise(2), noise(2, 1), step_threshold=math.inf, min_step=350)
+    result, _ = run(noise(2), noise(2, 1), step_threshold=OUT_OF_REACH, min_step=350)
     assert result.step.tolist() == [331, 331]  # the first timestep below
     assert result.probes == 2 * 14
 
@@ -185,7 +201,7 @@ def test_threshold_out_of_reach_stops_below_min_step() -> None:
 def test_below_min_step_the_input_is_kept() -> None:
     """With one call below min_step the result follows from the algebra alone."""
     latent, eps = noise(2), noise(2, 1)
-    result, _ = run(latent, eps, step_threshold=math.inf, max_step=30, num_steps=1, min_step=100)
+    result, _ = run(latent, eps, step_threshold=OUT_OF_REACH, max_step=30, num_steps=1, min_step=100)
     alpha_bar, start = SCHEDULE.alpha_bar(1), SCHEDULE.alpha_bar(30)
     eps_hat = ToyNetworks().predict_noise(add_noise(latent, eps, start), torch.ones(2))
     reference = predict_x0(add_noise(latent, eps, alpha_bar), eps_hat, alpha_bar)
@@ -293,6 +309,130 @@ def test_image_noise_depends_on_the_seed_alone() -> None:
     assert torch.equal(image_noise(SHAPE, 7), image_noise(SHAPE, 7))
     assert image_noise(SHAPE, 7, 3).shape == (3, *SHAPE)
     assert not torch.equal(image_noise(SHAPE, 7), image_noise(SHAPE, 8))
+
+
+# ------------------------------------------------------------------------------------------------------ deviation
+
+COSINE = Schedule.cosine(10)
+
+
+def test_a_corrupted_latent_less_its_deviation_is_the_clean_one() -> None:
+    z, eps = noise(3).double(), noise(3, 1).double()
+    mask = random_cells((3, *SHAPE[1:]), torch.Generator().manual_seed(0), share=(0.5, 0.5), sides=(2,))
+    for timestep in (torch.tensor([0, 5, 9]), 4):
+        alpha_bar = COSINE.alpha_bar(timestep).double()
+        x, deviation = corrupt_cells(z, mask, eps, alpha_bar), deviation_target(z, mask, eps, alpha_bar)
+        torch.testing.assert_close(x - (1 - alpha_bar).sqrt() * deviation, z, rtol=0, atol=1e-12)
+        inside = mask.expand_as(z)
+        assert torch.equal(x[inside], add_noise(z, eps, alpha_bar)[inside])
+        assert torch.equal(x[~inside], z[~inside]) and not deviation[~inside].any()
+        assert deviation[inside].abs().min() > 0
+
+
+class KnowsTheNormal(ToyNetworks):
+    """Predicts the deviation from a latent that it knows."""
+
+    def __init__(self, normal: Tensor):
+        super().__init__()
+        self.normal = normal
+
+    def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        self.calls.append(int(timestep[0]))
+        return (latent - self.normal) / (1 - COSINE.alpha_bar(timestep)).sqrt()
+
+
+@pytest.mark.parametrize("timesteps", [(8, 6, 4, 2, 0), (9,), (5, 1)])
+def test_corrections_by_one_who_knows_the_normal_latent_end_there(timesteps: tuple[int, ...]) -> None:
+    normal, latent = noise(2), noise(2, 1)
+    networks = KnowsTheNormal(normal)
+    found = reconstruct_deviation(networks, latent, COSINE, DeviationConfig(timesteps=timesteps))
+    torch.testing.assert_close(found.latent, normal, rtol=0, atol=1e-6)
+    assert networks.calls == list(timesteps)
+    assert found.step.tolist() == [timesteps[0]] * 2 and found.probes == 0 and found.gap_score.isnan().all()
+    # what is left after a correction is in proportion to the noise level, so each takes off its share of it
+    levels = [*(float((1 - COSINE.alpha_bar(t)).sqrt()) for t in timesteps), 0.0]
+    shares = torch.tensor([(high - low) / levels[0] for high, low in pairwise(levels)])
+    expected = (latent - normal).square().flatten(1).mean(1)[:, None] * shares.square()
+    torch.testing.assert_close(found.trace, expected)
+
+
+def test_where_no_deviation_is_seen_nothing_changes() -> None:
+    latent = noise(2)
+    found = reconstruct_deviation(KnowsTheNormal(latent), latent, COSINE, DeviationConfig())
+    assert torch.equal(found.latent, latent) and not found.trace.any()
+
+
+def test_corrections_of_an_image_do_not_depend_on_its_batch() -> None:
+    latent, order = noise(5), torch.tensor([3, 0, 4, 2, 1])
+    before = latent.clone()
+    together, permuted = (reconstruct_deviation(ToyNetworks(), x, COSINE, DeviationConfig()) for x in (latent, latent[order]))
+    assert torch.equal(latent, before) and not torch.equal(together.latent, latent)
+    assert torch.equal(permuted.latent, together.latent[order]) and torch.equal(permuted.trace, together.trace[order])
+    for i in range(5):
+        alone = reconstruct_deviation(ToyNetworks(), latent[i : i + 1], COSINE, DeviationConfig())
+        assert torch.equal(alone.latent[0], together.latent[i])
+
+
+def test_random_cells_are_patches_of_the_share_and_side_asked_for() -> None:
+    draw = torch.Generator().manual_seed
+    mask = random_cells((400, 12, 20), draw(0), share=(0.2, 0.4))
+    assert mask.shape == (400, 1, 12, 20) and mask.dtype == torch.bool
+    assert torch.equal(mask, random_cells((400, 12, 20), draw(0), share=(0.2, 0.4)))
+    assert not torch.equal(mask, random_cells((400, 12, 20), draw(1), share=(0.2, 0.4)))
+    assert float(mask.float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(mask.float().mean((0, 1)).std()) < 0.05  # no place is preferred
+    assert not random_cells((3, 6, 5), draw(0), share=(0.0, 0.0)).any()
+    assert random_cells((3, 6, 5), draw(0), share=(1.0, 1.0)).all()
+    for cells in random_cells((20, 12, 20), draw(2), sides=(4,))[:, 0]:
+        changes = (cells[:, 1:] != cells[:, :-1]).any(0).nonzero().flatten()
+        assert len(set((changes % 4).tolist())) <= 1  # borders lie on one lattice
+
+
+@pytest.mark.parametrize("timesteps", [(), (10, 0), (4, 6), (4, 4), (3, -1)])
+def test_impossible_corrections_are_refused(timesteps: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="timesteps: must fall strictly, from below 10"):
+        DeviationConfig(timesteps=timesteps)
+
+
+# --------------------------------------------------------------------------------------------- methods and devices
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(ReconstructionConfig, "chain"), (OneCallConfig, "single-calls"), (DeviationConfig, "deviation")]
+)
+def test_settings_name_their_method(kind: type, method: str) -> None:
+    values = to_json(kind())
+    assert next(iter(values)) == "method" and values.pop("method") == method
+    assert from_json(kind, values) == kind()  # as written before there were several
+    with pytest.raises(ConfigError, match="method: "):
+        from_json(kind, {**values, "method": "another"})
+
+
+def test_new_tensors_are_made_where_the_input_is() -> None:
+    """On the meta device any tensor of another device is an error."""
+    latent = torch.empty(2, *SHAPE, device="meta")
+
+    class Anywhere(ToyNetworks):
+        def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+            assert timestep.device == latent.device
+            return latent * SCHEDULE.alpha_bar(timestep)
+
+        def latent_features(self, latent: Tensor) -> Tensor:
+            return latent
+
+    config = OneCallConfig(timesteps=(500, 300), step_thresholds=(0.3, 0.2), fusion="calibrated")
+    noises, scale = latent[:, None].expand(-1, 2, -1, -1, -1), latent[:1, :, :1, :1]
+    results = [
+        reconstruct_one_call(Anywhere(), latent, noises, SCHEDULE, config, scale),
+        reconstruct_deviation(Anywhere(), latent, COSINE, DeviationConfig()),
+    ]
+    for found in results:
+        assert {x.device.type for x in (found.latent, found.step, found.gap_score, found.trace)} == {"meta"}
+        assert found.latent.shape == latent.shape and found.step.shape == (2,)
+    assert anomaly_map([latent], [latent], (32, 48), ScoringConfig(symmetric=True)).device.type == "meta"
+    alpha_bar = SCHEDULE.alpha_bar(torch.empty(2, dtype=torch.int64, device="meta"))
+    for x in (add_noise(latent, latent, alpha_bar), deviation_target(latent, latent[:, :1] > 0, latent, alpha_bar)):
+        assert x.device.type == "meta"
 
 
 # ------------------------------------------------------------------------------------------------- distance and map

@@ -7,6 +7,7 @@ Everything the method *is* stands in this package, over a narrow contract (`netw
 3. `chain`: adaptive denoising step, ADS, and spatially-adaptive
    feature fusion, SAFF; `single_calls`: both without a chain           (sections 3.2 and 3.4)
 4. `distance`: patch distance, anomaly map, image score                 (section 3.5)
+5. `deviation`: another method over the same contract                   (DeCo-Diff, CVPR 2025)
 
 Notation: ``z`` latent of the input, ``eps`` noise, ``alpha_bar`` the cumulative product of ``1 - beta``, ``x0`` an estimate of the
 clean latent. ``timestep`` always means 0...T-1; ``step`` only the adaptive choice. All tensors are ``[B, C, H, W]``.
@@ -16,6 +17,7 @@ Every result of an image depends on that image alone: there is no statistic over
 from __future__ import annotations
 
 from gladad.algorithm.chain import FusionMode, ReconstructionConfig, fusion_mask, reconstruct
+from gladad.algorithm.deviation import DeviationConfig, corrupt_cells, deviation_target, random_cells, reconstruct_deviation
 from gladad.algorithm.distance import ScoringConfig, anomaly_map, gaussian_blur, image_score, patch_distance, soft_foreground, top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, chain_timesteps, ddim_step, image_noise, predict_x0, velocity_to_noise
@@ -23,6 +25,7 @@ from gladad.algorithm.single_calls import OneCallConfig, reconstruct_one_call
 from gladad.algorithm.training_target import denoising_target, mix_anomaly
 
 __all__ = [
+    "DeviationConfig",
     "FusionMode",
     "Networks",
     "OneCallConfig",
@@ -33,8 +36,10 @@ __all__ = [
     "add_noise",
     "anomaly_map",
     "chain_timesteps",
+    "corrupt_cells",
     "ddim_step",
     "denoising_target",
+    "deviation_target",
     "fusion_mask",
     "gaussian_blur",
     "image_noise",
@@ -42,7 +47,9 @@ __all__ = [
     "mix_anomaly",
     "patch_distance",
     "predict_x0",
+    "random_cells",
     "reconstruct",
+    "reconstruct_deviation",
     "reconstruct_one_call",
     "soft_foreground",
     "top_k_mean",

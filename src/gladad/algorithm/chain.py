@@ -22,6 +22,7 @@ PENDING = -1
 class ReconstructionConfig:
     """How an image is rebuilt by the denoising chain. The defaults are the paper's for MVTec AD."""
 
+    method: Literal["chain"] = "chain"
     max_step: int = 750  # timestep the chain starts from
     noise_step: int | None = None  # timestep the input is noised at; None = max_step (VisA, PCB-Bank: max_step - 1)
     min_step: int = 350  # below this timestep a pending image stops searching and keeps its input

@@ -20,7 +20,10 @@ class Networks(Protocol):
         ...
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
-        """Noise prediction for noisy latents ``[B, C, h, w]`` at timesteps ``[B]``; conditioning and guidance are inside."""
+        """Noise prediction for noisy latents ``[B, C, h, w]`` at timesteps ``[B]``; conditioning and guidance are inside.
+
+        Under the method "deviation" (`gladad.algorithm.deviation`) it is the predicted deviation instead.
+        """
         ...
 
     def latent_features(self, latent: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,14 @@ class Schedule:
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float32) ** 2
         return cls(torch.cumprod(1.0 - betas, dim=0))
 
+    @classmethod
+    def cosine(cls, num_timesteps: int) -> Schedule:
+        """``alpha_bar`` falls as a squared cosine (Nichol & Dhariwal, arXiv 2102.09672), with their offset of 0.008."""
+        share = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        level = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
+        kept = (level[1:] / level[:-1]).clamp_min(0.001)  # 1 - beta; the last would be 0
+        return cls(torch.cumprod(kept, dim=0).float())
+
     @property
     def num_timesteps(self) -> int:
         """T."""
@@ -34,7 +43,7 @@ class Schedule:
         """``alpha_bar`` at one timestep (scalar) or at ``[B]`` timesteps (``[B, 1, 1, 1]``). Negative means the last, timestep 0."""
         if isinstance(timestep, int):
             return self.alphas_cumprod[max(timestep, 0)]
-        return self.alphas_cumprod[timestep.clamp_min(0)].view(-1, 1, 1, 1)
+        return self.alphas_cumprod.to(timestep.device)[timestep.clamp_min(0)].view(-1, 1, 1, 1)
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -70,6 +79,7 @@ def chain_timesteps(max_step: int, num_steps: int) -> list[tuple[int, int]]:
 def image_noise(shape: Sequence[int], seed: int, count: int = 1) -> Tensor:
     """Standard normal noise of one image, from a generator of its own: ``[count, *shape]`` float32.
 
-    The seed does not depend on the image's place in a batch, in a folder or among processes, so neither does its score.
+    The seed does not depend on the image's place in a batch, in a folder or among processes, so neither does its score. It is drawn on
+    the CPU, to be the same for every device.
     """
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))

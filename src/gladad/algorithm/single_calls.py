@@ -54,31 +54,32 @@ def reconstruct_one_call(
         The rebuilt latents; ``step`` is the timestep each image was decided at.
     """
     count = len(config.timesteps)
-    timesteps = torch.tensor(config.timesteps).repeat(len(latent))  # image-major
+    grid = torch.tensor(config.timesteps, device=latent.device)
+    timesteps = grid.repeat(len(latent))  # image-major
     alpha_bar = schedule.alpha_bar(timesteps)
     x_t = add_noise(latent.repeat_interleave(count, dim=0), noise.flatten(0, 1), alpha_bar)
     x0 = predict_x0(x_t, networks.predict_noise(x_t, timesteps), alpha_bar).unflatten(0, (-1, count))
 
-    order = torch.arange(1, count + 1).view(1, -1, 1, 1, 1)
+    order = torch.arange(1, count + 1, device=latent.device).view(1, -1, 1, 1, 1)
     estimates = x0.cumsum(dim=1) / order  # [B, K, C, h, w]
     features = networks.latent_features(latent)[:, None]
     rebuilt = networks.latent_features(estimates.flatten(0, 1)).unflatten(0, (-1, count))
     gap = ((features - rebuilt) / scale[:, None]).square().mean(dim=2)  # [B, K, h, w]
     trace = top_k_mean(gap.flatten(0, 1), config.top_k).view(-1, count)
 
-    choice = torch.full((len(latent),), count - 1)
+    choice = torch.full((len(latent),), count - 1, device=latent.device)
     if config.adaptive:
-        delta = torch.tensor(config.step_thresholds, dtype=trace.dtype)
+        delta = trace.new_tensor(config.step_thresholds)
         differs = trace > delta
         choice = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), choice)
-    rows = torch.arange(len(latent))
+    rows = torch.arange(len(latent), device=latent.device)
     chosen, chosen_gap = estimates[rows, choice], gap[rows, choice][:, None]
     if config.fusion != "none":  # local: keep the input where it is normal
         mask = torch.sigmoid((chosen_gap - config.fusion_center) / config.fusion_width)
         chosen = mask * chosen + (1 - mask) * latent
     return Reconstruction(
         latent=chosen,
-        step=torch.tensor(config.timesteps)[choice],
+        step=grid[choice],
         gap_score=trace[rows, choice],
         probes=int(count * len(latent)),
         trace=trace,
