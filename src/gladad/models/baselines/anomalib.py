@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
-from gladad.core.inference import one_thread
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.whitening import FEATURE_CHANNELS
 from gladad.models.baselines.memory_bank import FeatureExtractor
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from gladad.algorithm import gaussian_blur, top_k_mean
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_tensor
-from gladad.core.inference import inference_copy, one_thread
+from gladad.core.inference import inference_copy
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, stack_features
 

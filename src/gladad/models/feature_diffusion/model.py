@@ -36,10 +36,11 @@ from gladad.algorithm import (
 )
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_pixels, to_tensor
-from gladad.core.inference import channels_last, inference_copy, one_thread
+from gladad.core.inference import channels_last, inference_copy
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.efficientnet import EfficientNetLite0
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
 
