@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gladad.core.records import Report as Report
     from gladad.core.records import Sample as Sample
     from gladad.detector.glad import Glad as Glad
-    from gladad.models.registry import FitSettings as FitSettings
+    from gladad.models.settings import FitSettings as FitSettings
     from gladad.models.stable_diffusion.pipeline import GladPipeline as GladPipeline
     from gladad.models.stable_diffusion.training import FinetuneConfig as FinetuneConfig
     from gladad.training.loop import TrainingRun as TrainingRun
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FinetuneConfig": "models.stable_diffusion.training",
-    "FitSettings": "models.registry",
+    "FitSettings": "models.settings",
     "Glad": "detector.glad",
     "GladError": "core.errors",
     "GladPipeline": "models.stable_diffusion.pipeline",

@@ -11,6 +11,7 @@ from gladad.algorithm.chain import FusionMode
 from gladad.algorithm.distance import top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, predict_x0
+from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
 
 
@@ -30,6 +31,10 @@ class OneCallConfig:
     fusion: FusionMode = "none"  # SAFF mask; "none" here keeps the model's content everywhere
     fusion_center: float = 0.0  # "calibrated": gap at which the mask is one half
     fusion_width: float = 1.0  # "calibrated": gap over which it rises, > 0
+
+    def __post_init__(self) -> None:
+        if any(later <= 0 or later >= earlier for earlier, later in zip((1000, *self.timesteps), self.timesteps, strict=False)):
+            raise ConfigError(f"timesteps: must fall and lie between 0 and 1000, such as 600 and 400, not {list(self.timesteps)}")
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from gladad.core.records import Progress, Report, Sample, no_progress
 from gladad.data.samples import split_held_out
 from gladad.detector.glad import Glad
 from gladad.evaluation.run import evaluate, write_report
-from gladad.models.registry import FitSettings
+from gladad.models.registry import make_settings
+from gladad.models.settings import FitSettings
 from gladad.report.files import check_output
 from gladad.report.gallery import GalleryItem
 
@@ -81,9 +82,8 @@ def run(output: str | Path, *, settings: FitSettings | None = None, progress: Pr
     """
     data = solar_cells()
     check_output(Path(output))
-    detector = Glad.from_base("lite", settings=settings or FitSettings(seed=SEED, steps=STEPS, false_reject_rate=FALSE_REJECT_RATE)).fit(
-        data.train, progress=progress
-    )
+    defaults = {"seed": SEED, "training.steps": STEPS, "false_reject_rate": FALSE_REJECT_RATE}
+    detector = Glad.from_base("lite", settings=settings or make_settings("lite", defaults)).fit(data.train, progress=progress)
     items: list[GalleryItem] = []
     report = evaluate(detector, data.test, collect=items.append, progress=progress)
     report.details["data"] = {"name": "ELPV, monocrystalline", "train": len(data.train), "test": len(data.test), "seed": SEED}

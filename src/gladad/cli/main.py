@@ -1,4 +1,4 @@
-"""The ``gladad`` command: predict, info, demo, those that make models (`gladad.cli.train`) and those that measure (`gladad.cli.measure`).
+"""The ``gladad`` command: predict, info, demo, those that make models (`gladad.cli.fit`) and those that measure (`gladad.cli.measure`).
 
 Results go to standard output, progress and errors to standard error. A mistake of the user is one line and exit status 1. Heavy imports
 are inside the commands, so that ``gladad --help`` answers at once.
@@ -21,8 +21,9 @@ from rich.text import Text
 from gladad import __version__
 from gladad.cli.common import Model, Quiet, Rate, complain, duration, guarded, hush, load_model, show_report
 from gladad.cli.console import bars, waiting
+from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
+from gladad.cli.fit import calibrate, fit, merge
 from gladad.cli.measure import benchmark, data, evaluate, rescore
-from gladad.cli.train import calibrate, convert, fit, merge, plan, tune_features, tune_vae
 from gladad.core.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,26 +1,13 @@
-"""How networks run at inspection: on one thread, from bfloat16 copies in channels-last order."""
+"""How networks run at inspection: from bfloat16 copies in channels-last order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run the block's tensor operations on the calling thread alone. The setting is each thread's own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def inference_copy(network: Network, copy: Network) -> Network:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +21,8 @@ from gladad.core.errors import GladError, ModelFormatError
 
 MODEL_FILE = "model.json"
 FORMAT = "gladad-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Written; version 1 is read, too."""
 
 
 class WriteError(GladError):
@@ -157,6 +160,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"writing {path.name} failed: {error}") from error
 
 
+def content_digest(description: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hexadecimal) of a JSON-ready description and of tensors by their names."""
+    found = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors.
 
@@ -202,7 +214,7 @@ def read_model_file(folder: Path) -> dict[str, Any]:
     model = read_json(folder / MODEL_FILE)
     if model.get("format") != FORMAT:
         raise ModelFormatError(f"{folder / MODEL_FILE}: is not a gladad model description")
-    if model.get("format_version") != FORMAT_VERSION:
+    if model.get("format_version") not in {1, FORMAT_VERSION}:
         raise ModelFormatError(
             f"{folder}: has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}; upgrade gladad or fit again"
         )

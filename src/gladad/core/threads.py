@@ -1,20 +1,56 @@
-"""Several images at once, in order. Inspection runs each image on one thread, so cores are filled with images."""
+"""Threads: several images at once, one thread for each, and work that can be stopped."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from gladad.core.errors import Interrupted
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_setting_threads = threading.Lock()
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+class CancelToken:
+    """Asks work that runs on another thread to stop at its next safe place. It may be cancelled from anywhere, and stays so.
+
+    Attributes:
+        signal: Number of the signal that cancelled it; 0 if it was none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._cancelled = False  # no `threading.Event`: a signal handler may interrupt this thread where it holds the event's lock
+
+    def cancel(self, signal: int = 0) -> None:
+        """Ask to stop; returns at once."""
+        self.signal = signal or self.signal
+        self._cancelled = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the work is to stop."""
+        return self._cancelled
+
+    def check(self) -> None:
+        """Called by the work where it may stop.
+
+        Raises:
+            Interrupted: The token is cancelled.
+        """
+        if self._cancelled:
+            raise Interrupted("stopped, because it was cancelled", self.signal)
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, cancel: CancelToken | None = None
+) -> Iterator[Result]:
     """Apply a function to every item on several threads; yields the results in the order of the items.
 
     At most twice as many items as workers are under way or waiting to be taken, so memory does not grow with their number. The first
@@ -24,9 +60,15 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         function: May run on any thread. Its exceptions are raised here, at the item's turn.
         items: Taken one by one as there is room.
         workers: Threads, at least 1. With one, the calling thread does everything.
+        cancel: Looked at between items.
+
+    Raises:
+        Interrupted: The token is cancelled; no further item is started.
     """
+    token = cancel or CancelToken()
     remaining = iter(items)
     for item in remaining:
+        token.check()
         yield function(item)
         if workers > 1:
             break
@@ -34,10 +76,12 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in remaining:
+                token.check()
                 waiting.append(executor.submit(function, item))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
+                token.check()
                 yield waiting.popleft().result()
         finally:  # stopped early, or an error: do not start what is left
             for future in waiting:
@@ -45,13 +89,62 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, where this may be set, so that a block ended from outside still removes what it has begun."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def one_thread() -> Iterator[None]:
+    """Run the block's tensor operations on the calling thread alone. Other threads, and those that start later, keep their number."""
+    before = _set_own_threads(1)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _set_own_threads(before)
+
+
+def _set_own_threads(count: int) -> int:
+    """`torch.set_num_threads` for this thread only: by itself it also sets what later threads start with. Returns what it was."""
+    import torch  # late: the command line imports this module to show its help
+
+    with _setting_threads, ThreadPoolExecutor(1) as fresh:
+        default = fresh.submit(torch.get_num_threads).result()
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        fresh.submit(torch.set_num_threads, default).result()
+    return before
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, where this may be set, so that a block ended from outside still removes what it has begun."""
+    before = _replaceable(signal.SIGTERM)
+    try:
+        _handle(dict.fromkeys(before, signal.default_int_handler))
+        yield
+    finally:
+        _handle(before)
+
+
+@contextmanager
+def cancelled_by_signals(token: CancelToken) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C cancel a token, where this may be set; a second one does what it always does."""
+    before = _replaceable(signal.SIGTERM, signal.SIGINT)
+
+    def cancel(number: int, frame: object) -> None:
+        _handle(before)
+        token.cancel(number)
+
+    try:
+        _handle(dict.fromkeys(before, cancel))
+        yield
+    finally:
+        _handle(before)
+
+
+def _replaceable(*numbers: int) -> dict[int, Any]:
+    """The present handlers of those signals that may get another: not off the main thread, nor if ignored (nohup), nor if not Python's."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    present = {number: signal.getsignal(number) for number in numbers}
+    return {number: handler for number, handler in present.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _handle(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

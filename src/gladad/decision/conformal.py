@@ -86,13 +86,17 @@ def conformal_threshold(
 
     Raises:
         ConfigError: The rate is not in (0, 0.5].
-        DataError: There are fewer than four scores.
+        DataError: There are fewer than four scores, one is not finite, or all are 0.
     """
     check_rate(false_reject_rate)
     scores = np.sort(np.asarray(normal_scores, dtype=np.float64))
     n = len(scores)
     if n < MIN_HELD_OUT:
         raise DataError(f"calibration needs at least {MIN_HELD_OUT} held-out good images, there are {n}; add good images")
+    if not np.isfinite(scores).all():
+        raise DataError("a held-out good image has a score that is not finite; the model is of no use, train it anew")
+    if scores[-1] <= 0:
+        raise DataError("all held-out good images score 0, so nothing can be told from them; are they all the same picture?")
     copies = images is not None and images < n
     needed = required_images(false_reject_rate)
     rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
@@ -138,17 +142,21 @@ class Calibration:
         """Read what `to_json` wrote.
 
         Raises:
-            ModelFormatError: A key is missing or of the wrong type.
+            ModelFormatError: A key is missing or of the wrong type, or a number is not finite.
         """
         try:
-            return cls(
+            found = cls(
                 scores=tuple(float(s) for s in value["scores"]),
                 threshold=Threshold(**value["threshold"]),
                 pixel_threshold=float(value["pixel_threshold"]),
                 cross_fitted=bool(value["cross_fitted"]),
             )
+            numbers = (*found.scores, found.threshold.value, found.pixel_threshold)
+            if not np.isfinite(numbers).all() or min(numbers[-2:]) <= 0:
+                raise ValueError("a score or threshold is not finite, or a threshold is not positive")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFormatError(f"calibration.json: key missing or wrong ({error})") from error
+        return found
 
 
 def calibrate(

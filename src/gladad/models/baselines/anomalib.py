@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
-from gladad.core.inference import one_thread
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
-from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.whitening import FEATURE_CHANNELS
 from gladad.models.baselines.memory_bank import FeatureExtractor
 
@@ -102,6 +102,19 @@ class AnomalibBase:
 
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> None:
         """These models rebuild nothing."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """``(H, W)`` that it works at."""
+        return self.config.image_size
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: the config."""
+        return {"config": to_json(self.config)}
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the config and what was learned."""
+        return content_digest(to_json(self.config), {name: getattr(owner, attribute) for name, owner, attribute in self._learned()})
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was learned into a folder; returns the JSON-ready config."""

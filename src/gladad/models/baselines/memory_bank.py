@@ -21,10 +21,11 @@ from torch import Tensor
 from gladad.algorithm import gaussian_blur, top_k_mean
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_tensor
-from gladad.core.inference import inference_copy, one_thread
+from gladad.core.inference import inference_copy
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
-from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, stack_features
 
@@ -100,6 +101,19 @@ class MemoryBank:
 
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> None:
         """A memory bank rebuilds nothing."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """``(H, W)`` that it works at."""
+        return self.config.image_size
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: the config."""
+        return {"config": to_json(self.config)}
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the config and what was learned."""
+        return content_digest(to_json(self.config), {"memory": self.memory, "mean": self.mean, "std": self.std})
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the memory into a folder; returns the JSON-ready config."""

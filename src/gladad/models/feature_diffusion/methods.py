@@ -6,13 +6,27 @@ nothing of which one it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gladad.algorithm import Networks, OneCallConfig, Reconstruction, Schedule, add_noise, reconstruct_one_call, velocity_to_noise
+from gladad.algorithm import (
+    DeviationConfig,
+    Networks,
+    OneCallConfig,
+    Reconstruction,
+    Schedule,
+    add_noise,
+    corrupt_cells,
+    deviation_target,
+    random_cells,
+    reconstruct_deviation,
+    reconstruct_one_call,
+    velocity_to_noise,
+)
 from gladad.models.feature_diffusion.settings import FeatureTrainingSettings, Recipe
 
 
@@ -43,6 +57,27 @@ class Method(Protocol):
         """Rebuild latents ``[B, D, h, w]`` with noise ``[B, draws, D, h, w]`` and residual scale ``[1, D, 1, 1]``."""
         ...
 
+    def plain(self) -> Any:
+        """The settings without what differs from image to image: statistics of normal residuals are measured with them."""
+        ...
+
+    def depths(self) -> list[Any]:
+        """The plain settings of each depth at which an image can be decided; only one entry if that is the same for all."""
+        ...
+
+    def depth(self, step: int) -> int:
+        """Which of them an image was decided at."""
+        ...
+
+    def settled(self, deltas: Sequence[float], gap: float) -> Any:
+        """The settings with what normal images say.
+
+        Args:
+            deltas: Usual gap score at each depth.
+            gap: The 99 % quantile of the gap of single cells.
+        """
+        ...
+
 
 class SingleCalls:
     """GLAD's training towards the normal latent and single calls at inspection (`gladad.algorithm.single_calls`)."""
@@ -71,12 +106,71 @@ class SingleCalls:
         """See `gladad.algorithm.reconstruct_one_call`."""
         return reconstruct_one_call(networks, latent, noise, self.schedule, self.config, scale)
 
+    def plain(self) -> OneCallConfig:
+        """No search and no fusion."""
+        return replace(self.config, adaptive=False, fusion="none")
 
-def method_of(config: OneCallConfig) -> Method:
+    def depths(self) -> list[OneCallConfig]:
+        """After each call, where there is a search."""
+        plain, steps = self.plain(), self.config.timesteps
+        return [replace(plain, timesteps=steps[: count + 1]) for count in range(len(steps))] if self.config.adaptive else [plain]
+
+    def depth(self, step: int) -> int:
+        """The number of the call."""
+        return self.config.timesteps.index(step) if self.config.adaptive else 0
+
+    def settled(self, deltas: Sequence[float], gap: float) -> OneCallConfig:
+        """Delta of every call, unless they were given, and the fusion mask."""
+        found = replace(self.config, fusion_center=gap, fusion_width=gap / 4)
+        return replace(found, step_thresholds=tuple(deltas)) if found.adaptive and not found.step_thresholds else found
+
+
+class Deviation:
+    """Deviation correction (`gladad.algorithm.deviation`): trained on normal latents alone, of which some cells are noised."""
+
+    draws, uses_anomalies = 0, False
+
+    def __init__(self, config: DeviationConfig):
+        self.config, self.schedule = config, Schedule.cosine(config.num_timesteps)
+
+    def trained_timesteps(self, recipe: Recipe, training: FeatureTrainingSettings) -> tuple[int, int]:
+        """All of its schedule."""
+        return 0, self.config.num_timesteps
+
+    def example(
+        self, z_normal: Tensor, z_input: Tensor, timestep: Tensor, generator: torch.Generator, training: FeatureTrainingSettings
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The latent with some cells noised, and what has to be taken off them."""
+        alpha_bar = self.schedule.alpha_bar(timestep)
+        mask = random_cells((len(z_normal), *z_normal.shape[-2:]), generator).to(z_normal.device)
+        noise = torch.randn(z_normal.shape, generator=generator).to(z_normal)
+        return corrupt_cells(z_normal, mask, noise, alpha_bar), deviation_target(z_normal, mask, noise, alpha_bar), 1.0
+
+    def prediction(self, x_t: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+        """The deviation, as it is."""
+        return output
+
+    def reconstruct(self, networks: Networks, latent: Tensor, noise: Tensor, scale: Tensor) -> Reconstruction:
+        """See `gladad.algorithm.reconstruct_deviation`."""
+        return reconstruct_deviation(networks, latent, self.schedule, self.config)
+
+    def plain(self) -> DeviationConfig:
+        """It has no choices."""
+        return self.config
+
+    def depths(self) -> list[DeviationConfig]:
+        """The whole chain."""
+        return [self.config]
+
+    def depth(self, step: int) -> int:
+        """The only one."""
+        return 0
+
+    def settled(self, deltas: Sequence[float], gap: float) -> DeviationConfig:
+        """Nothing is learned."""
+        return self.config
+
+
+def method_of(config: OneCallConfig | DeviationConfig) -> Method:
     """The method that some settings are of."""
-    return SingleCalls(config)
-
-
-def without_search(config: OneCallConfig) -> OneCallConfig:
-    """The same for every image, and nothing of the input kept: what statistics of normal residuals are measured with."""
-    return replace(config, adaptive=False, fusion="none")
+    return SingleCalls(config) if isinstance(config, OneCallConfig) else Deviation(config)

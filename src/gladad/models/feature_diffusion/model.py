@@ -10,8 +10,6 @@ the anomaly map. The decoder serves people only: it shows what the model thinks 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -26,10 +24,11 @@ from torch import Tensor, nn
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_pixels, to_tensor
-from gladad.core.inference import inference_copy, one_thread
+from gladad.core.inference import inference_copy
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
-from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.threads import one_thread
 from gladad.features.efficientnet import EfficientNetLite0
 from gladad.features.whitening import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
 from gladad.models.feature_diffusion.methods import Method, method_of
@@ -73,7 +72,7 @@ class FeatureDiffusion(nn.Module):
         self.register_buffer("residual_scale", torch.ones(1, latent.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(2, FEATURE_CHANNELS))
         self.register_buffer("position_energy", torch.ones(1, 1, *self.grid))
-        self.register_buffer("depth_scale", torch.ones(len(config.settings.reconstruction.timesteps)))
+        self.register_buffer("depth_scale", torch.ones(len(self.method.depths())))
         self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
 
     @property
@@ -211,7 +210,7 @@ class FeatureDiffusion(nn.Module):
             latent, outside = self.space(self.features(image))
             rebuilt = self.rebuild(latent)
             maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
-            maps = maps / self.depth_scale[settings.reconstruction.timesteps.index(int(rebuilt.step))]
+            maps = maps / self.depth_scale[self.method.depth(int(rebuilt.step))]
             score = float(top_k_mean(maps, settings.scoring.top_k))
         return Inspection(map=maps[0, 0].numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
 
@@ -247,10 +246,7 @@ class FeatureDiffusion(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and all weights."""
-        found = hashlib.sha256(json.dumps(to_json(self.config), sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            found.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
-        return found.hexdigest()
+        return content_digest(to_json(self.config), self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> FeatureDiffusion:
@@ -261,7 +257,9 @@ class FeatureDiffusion(nn.Module):
         """
         try:
             model = cls(from_json(FeatureDiffusionConfig, config), EfficientNetLite0())
-            model.load_state_dict(load_tensors(folder / WEIGHTS_FILE))
+            tensors = load_tensors(folder / WEIGHTS_FILE)
+            model.depth_scale = tensors["depth_scale"]  # its length has changed with versions where there is no search
+            model.load_state_dict(tensors)
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
             raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
         return model.eval().requires_grad_(False)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from gladad.core.inference import channels_last
+from gladad.models.feature_diffusion.unet import UNet
 
 
 class LatentDenoiser(nn.Module):
@@ -32,18 +31,7 @@ class LatentDenoiser(nn.Module):
         levels = len(widths)
         multiple = 2 ** (levels - 1)
         self.pad = (0, -width % multiple, 0, -height % multiple)
-        self.unet: nn.Module = cast(Any, UNet2DModel)(
-            sample_size=(height, width),
-            in_channels=4 * dimensions + self.position.shape[1],
-            out_channels=4 * dimensions,
-            block_out_channels=tuple(widths),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-            norm_num_groups=16,
-            attention_head_dim=32,
-            num_class_embeds=classes or None,
-        )
+        self.unet = UNet(4 * dimensions + self.position.shape[1], 4 * dimensions, widths, classes)
         channels_last(self.unet)
 
     def forward(self, x_t: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
@@ -52,7 +40,7 @@ class LatentDenoiser(nn.Module):
         packed = torch.cat([packed, self.position.to(packed.dtype).expand(len(packed), -1, -1, -1)], dim=1)
         if any(self.pad):
             packed = F.pad(packed, self.pad, mode="replicate")
-        out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep, class_labels=label).sample
+        out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep, class_labels=label)
         height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
         return F.pixel_shuffle(out[..., :height, :width].contiguous(), 2).float()
 

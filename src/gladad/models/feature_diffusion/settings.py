@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gladad.algorithm import OneCallConfig
+from gladad.algorithm import DeviationConfig, OneCallConfig
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
 from gladad.data.synthesis import LITE, SynthesisConfig
@@ -87,13 +86,10 @@ class FeatureDiffusionSettings(DenoisingSettings):
     latent: LatentSettings = field(default_factory=LatentSettings)
     widths: tuple[int, ...] = (96, 128, 192)  # channels of the denoiser's levels
     training: FeatureTrainingSettings = field(default_factory=FeatureTrainingSettings)
-    reconstruction: OneCallConfig = field(default_factory=lambda: OneCallConfig(timesteps=()))  # no timesteps = the product's
+    reconstruction: Annotated[OneCallConfig | DeviationConfig, Field(discriminator="method")] = field(
+        default_factory=lambda: OneCallConfig(timesteps=())  # no timesteps = the product's
+    )
     scoring: MapSettings = field(default_factory=MapSettings)
-
-    def __post_init__(self) -> None:
-        steps = self.reconstruction.timesteps
-        if not all(0 < t < 1000 for t in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
-            raise ConfigError(f"reconstruction.timesteps must fall and lie between 0 and 1000, such as 600 and 400, not {list(steps)}")
 
 
 @validated

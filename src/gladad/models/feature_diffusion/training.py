@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.data.synthesis import Draw, Foreground, synthesise
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
-from gladad.models.feature_diffusion.methods import without_search
 from gladad.models.feature_diffusion.model import FeatureDiffusion, pool
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
@@ -328,9 +328,10 @@ def measure_residuals(model: FeatureDiffusion, images: Sequence[Pixels], progres
     if settings.scoring.position_share is None:  # the fewer images, the less is known of single positions
         share = POSITION_SHARE * len(chosen) / (len(chosen) + POSITION_PRIOR)
         settings = replace(settings, scoring=replace(settings.scoring, position_share=share))
-    search = settings.reconstruction
-    _inspect_by(model, replace(settings, reconstruction=without_search(search)))
-    model.depth_scale = torch.ones(len(search.timesteps))
+    _inspect_by(model, settings)
+    method, depths = model.method, model.method.depths()
+    _inspect_by(model, replace(settings, reconstruction=method.plain()))
+    model.depth_scale = torch.ones(len(depths))
 
     latents, outsides, residuals = [], [], []
     for batch in _batches([images[index] for index in chosen]):
@@ -352,13 +353,13 @@ def measure_residuals(model: FeatureDiffusion, images: Sequence[Pixels], progres
     model.position_energy.copy_(profile / profile.mean())
 
     # the step search and the fusion mask, now that the residual's scale is known
-    if search.adaptive and not search.step_thresholds:
-        traces = torch.cat([model.rebuild(latent).trace for latent in latents])
-        search = replace(search, step_thresholds=tuple(traces.quantile(settings.training.step_quantile, dim=0).tolist()))
-        model.depth_scale.copy_(_depth_scale(model, latents, outsides))
+    traces = torch.cat([model.rebuild(latent).trace for latent in latents])
+    deltas = traces.quantile(settings.training.step_quantile, dim=0).tolist()
+    if len(depths) > 1:
+        model.depth_scale.copy_(_depth_scale(model, depths, latents, outsides))
     gap = (residual / model.residual_scale).square().mean(1)
     center = float(gap.flatten().kthvalue(max(1, int(0.99 * gap.numel()))).values)
-    _inspect_by(model, replace(settings, reconstruction=replace(search, fusion_center=center, fusion_width=center / 4)))
+    _inspect_by(model, replace(settings, reconstruction=method.settled(deltas, center)))
     for name in ("residual_scale", "usual_energy", "position_energy", "depth_scale"):
         if not getattr(model, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
@@ -368,12 +369,11 @@ def _inspect_by(model: FeatureDiffusion, settings: FeatureDiffusionSettings) -> 
     model.config = replace(model.config, settings=settings)
 
 
-def _depth_scale(model: FeatureDiffusion, latents: Sequence[Tensor], outsides: Sequence[Tensor]) -> Tensor:
-    """Mean root energy of normal latents after each number of probes, relative to that after all of them: ``[K]``."""
+def _depth_scale(model: FeatureDiffusion, depths: Sequence[Any], latents: Sequence[Tensor], outsides: Sequence[Tensor]) -> Tensor:
+    """Mean root energy of normal latents decided at each depth, relative to the last: ``[K]``."""
     before, means = model.config.settings, []
-    plain = before.reconstruction
-    for count in range(1, len(plain.timesteps) + 1):
-        _inspect_by(model, replace(before, reconstruction=replace(plain, timesteps=plain.timesteps[:count])))
+    for reconstruction in depths:
+        _inspect_by(model, replace(before, reconstruction=reconstruction))
         energies = [model.energy(z - model.rebuild(z).latent, outside) for z, outside in zip(latents, outsides, strict=True)]
         means.append(torch.cat(energies).sqrt().mean())
     _inspect_by(model, before)

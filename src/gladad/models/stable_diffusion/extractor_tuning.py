@@ -24,7 +24,7 @@ from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
 from gladad.models.stable_diffusion.autoencoder_tuning import check_images, image_of_sample, weights_digest
 from gladad.models.stable_diffusion.components import choose_device
-from gladad.models.stable_diffusion.model import PaperBase
+from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.training import digest
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
 
@@ -82,7 +82,7 @@ class FeatureTuningConfig:
 
 
 def tune_features(
-    base: PaperBase,
+    base: StableDiffusion,
     images: Sequence[Pixels],
     config: FeatureTuningConfig,
     *,
@@ -109,8 +109,8 @@ def tune_features(
         ConfigError: The base is not a diffusers base, or its schedule is shorter than ``start_timestep``.
         DataError: There are no images, or they are of another size.
     """
-    if base.kind != PaperBase.kind:
-        raise ConfigError(f"only the extractor of a {PaperBase.kind} base can be tuned; this detector's base is {base.kind}")
+    if base.kind != StableDiffusion.kind:
+        raise ConfigError(f"only the extractor of a {StableDiffusion.kind} base can be tuned; this detector's base is {base.kind}")
     check_images(images)
     if images[0].shape[:2] != base.config.image_size:
         (height, width), (wanted_height, wanted_width) = images[0].shape[:2], base.config.image_size
@@ -118,7 +118,7 @@ def tune_features(
     timesteps = base.pipeline.schedule.num_timesteps
     if config.start_timestep >= timesteps:
         raise ConfigError(f"start_timestep must lie below the denoiser's {timesteps} timesteps, not be {config.start_timestep}")
-    loop = config.loop(len(images), base.config.precision)
+    loop = config.loop(len(images), base.config.settings.training.precision)
     base.pipeline.to(choose_device())
     task = FeatureTask(base, images, config, progress)
     losses = train(task, loop, run, progress=progress, stage="features")
@@ -136,9 +136,9 @@ class FeatureTask:
         progress: Told of every reconstruction.
     """
 
-    def __init__(self, base: PaperBase, images: Sequence[Pixels], config: FeatureTuningConfig, progress: Progress = no_progress):
+    def __init__(self, base: StableDiffusion, images: Sequence[Pixels], config: FeatureTuningConfig, progress: Progress = no_progress):
         self.base, self.images, self.config = base, images, config
-        self.reconstruction = config.reconstruction(base.config.reconstruction)
+        self.reconstruction = config.reconstruction(base.config.settings.reconstruction)
         frozen: Any = base.pipeline.features
         # Both in float32: rounded weights cannot take small updates, and would differ from the frozen ones before the first.
         self.frozen: Any = frozen if frozen.dtype == torch.float32 else copy.deepcopy(frozen).float()
@@ -196,7 +196,7 @@ class FeatureTask:
             "anchor_weight": config.anchor_weight,
             "feature_size": list(self.size),
             "reconstruction": [self.reconstruction.max_step, self.reconstruction.num_steps],
-            "inspection": [list(base.config.image_size), base.config.guidance_scale, base.config.seed],
+            "inspection": [list(base.config.image_size), base.config.settings.guidance_scale, base.config.settings.seed],
             "images": digest(self.images),
             "features": weights_digest(self.frozen.state_dict()),
             "vae": weights_digest(pipeline.vae.state_dict()),

@@ -6,8 +6,6 @@ A model whose denoiser carries an adapter is saved as that adapter and a referen
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import weakref
 from dataclasses import replace
@@ -24,7 +22,7 @@ from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels, to_pixels, to_tensor
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
-from gladad.core.storage import read_json, write_json
+from gladad.core.storage import content_digest, read_json, write_json
 from gladad.data.synthesis import foreground_mask
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
 from gladad.models.stable_diffusion.components import Located, Networks, Origin, choose_device, load_networks, locate_base, shared_networks
@@ -128,14 +126,10 @@ class StableDiffusion:
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and what was learned, with the fingerprints of the base that an adapter belongs to."""
-        found = hashlib.sha256(json.dumps(to_json(self.config), sort_keys=True).encode())
-        if self.pipeline.origin is not None:
-            found.update(json.dumps(origin_fingerprints(self.pipeline.origin), sort_keys=True).encode())
+        origin = self.pipeline.origin
         learned = self.pipeline.unet.state_dict() if self.adapter is None else self.adapter.weights
-        learned = {**learned, **self.pipeline.tuned_weights(), "prompt_embeds": self.pipeline.prompt_embeds}
-        for name, value in sorted(learned.items()):
-            found.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        own = {**learned, **self.pipeline.tuned_weights(), "prompt_embeds": self.pipeline.prompt_embeds}
+        return content_digest([to_json(self.config), {} if origin is None else origin_fingerprints(origin)], own)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> StableDiffusion:

@@ -1,0 +1,204 @@
+"""The commands for Stable Diffusion: plan, tune-features, tune-vae and convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gladad.cli.common import Category, Layout, Model, Quiet, complain, guarded, hush, load_model
+from gladad.cli.console import bars, waiting
+from gladad.cli.fit import alone, save, training_run
+from gladad.cli.options import AUTOENCODER_TUNING, DENOISER, FEATURE_TUNING, MEMORY, RUN, WEIGHTS, collects
+from gladad.core.settings import from_json
+
+
+@guarded
+@collects(weights=WEIGHTS, values=DENOISER, limit=(MEMORY,))
+def plan(
+    base: Annotated[str, typer.Argument(help="'sd14', folder or Hub id of a Stable Diffusion.")] = "sd14",
+    image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 512,
+    guidance: Annotated[bool, typer.Option("--guidance", help="Inspect with classifier-free guidance, as presets do.")] = False,
+    quiet: Quiet = False,
+    *,
+    weights: dict[str, Any],
+    values: dict[str, Any],
+    limit: dict[str, int],
+) -> None:
+    """Show how much memory training and inspection need; exit status 1 if the training does not fit."""
+    with waiting("starting", quiet):
+        from gladad.core.errors import ModelFormatError
+        from gladad.models.registry import make_settings
+        from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
+        from gladad.models.stable_diffusion.components import NAMED_BASES, choose_device, locate_base
+        from gladad.models.stable_diffusion.family import plan_request
+        from gladad.models.stable_diffusion.memory_fit import available_memory, bytes_text, check_fits
+        from gladad.models.stable_diffusion.memory_plan import (
+            BaseConfigs,
+            MemoryPlan,
+            PlanRequest,
+            plan_inspection,
+            plan_training,
+            read_configs,
+        )
+
+        hush()
+    config: Any = make_settings(base, weights | values)
+    try:
+        local = config.offline or base in NAMED_BASES
+        places = locate_base(base, config.features, config.vae, revision=config.revision, local_files_only=local)
+        configs = read_configs(places[0].folder, places[1].folder, None if places[2] is None else places[2].folder)
+    except ModelFormatError:
+        if base not in NAMED_BASES or weights.keys() - {"offline"}:
+            raise
+        configs = BaseConfigs(UNET_CONFIG, VAE_CONFIG, DINO_CONFIG)  # what it is made of is known without downloading it
+    device = choose_device()
+
+    def needed(request: PlanRequest) -> MemoryPlan:
+        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+
+    size = (image_size, image_size)
+    request = plan_request(config.training, size)
+    with waiting("taking one step without content", quiet):
+        train = needed(request)
+        inspect = plan_inspection(configs.unet, configs.vae, configs.features, size, config.training.precision, guidance)
+    table = Table("", f"{config.training.method} training, {request.batch_size} at a time", "inspection", box=None)
+    inspection = dict(inspect.rows())
+    for name, count in train.rows():
+        table.add_row(name, bytes_text(count), bytes_text(inspection[name]) if name in inspection else "")
+    Console().print(table)
+    available = limit.get("memory_limit") or available_memory(device)
+    print(f"{bytes_text(available)} are {'allowed' if limit else 'available'} on {device}")
+    check_fits(train, available, request, needed, device.type)
+
+
+@guarded
+@collects(values=FEATURE_TUNING, run=RUN)
+def tune_features(
+    model: Model,
+    images: Annotated[Path, typer.Argument(help="The good images of the model's fit.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tuned model.", show_default=False)],
+    category: Category = None,
+    layout: Layout = "auto",
+    quiet: Quiet = False,
+    *,
+    values: dict[str, Any],
+    run: dict[str, Any],
+) -> None:
+    """Fine-tune the extractor that scores, on the good images of a Stable Diffusion model, and calibrate anew."""
+    from gladad.core.storage import check_target
+    from gladad.data.layouts import training_images
+
+    paths = training_images(images, layout, category)
+    check_target(output)
+    with alone("sd14") as main:
+        silent = quiet or not main
+        detector = load_model(model, None, silent)
+        from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
+
+        told = training_run(output, run, silent)
+        with bars(silent) as progress:
+            detector.tune_features(paths, from_json(FeatureTuningConfig, values), run=told, progress=progress)
+        if main:
+            save({"": detector}, output, told)
+    if not silent:
+        print(f"{output}: extractor tuned")
+        print(detector.calibration_.threshold.statement)
+
+
+@guarded
+@collects(weights=[option for option in WEIGHTS if option.setting != "vae"], values=AUTOENCODER_TUNING, run=RUN)
+def tune_vae(
+    base: Annotated[str, typer.Argument(help="'sd14', folder or Hub id of a Stable Diffusion.", show_default=False)],
+    images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the autoencoder.", show_default=False)],
+    image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 512,
+    category: Category = None,
+    layout: Layout = "auto",
+    quiet: Quiet = False,
+    *,
+    weights: dict[str, Any],
+    values: dict[str, Any],
+    run: dict[str, Any],
+) -> None:
+    """Fine-tune a base's autoencoder on good images but those that a fit with this seed holds out, for 'gladad fit --vae'."""
+    from gladad.data.layouts import training_images
+
+    paths = training_images(images, layout, category)
+    with alone(base) as main:
+        silent = quiet or not main
+        with waiting("starting", silent):
+            from gladad.detector.fit import Fitter, read_pixels
+            from gladad.models.registry import make_settings
+            from gladad.models.stable_diffusion.autoencoder_tuning import (
+                AutoencoderTuningConfig,
+                check_autoencoder_target,
+                save_autoencoder,
+                tune_autoencoder,
+            )
+            from gladad.models.stable_diffusion.components import choose_device, load_autoencoder, locate_base
+            from gladad.training.checkpoints import discard
+
+            hush(downloads=not silent)
+        check_autoencoder_target(output)
+        config = from_json(AutoencoderTuningConfig, values)
+        fitter = Fitter(base, make_settings(base, {"seed": config.seed}))
+        paths = fitter.chosen(paths)
+        if not fitter.cross_fits(paths):
+            paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
+        elif main:
+            complain(f"{len(paths)} good images are too few to hold any out: the thresholds of a fit with this autoencoder will be too low")
+        offline = weights.get("offline", False)
+        found, extractor, _ = locate_base(base, weights.get("features"), revision=weights.get("revision"), local_files_only=offline)
+        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
+        told = training_run(output, run, silent)
+        with bars(silent) as progress:
+            pixels = read_pixels(paths, (image_size, image_size), progress)
+            tune_autoencoder(autoencoder, frozen, pixels, config, run=told, progress=progress)
+        if main:
+            save_autoencoder(autoencoder, output)
+            if told.folder is not None:
+                discard(told.folder)
+    if not silent:
+        print(f"{output}: use it with 'gladad fit --vae {output}'")
+
+
+@guarded
+def convert(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the converted base.", show_default=False)],
+    base: Annotated[str, typer.Option(help="'sd14', folder or Hub id that supplies the rest.")] = "sd14",
+    unet: Annotated[Path | None, typer.Option(help="pytorch_model.bin of a denoiser.", show_default=False)] = None,
+    features: Annotated[Path | None, typer.Option(help=".pth of a DINO ViT.", show_default=False)] = None,
+    tuned_features: Annotated[Path | None, typer.Option(help=".pth of a fine-tuned one, which scores.", show_default=False)] = None,
+    vae: Annotated[Path | None, typer.Option(help=".ckpt of an autoencoder.", show_default=False)] = None,
+    extractor: Annotated[str | None, typer.Option(help="Folder or Hub id of the ViT's architecture.", show_default=False)] = None,
+    prompt: Annotated[str, typer.Option(help="What the denoiser was trained with.")] = "a photo of sks",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base.", show_default=False)] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the Hub.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a base of checkpoints of GLAD's authors, for 'gladad fit --steps 0'. See docs/convert.md."""
+    with waiting("starting", quiet):
+        from gladad.interop.convert import convert as work
+
+        hush(downloads=not quiet)
+    report = work(
+        base,
+        output,
+        unet=unet,
+        features=features,
+        tuned_features=tuned_features,
+        vae=vae,
+        extractor=extractor,
+        prompt=prompt,
+        revision=revision,
+        local_files_only=offline,
+    )
+    if not quiet:
+        for name, part in report.components.items():
+            left_out = "".join(f", {count} of {group} left out" for group, count in part.ignored.items())
+            print(f"{name}: {part.tensors} tensors of {part.source}{left_out}")
+        print(f"{output}: use it with 'gladad fit --base {output} --steps 0'")

@@ -1,0 +1,170 @@
+"""Options of the commands that stand for settings, as tables: a flag, and the setting that it is a short name of.
+
+``--set NAME=VALUE`` reaches every setting, so a table holds only those that people ask for often.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+DIFFUSION = "Stable Diffusion models"
+RUNNING = "Running long trainings"
+
+
+def _size(text: str) -> int:
+    """Bytes of a size such as ``16GiB``, ``900M`` or ``24``, which are gibibytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not a size; write one like 16GiB")
+    return int(float(match[1]) * 2 ** {"k": 10, "m": 20, "": 30, "g": 30, "t": 40}[match[2]])
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        flag: Such as ``--batch-size``; with ``/--no-...`` it has two forms.
+        setting: Dotted name of the setting.
+        kind: Type of its value.
+        help: Text for ``--help``, with the default where that is not obvious.
+        panel: Heading that it stands below.
+        parser: Of the text, for kinds that typer does not know.
+    """
+
+    flag: str
+    setting: str
+    kind: Any
+    help: str
+    panel: str | None = None
+    parser: Callable[[str], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return self.flag.split("/")[0].removeprefix("--").replace("-", "_")
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """As a parameter of a command; None where it was not given."""
+        extra: dict[str, Any] = {} if self.parser is None else {"parser": self.parser, "metavar": "SIZE"}
+        told = typer.Option(self.flag, help=self.help, show_default=False, rich_help_panel=self.panel, **extra)
+        values: Any = self.kind | None
+        kind: Any = Annotated[(values, told)]  # type: ignore[valid-type]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def collects(**tables: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: a command gets, for each table, a dict of setting -> value of those options that were given.
+
+    Args:
+        **tables: Name of the command's parameter -> its options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(command, include_extras=True)
+        own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values() if p.name not in tables]
+        added = [option.parameter for table in tables.values() for option in table]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            chosen = {}
+            for name, table in tables.items():
+                values = {option.setting: given.pop(option.name) for option in table}
+                chosen[name] = {key: str(v) if isinstance(v, Path) else v for key, v in values.items() if v is not None}
+            command(**given, **chosen)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        run.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as training.steps=900; may be repeated.", show_default=False),
+]
+
+WEIGHTS = (
+    Option("--features", "features", str, "Extractor: folder or Hub id (default: facebook/dino-vitb8; lite: its own).", DIFFUSION),
+    Option("--vae", "vae", str, "Autoencoder that replaces the base's: folder or Hub id.", DIFFUSION),
+    Option("--revision", "revision", str, "Branch, tag or commit on the Hub.", DIFFUSION),
+    Option("--offline", "offline", bool, "Never ask the Hub.", DIFFUSION),
+)
+_TRAINING = (
+    ("--training", "method", Literal["lora", "full"], "Adapters, or all weights as in the paper (default: lora; full with a preset)."),
+    ("--rank", "rank", int, "Rank of the adapters (default: 16)."),
+    ("--layers", "layers", Literal["attention", "all"], "Layers that are adapted (default: attention)."),
+    ("--batch-size", "batch_size", int, "Images per step, of all processes together (default: 4; 32 with a preset)."),
+    ("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated (default: all)."),
+    ("--learning-rate", "learning_rate", float, "Learning rate (default: 1e-4 for lora, 5e-6 for full)."),
+    ("--precision", "precision", Literal["float32", "bfloat16", "float16"], "Of the arithmetic (default: bfloat16)."),
+    ("--optimizer", "optimizer", Literal["adamw", "adamw8bit"], "adamw8bit needs bitsandbytes (default: adamw)."),
+    ("--ema", "ema", float, "Decay of averaged weights, which are then kept (default: 0: none)."),
+    ("--gradient-checkpointing/--no-gradient-checkpointing", "gradient_checkpointing", bool, "Compute twice, don't keep (default: on)."),
+)
+DENOISER = tuple(Option(flag, f"training.{name}", kind, text, DIFFUSION) for flag, name, kind, text in _TRAINING)
+FIT = (
+    Option("--minutes", "training.minutes", float, "Time budget of the training (lite)."),
+    Option("--steps", "training.steps", int, "Steps of each training; 0 only calibrates a trained Stable Diffusion."),
+    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
+    Option("--false-reject-rate", "false_reject_rate", float, "Share of good parts that may be rejected (default: 0.01)."),
+    Option("--textures", "textures", Path, "Folder of images to make defects from."),
+    Option(
+        "--foreground",
+        "foreground",
+        Literal["all", "bright", "dark", "auto"],
+        "Part of the image where defects are made; auto decides by the good images (default: all).",
+    ),
+    Option("--product", "product", Literal["auto", "object", "texture"], "Object with structure, or texture (lite; default: auto)."),
+    Option("--image-size", "image_size", int, "Side in pixels to work at (default: 256 for lite, 512)."),
+    Option("--max-images", "max_images", int, "Good images used at most (default: 1000)."),
+    Option("--shots", "shots", int, "Learn from so few good images (1, 2, 4, 8)."),
+    Option(
+        "--calibration",
+        "calibration",
+        Literal["auto", "held-out", "cross-fit"],
+        "Images the threshold is made from (default: auto: cross-fit below 24).",
+    ),
+    Option("--preset", "preset", str, "Published constants, such as mvtec_ad/bottle.", DIFFUSION),
+    Option("--prompt", "prompt", str, "What the denoiser is told (default: 'a photo of sks', and the product if several).", DIFFUSION),
+    *WEIGHTS,
+    *DENOISER,
+)
+RUN = (
+    Option("--training-folder", "folder", Path, "For checkpoints and logs (default: OUTPUT.training).", RUNNING),
+    Option("--checkpoint-every", "checkpoint_every", int, "Steps between checkpoints (default: 500).", RUNNING),
+    Option("--keep", "keep", int, "Newest checkpoints kept (default: 2).", RUNNING),
+    Option("--tracker", "tracker", str, "TensorBoard if installed (auto, the default), none, or one of accelerate's.", RUNNING),
+    Option("--sample-every", "sample_every", int, "Steps between example pictures (default: 500).", RUNNING),
+)
+MEMORY = Option(
+    "--memory-limit", "memory_limit", int, "Refuse a training that needs more, such as 16GiB (default: what is free).", RUNNING, _size
+)
+FEATURE_TUNING = (
+    Option("--epochs", "epochs", int, "Passes over the images (default: 15)."),
+    Option("--steps", "steps", int, "Training steps instead."),
+    Option("--batch-size", "batch_size", int, "Images per step (default: 32)."),
+    Option("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated."),
+    Option("--anchor-weight", "anchor_weight", float, "How much the tuned extractor is held to the frozen one (default: 0.01)."),
+    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
+)
+AUTOENCODER_TUNING = (
+    Option("--steps", "steps", int, "Training steps (default: 2000)."),
+    Option("--batch-size", "batch_size", int, "Images per step (default: 4)."),
+    Option("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated."),
+    Option("--discriminator", "discriminator", bool, "Train against a discriminator, too."),
+    Option("--precision", "precision", Literal["float32", "bfloat16", "float16"], "Of the arithmetic (default: float32)."),
+    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
+)
