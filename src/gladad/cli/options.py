@@ -59,7 +59,7 @@ class Option:
         extra: dict[str, Any] = {} if self.parser is None else {"parser": self.parser, "metavar": "SIZE"}
         told = typer.Option(self.flag, help=self.help, show_default=False, rich_help_panel=self.panel, **extra)
         values: Any = self.kind | None
-        kind: Any = Annotated[(values, told)]  # type: ignore[valid-type]
+        kind: Any = Annotated[(values, told)]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
