@@ -8,7 +8,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,12 @@ from PIL import Image
 from reports import mislabelled, put_report
 
 from gladad.detector.glad import Glad
-from gladad.models.feature_diffusion.training import LiteTrainingConfig
-from gladad.models.registry import FitSettings
 
 SIDE = 72
+TINY = {"image_size": 64, "training.pool": 32, "training.decoder_steps": 5, "training.statistics": 8}
+"""Settings of a ``lite`` model that trains in a second or two."""
+TINY_FLAGS = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
+"""The same for the command line."""
 pytest_plugins = ["tiny_base"]
 
 
@@ -59,15 +60,8 @@ def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def detector(category: Path) -> Glad:
     """A real detector with next to no training; read only."""
-    settings = FitSettings(steps=8, image_size=64, false_reject_rate=0.2, calibration="held-out")
-    with pytest.MonkeyPatch.context() as patch:
-        train_little(patch)
-        return Glad.from_base("lite", settings=settings).fit(category)
-
-
-def train_little(patch: pytest.MonkeyPatch) -> None:
-    """Cut the parts of a fit whose length is not among the settings."""
-    patch.setattr("gladad.models.registry.LiteTrainingConfig", partial(LiteTrainingConfig, pool=32, decoder_steps=5, statistics=8))
+    settings = TINY | {"training.steps": 8, "false_reject_rate": 0.2, "calibration": "held-out"}
+    return Glad.from_base("lite", settings=settings).fit(category)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,28 +17,35 @@ from conftest import draw_part
 from PIL import Image
 from tiny_base import build_base
 
-from gladad.core.errors import ConfigError, DataError, ModelFormatError, NotFittedError
+from gladad import __version__
+from gladad.core.errors import ConfigError, DataError, Interrupted, ModelFormatError, NotFiniteError, NotFittedError
+from gladad.core.settings import with_values
 from gladad.core.storage import WriteError
+from gladad.core.threads import CancelToken
 from gladad.data.few_shot import views, with_copies
+from gladad.data.samples import file_digest
 from gladad.decision.regions import find_regions
 from gladad.detector.glad import Glad
-from gladad.models import registry as bases
-from gladad.models.feature_diffusion.model import LiteBase, LiteConfig
-from gladad.models.feature_diffusion.training import LiteTrainingConfig
-from gladad.models.registry import FitSettings
-from gladad.models.stable_diffusion.model import PaperConfig
-from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig
+from gladad.models.feature_diffusion import family
+from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.settings import FeatureDiffusionSettings
+from gladad.models.registry import make_settings
+
+QUICK = {
+    "image_size": 64,
+    "seed": 1,
+    "latent.dimensions": 8,
+    "widths": [32, 32],
+    "training": {"steps": 4, "batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6},
+}
+"""A ``lite`` model that trains in a second; everything else as shipped."""
 
 
-def quick_settings(**changes: object) -> FitSettings:
-    return replace(FitSettings(steps=4, image_size=64, seed=1), **changes)  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def small_lite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lite base that trains in a second; everything else as shipped."""
-    monkeypatch.setattr(bases, "LiteTrainingConfig", lambda: LiteTrainingConfig(batch_size=4, pool=16, decoder_steps=2, statistics=6))
-    monkeypatch.setattr(bases, "LiteConfig", lambda **given: LiteConfig(**{"dimensions": 8, "widths": (32, 32)} | given))
+def quick_settings(**changes: object) -> FeatureDiffusionSettings:
+    """`QUICK` with other settings; a double underscore stands for a dot."""
+    settings = make_settings("lite", QUICK)
+    assert isinstance(settings, FeatureDiffusionSettings)
+    return with_values(settings, {name.replace("__", "."): value for name, value in changes.items()})
 
 
 @pytest.fixture
@@ -88,14 +99,14 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.trained: list[set[bytes]] = []
         self.judged: list[bytes] = []
-        for name in ("fit_lite", "fit_lite_multi_class"):
-            monkeypatch.setattr(bases, name, partial(self.train, getattr(bases, name)))
-        inspect = LiteBase.inspect
-        monkeypatch.setattr(LiteBase, "inspect", lambda base, pixels: (self.judged.append(pixels.tobytes()), inspect(base, pixels))[1])
+        monkeypatch.setattr(family, "train_models", partial(self.train, family.train_models))
+        inspect = FeatureDiffusion.inspect
+        monkeypatch.setattr(
+            FeatureDiffusion, "inspect", lambda model, pixels: (self.judged.append(pixels.tobytes()), inspect(model, pixels))[1]
+        )
 
     def train(self, function, images, *args, **kwargs):
-        everything = [image for own in images.values() for image in own] if isinstance(images, dict) else images
-        self.trained.append({image.tobytes() for image in everything})
+        self.trained.append({image.tobytes() for own in images.values() for image in own})
         return function(images, *args, **kwargs)
 
 
@@ -132,11 +143,9 @@ def test_a_cross_fitted_threshold_is_called_an_approximation(good: Path) -> None
 
 
 def test_few_images_are_cross_fitted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    train = bases.fit_lite
-    monkeypatch.setattr(bases, "fit_lite", lambda images, *a, **k: (seen.append(len(images)), train(images, *a, **k))[1])
+    seen = Seen(monkeypatch)
     detector = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
-    assert seen == [12, 6, 6]
+    assert [len(part) for part in seen.trained] == [12, 6, 6]
     assert len(detector.calibration_.scores) == 12 and detector.calibration_.cross_fitted
 
 
@@ -174,23 +183,26 @@ def test_textures_are_used(good: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "key"),
     [
-        {"steps": -1},
-        {"minutes": -1.0},
-        {"steps": 3, "minutes": 1.0},
-        {"false_reject_rate": 0},
-        {"image_size": 10},
-        {"max_images": 1},
-        {"shots": 0},
-        {"timesteps": (400, 600)},
-        {"timesteps": (1000,)},
-        {"timesteps": ()},
+        ({"training.steps": 0}, "training.steps"),
+        ({"training.minutes": -1.0}, "training.minutes"),
+        ({"training.steps": 3, "training.minutes": 1.0}, "training.steps"),
+        ({"false_reject_rate": 0}, "false_reject_rate"),
+        ({"image_size": 10}, "image_size"),
+        ({"max_images": 1}, "max_images"),
+        ({"shots": 0}, "shots"),
+        ({"reconstruction.timesteps": [400, 600]}, "timesteps"),
+        ({"reconstruction.timesteps": [1000]}, "timesteps"),
+        ({"reconstruction.method": "magic"}, "reconstruction"),
+        ({"colour": 1}, "colour"),
+        ({"training.colour": 1}, "training.colour"),
     ],
 )
-def test_impossible_settings(bad: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        FitSettings(**bad)  # type: ignore[arg-type]
+def test_impossible_settings(bad: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}") as caught:
+        make_settings("lite", bad)
+    assert "\n" not in str(caught.value)
 
 
 def test_unfitted(tmp_path: Path) -> None:
@@ -230,19 +242,18 @@ def test_regions() -> None:
     assert find_regions(maps > 9, maps) == ()
 
 
-def test_a_base_in_the_papers_form(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_papers_form(good: Path, tmp_path: Path) -> None:
     folder = build_base(tmp_path / "tiny")
-    short = replace(PaperConfig().reconstruction, num_steps=5)
-    monkeypatch.setattr(bases, "PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
-    settings = quick_settings(steps=2, denoiser=FinetuneConfig(pool=4))
+    settings = {"training": {"steps": 2, "pool": 4}, "image_size": 64, "seed": 1, "reconstruction.num_steps": 5}
     detector = Glad.from_base(str(folder), settings=settings).fit(sorted(good.iterdir())[:26])
     detector.save_pretrained(tmp_path / "model")
     loaded = Glad.from_pretrained(tmp_path / "model")
     one, two = detector.inspect(draw_part(60)[0]), loaded.inspect(draw_part(60)[0])
     assert one.pred_score == two.pred_score and one.step == two.step > 0
-    assert loaded.describe()["base"] == "diffusers"
-    assert detector.base_.config.reconstruction.step_threshold > 0  # calibrated, not the paper's constant
-    assert detector.base_.config.guidance_scale == 1.0
+    assert loaded.describe()["kind"] == "diffusers"
+    resolved = detector.model_.config.settings
+    assert resolved.reconstruction.step_threshold > 0  # calibrated, not the paper's constant
+    assert resolved.guidance_scale == 1.0
 
 
 # ---------------------------------------------------------------------------------------- several products, few images
@@ -251,7 +262,7 @@ def test_a_base_in_the_papers_form(good: Path, tmp_path: Path, monkeypatch: pyte
 def test_one_denoiser_for_several_products(good: Path, tmp_path: Path) -> None:
     images = {"a": sorted(good.iterdir())[:25], "b": sorted(good.iterdir())[5:]}
     detectors = Glad.fit_together(images, settings=quick_settings())
-    assert detectors["a"].base_.denoiser is detectors["b"].base_.denoiser
+    assert detectors["a"].model_.denoiser is detectors["b"].model_.denoiser
     one, two = (detectors[name].inspect(draw_part(50)[0]) for name in ("a", "b"))
     assert one.pred_score != two.pred_score
     detectors["b"].save_pretrained(tmp_path / "b")
@@ -259,17 +270,17 @@ def test_one_denoiser_for_several_products(good: Path, tmp_path: Path) -> None:
     assert loaded.inspect(draw_part(50)[0]).pred_score == two.pred_score
     assert Glad.fit_together(images, settings=quick_settings())["b"].inspect(draw_part(50)[0]).pred_score == two.pred_score
     # The denoiser is told which product it sees.
-    latent = torch.zeros(1, loaded.base_.config.dimensions, 8, 8)
-    told = loaded.base_.predict_noise(latent, torch.tensor([300]))
-    loaded.base_.config = replace(loaded.base_.config, category="a")
-    assert not torch.equal(told, loaded.base_.predict_noise(latent, torch.tensor([300])))
+    latent = torch.zeros(1, loaded.model_.config.settings.latent.dimensions, 8, 8)
+    told = loaded.model_.predict_noise(latent, torch.tensor([300]))
+    loaded.model_.config = replace(loaded.model_.config, category="a")
+    assert not torch.equal(told, loaded.model_.predict_noise(latent, torch.tensor([300])))
 
 
 def test_what_cannot_be_fitted_together(good: Path) -> None:
     with pytest.raises(DataError, match="b: at least 24 good images"):
         Glad.fit_together({"a": sorted(good.iterdir()), "b": sorted(good.iterdir())[:9]}, settings=quick_settings())
     with pytest.raises(ConfigError, match="memory-bank has no denoiser"):
-        Glad.fit_together({"a": sorted(good.iterdir())}, "memory-bank", FitSettings(image_size=64))
+        Glad.fit_together({"a": sorted(good.iterdir())}, "memory-bank", {"image_size": 64})
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 8])
@@ -318,7 +329,8 @@ def test_the_foreground_is_chosen_and_reported(tmp_path: Path) -> None:
 
 
 def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(good: Path) -> None:
-    for change in ({"adaptive": False}, {"fusion": True}, {"timesteps": (500,)}, {"false_reject_rate": 0.3}):
+    changes = ({"adaptive": False}, {"fusion": "calibrated"}, {"timesteps": [500]})
+    for change in (*({f"reconstruction__{key}": value for key, value in own.items()} for own in changes), {"false_reject_rate": 0.3}):
         wanted = quick_settings(**change)
         adjusted = Glad.from_base("lite", settings=quick_settings()).fit(good).adjust(good, wanted)
         fresh = Glad.from_base("lite", settings=wanted).fit(good)
@@ -333,8 +345,10 @@ def test_products_of_other_proportions_are_adjusted_at_the_size_of_their_fit(goo
         draw_part(index)[0].resize((200, 72)).save(wide / f"{index}.png")
     images = {"square": sorted(good.iterdir())[:26], "wide": sorted(wide.iterdir())}
     settings = quick_settings(image_size=96)
-    fixed = Glad.fit_together(images, settings=replace(settings, adaptive=False))["wide"]
-    adjusted = Glad.fit_together(images, settings=settings)["wide"].adjust(images["wide"], replace(settings, adaptive=False))
+    fixed = Glad.fit_together(images, settings=with_values(settings, {"reconstruction.adaptive": False}))["wide"]
+    adjusted = Glad.fit_together(images, settings=settings)["wide"].adjust(
+        images["wide"], with_values(settings, {"reconstruction.adaptive": False})
+    )
     assert adjusted.calibration_ == fixed.calibration_
 
 
@@ -342,7 +356,7 @@ def test_a_failed_adjustment_changes_nothing(good: Path) -> None:
     fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
     before = (fitted.settings, fitted.calibration_)
     with pytest.raises(DataError):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(adaptive=False))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=False))
     assert (fitted.settings, fitted.calibration_) == before
 
 
@@ -351,30 +365,175 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
     with pytest.raises(ConfigError, match="seed cannot be changed"):
         fitted.adjust(good, quick_settings(seed=2))
     with pytest.raises(DataError, match="not the images"):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(adaptive=False))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=False))
     few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
     with pytest.raises(ConfigError, match="cross-fitted"):
-        few.adjust(sorted(good.iterdir())[:12], quick_settings(adaptive=False))
+        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__adaptive=False))
 
 
 @pytest.mark.parametrize(
-    ("base", "changes"),
-    [("lite", {"preset": "visa/pcb1"}), ("memory-bank", {"steps": 3}), ("some/diffusers", {"timesteps": (500,)}),
-     ("some/diffusers", {"preset": "visa/multi_class"}), ("some/diffusers", {"preset": "visa/pcb1", "prompt": "a board"}),
-     ("some/diffusers", {"preset": "visa/pcb1", "foreground": "dark"})],
-)  # fmt: skip
-def test_settings_of_other_bases_are_refused_at_once(good: Path, base: str, changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"is not a setting of the base|several products together|is set by the preset"):
-        Glad.from_base(base, settings=FitSettings(**changes)).fit(good)  # type: ignore[arg-type]
+    ("name", "changes", "message"),
+    [
+        ("lite", {"preset": "visa/pcb1"}, "preset: unknown setting"),
+        ("memory-bank", {"training.steps": 3}, "training: unknown setting"),
+        ("some/diffusers", {"reconstruction.timesteps": [500]}, r"reconstruction\.timesteps: unknown setting"),
+        ("some/diffusers", {"preset": "visa/multi_class"}, "several products together"),
+    ],
+)
+def test_settings_of_other_models_are_refused_at_once(good: Path, name: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Glad.from_base(name, settings=changes).fit(good)
+    if name != "lite":
+        with pytest.raises(ConfigError, match=r"needs \w+Settings, not FeatureDiffusionSettings"):
+            Glad.from_base(name, settings=quick_settings()).fit(good)
 
 
 def test_a_preset_sets_the_papers_constants(good: Path, tmp_path: Path) -> None:
-    features, training = str(build_base(tmp_path / "tiny") / "dino"), replace(PAPER, batch_size=2, pool=4)
-    settings = FitSettings(
-        steps=1, image_size=64, features=features, preset="mvtec_ad/transistor", denoiser=training, calibration="held-out"
-    )
-    fitted = Glad.from_base(str(tmp_path / "tiny" / "sd"), settings=settings).fit(sorted(good.iterdir())[:8])
-    config = fitted.base_.config
-    assert (config.reconstruction.max_step, config.reconstruction.step_threshold, config.guidance_scale) == (850, 0.5, 9.0)
-    assert config.scoring.symmetric
+    values = {
+        "preset": "mvtec_ad/transistor",
+        "training": {"steps": 1, "batch_size": 2, "pool": 4},
+        "image_size": 64,
+        "features": str(build_base(tmp_path / "tiny") / "dino"),
+        "calibration": "held-out",
+    }
+    fitted = Glad.from_base(str(tmp_path / "tiny" / "sd"), settings=values).fit(sorted(good.iterdir())[:8])
+    resolved = fitted.model_.config.settings
+    assert (resolved.reconstruction.max_step, resolved.reconstruction.step_threshold, resolved.guidance_scale) == (850, 0.5, 9.0)
+    assert resolved.scoring.symmetric and resolved.training.method == "full"
     assert fitted.describe()["preset"]["tuned_on"] == "test"
+
+
+# ------------------------------------------------------------------------------------------------ promises that must hold
+
+
+def test_images_that_were_trained_on_never_stand_behind_a_promise(good: Path) -> None:
+    """Neither one photo more in the folder nor a choice among its images hides which ones the training saw."""
+    paths = sorted(good.iterdir())
+    fitted = Glad.from_base("lite", settings=quick_settings(max_images=24, false_reject_rate=0.2)).fit(paths)
+    seen = fitted._require_fit().seen
+    assert seen is not None and len(seen.trained) == 19 and len(seen.held_out) == 5
+    with Image.open(paths[0]) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(good / "one_more.png")
+    fitted.calibrate(good)
+    unseen = [path for path in good.iterdir() if file_digest(path) not in seen.trained]
+    assert fitted.calibration_.threshold.n == len(unseen) == 12 and fitted.provenance_["left_out"] == 19
+    with pytest.raises(DataError, match="there are 0; 19 of the 19 given were trained on"):
+        fitted.calibrate([path for path in good.iterdir() if file_digest(path) in seen.trained])
+
+
+def test_a_renamed_copy_of_a_training_image_is_known_again(good: Path, tmp_path: Path) -> None:
+    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    fitted.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for number, path in enumerate(sorted(good.iterdir())):
+        (copies / f"new_{number}.png").write_bytes(path.read_bytes())
+    loaded.calibrate(copies)
+    assert loaded.calibration_ == fitted.calibration_  # what is left are those that were held out
+
+
+class TestNumbersThatAreNotFinite:
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_score_is_never_accepted(self, detector: Glad, category: Path, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        inspect = type(detector.model_).inspect
+        monkeypatch.setattr(type(detector.model_), "inspect", lambda self, pixels: replace(inspect(self, pixels), score=bad))
+        with pytest.raises(NotFiniteError, match="score"):
+            detector.inspect(draw_part(0)[0])
+
+    def test_statistics_of_a_damaged_model_do_not_pass(self, model: Path, tmp_path: Path) -> None:
+        loaded = Glad.from_pretrained(model)
+        loaded.model_.usual_energy.fill_(float("nan"))
+        with pytest.raises(NotFiniteError):
+            loaded.inspect(draw_part(0)[0])
+
+    def test_a_threshold_does_not_load(self, model: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(model, tmp_path / "model")
+        calibration = json.loads((folder / "calibration.json").read_text())
+        calibration["threshold"]["value"] = float("nan")
+        (folder / "calibration.json").write_text(json.dumps(calibration))
+        with pytest.raises(ModelFormatError, match="not finite"):
+            Glad.from_pretrained(folder)
+
+
+def test_an_interrupted_adjustment_changes_nothing(good: Path) -> None:
+    """Neither the model nor its thresholds, wherever it is stopped."""
+    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    before = fitted.inspect(draw_part(50)[0], reconstruct=False), fitted.calibration_, fitted.model_id
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "calibration":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted.adjust(good, quick_settings(reconstruction__timesteps=[500]), progress=stop)
+    after = fitted.inspect(draw_part(50)[0], reconstruct=False)
+    assert (after.pred_score, fitted.calibration_, fitted.model_id) == (before[0].pred_score, *before[1:])
+
+
+def test_steps_that_were_asked_for_are_taken_by_every_training(good: Path) -> None:
+    steps: list[tuple[str, int]] = []
+    Glad.from_base("lite", settings=quick_settings(training__steps=9)).fit(
+        sorted(good.iterdir())[:12], progress=lambda stage, done, total: steps.append((stage, total))
+    )
+    assert {total for stage, total in steps if stage.endswith("denoiser")} == {9}
+    assert len({stage for stage, _ in steps if stage.endswith("denoiser")}) == 3
+
+
+def test_one_shot_has_the_whole_budget(good: Path) -> None:
+    """No fold is trained beside it, so nothing is divided."""
+    steps = set()
+    settings = quick_settings(training__steps=None, training__minutes=0.02, shots=1)
+
+    def told(stage: str, done: int, total: int) -> None:
+        if stage == "denoiser":
+            steps.add(total)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Glad.from_base("lite", settings=settings).fit(good, progress=told)
+    assert steps == {600}
+
+
+# ------------------------------------------------------------------------------------------- what goes in and comes out
+
+
+def test_all_forms_of_an_image_give_the_same_score(detector: Glad, category: Path) -> None:
+    path = category / "test" / "good" / "000.png"
+    pixels = np.asarray(Image.open(path))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+    forms = [path, str(path), path.read_bytes(), Image.open(path), pixels, tensor]
+    assert len({detector.inspect(form, reconstruct=False).pred_score for form in forms}) == 1
+    single = detector.inspect(path, reconstruct=False).pred_score
+    for batch in (np.stack([pixels] * 2), torch.stack([tensor] * 2), [pixels, path]):
+        assert [found.pred_score for found in detector.predict(batch, reconstruct=False)] == [single, single]
+
+
+def test_a_result_names_what_made_it(detector: Glad, model: Path) -> None:
+    found = Glad.from_pretrained(model).inspect(draw_part(0)[0])
+    assert found.model_id == detector.model_id and len(found.model_id) == 16
+    assert found.calibration_id == detector.calibration_id and found.model_version == __version__
+    other = Glad.from_pretrained(model)
+    other.set_false_reject_rate(0.4)
+    assert other.model_id == found.model_id and other.calibration_id != found.calibration_id
+
+
+def test_work_can_be_cancelled_from_another_thread(good: Path, detector: Glad) -> None:
+    token = CancelToken()
+    begun = threading.Event()
+
+    def told(stage: str, done: int, total: int) -> None:
+        begun.set()
+
+    def fit() -> None:
+        with pytest.raises(Interrupted):
+            Glad.from_base("lite", settings=quick_settings(training__steps=100_000)).fit(good, progress=told, cancel=token)
+
+    thread = threading.Thread(target=fit)
+    thread.start()
+    begun.wait(60)
+    token.cancel()
+    thread.join(60)
+    assert not thread.is_alive()
+    with pytest.raises(Interrupted):
+        detector.predict([draw_part(0)[0]] * 3, cancel=token)

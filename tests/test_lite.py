@@ -10,16 +10,35 @@ import torch
 import torch.nn.functional as F
 
 from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, reconstruct_one_call
-from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.errors import ConfigError, DataError, ModelFormatError, TrainingError
 from gladad.core.records import no_progress
+from gladad.core.settings import with_values
 from gladad.features.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
 from gladad.features.whitening import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
-from gladad.models.feature_diffusion.model import RECIPES, LatentDenoiser, LiteBase, LiteConfig, pool
-from gladad.models.feature_diffusion.training import LiteTrainingConfig, choose_recipe, fit_lite, measure_residuals
+from gladad.models.feature_diffusion.model import FeatureDiffusion, pool
+from gladad.models.feature_diffusion.networks import LatentDenoiser
+from gladad.models.feature_diffusion.settings import RECIPES, FeatureDiffusionConfig
+from gladad.models.feature_diffusion.training import adjusted, budget, train_models
 
 SCHEDULE = Schedule.scaled_linear()
-SMALL = LiteConfig(image_size=(64, 96), dimensions=8, widths=(32, 32), seed=3)
-QUICK = LiteTrainingConfig(steps=6, batch_size=4, pool=16, decoder_steps=3, statistics=6)
+SMALL = with_values(
+    FeatureDiffusionConfig(image_size=(64, 96)),
+    {
+        "settings.latent.dimensions": 8,
+        "settings.widths": [32, 32],
+        "settings.seed": 3,
+        "settings.training": {"steps": 6, "batch_size": 4, "pool": 16, "decoder_steps": 3, "statistics": 6},
+    },
+)
+
+
+def small(**changes: object) -> FeatureDiffusionConfig:
+    """`SMALL` with other settings; a double underscore stands for a dot."""
+    return with_values(SMALL, {f"settings.{name.replace('__', '.')}": value for name, value in changes.items()})
+
+
+def fit(images: list[np.ndarray], config: FeatureDiffusionConfig = SMALL, **options: object) -> FeatureDiffusion:
+    return train_models({"": images}, config, **options)[""]  # type: ignore[arg-type]
 
 
 def parts(count: int, size: tuple[int, int] = (64, 96), noise: float = 4) -> list[np.ndarray]:
@@ -34,8 +53,8 @@ def parts(count: int, size: tuple[int, int] = (64, 96), noise: float = 4) -> lis
 
 
 @pytest.fixture(scope="module")
-def base() -> LiteBase:
-    return fit_lite(parts(12), SMALL, QUICK)
+def base() -> FeatureDiffusion:
+    return fit(parts(12))
 
 
 # ------------------------------------------------------------------------------------------------------- features
@@ -269,7 +288,7 @@ def test_the_training_target_implies_the_normal_latent() -> None:
     torch.testing.assert_close(alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * velocity, normal, atol=1e-5, rtol=0)
 
 
-def test_an_image_has_the_same_score_alone_and_among_others(base: LiteBase) -> None:
+def test_an_image_has_the_same_score_alone_and_among_others(base: FeatureDiffusion) -> None:
     images = parts(7)
     alone = [base.inspect(image) for image in images]
     order = [4, 0, 6, 2, 1, 5, 3]
@@ -278,9 +297,9 @@ def test_an_image_has_the_same_score_alone_and_among_others(base: LiteBase) -> N
         assert np.array_equal(found.map, alone[index].map)
 
 
-def test_the_same_seed_gives_the_same_weights(base: LiteBase) -> None:
-    again = fit_lite(parts(12), SMALL, QUICK)
-    other = fit_lite(parts(12), replace(SMALL, seed=4), QUICK)
+def test_the_same_seed_gives_the_same_weights(base: FeatureDiffusion) -> None:
+    again = fit(parts(12))
+    other = fit(parts(12), small(seed=4))
     assert again.config == base.config
     for name, value in base.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -289,25 +308,22 @@ def test_the_same_seed_gives_the_same_weights(base: LiteBase) -> None:
 
 def test_training_lowers_the_residual_of_normal_images() -> None:
     untrained, trained = (
-        fit_lite(parts(16), SMALL, replace(QUICK, steps=steps, batch_size=8, pool=32, learning_rate=2e-3)) for steps in (1, 120)
+        fit(parts(16), small(training__steps=steps, training__batch_size=8, training__pool=32, training__learning_rate=2e-3))
+        for steps in (1, 120)
     )
     assert float(trained.residual_scale.square().mean()) < 0.6 * float(untrained.residual_scale.square().mean())
 
 
 def test_training_without_anomalies_is_plain_diffusion() -> None:
-    plain = fit_lite(parts(6), SMALL, replace(QUICK, anomaly_oriented=False, weighting="velocity"))
+    plain = fit(parts(6), small(training__anomaly_oriented=False, training__weighting="velocity"))
     assert np.isfinite(plain.inspect(parts(1)[0]).score)
 
 
 def test_a_time_budget_sets_the_steps() -> None:
     seen: list[tuple[int, int]] = []
-    fit_lite(
-        parts(4),
-        SMALL,
-        replace(QUICK, steps=10_000, minutes=0.02),
-        progress=lambda s, d, n: seen.append((d, n)) if s == "denoiser" else None,
-    )
-    assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 10_000
+    config = small(training__steps=None, training__minutes=0.02)
+    fit(parts(4), config, progress=lambda s, d, n: seen.append((d, n)) if s == "denoiser" else None)
+    assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 600
 
 
 def noise_images(count: int) -> list[np.ndarray]:
@@ -315,29 +331,29 @@ def noise_images(count: int) -> list[np.ndarray]:
     return [np.random.default_rng(index).integers(0, 256, (64, 96, 3)).astype(np.uint8) for index in range(count)]
 
 
-def test_the_kind_of_product_follows_from_what_the_latent_leaves_out(base: LiteBase) -> None:
-    config = replace(SMALL, dimensions=16)
-    texture = fit_lite(noise_images(8), config, QUICK)
-    plain = fit_lite(parts(8, noise=0), config, QUICK)
+def test_the_kind_of_product_follows_from_what_the_latent_leaves_out(base: FeatureDiffusion) -> None:
+    config = small(latent__dimensions=16)
+    texture = fit(noise_images(8), config)
+    plain = fit(parts(8, noise=0), config)
     assert float(texture.space.unexplained) > float(plain.space.unexplained)
-    assert texture.config.product == "texture" and plain.config.product == "object"
+    assert texture.config.settings.product == "texture" and plain.config.settings.product == "object"
     for fitted in (texture, plain):
-        assert fitted.config.reconstruction.timesteps == fitted.recipe.timesteps
-    assert base.config.product in RECIPES
+        assert fitted.config.settings.reconstruction.timesteps == fitted.recipe.timesteps
+    assert base.config.settings.product in RECIPES
 
 
 def test_a_given_kind_of_product_is_kept() -> None:
-    assert fit_lite(noise_images(4), replace(SMALL, product="object"), QUICK).config.product == "object"
+    assert fit(noise_images(4), small(product="object")).config.settings.product == "object"
 
 
-def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: LiteBase) -> None:
+def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: FeatureDiffusion) -> None:
     generator = torch.Generator().manual_seed(0)
     residual = torch.randn(20, 8, 8, 12, generator=generator)
     outside = torch.randn(20, FEATURE_CHANNELS, 8, 12, generator=generator)
     config, usual = base.config, base.usual_energy.clone()
     try:
         for product, recipe in RECIPES.items():
-            base.config = replace(config, product=product)
+            base.config = with_values(config, {"settings.product": product})
             inside = base.space.to_features(residual)
             for row, difference in enumerate((inside, inside + outside)):
                 base.usual_energy[row] = pool(difference, recipe.window).square().mean((0, 2, 3))
@@ -353,48 +369,85 @@ def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: Lit
 
 
 def test_few_images_say_little_about_positions() -> None:
-    few, many = (fit_lite(parts(count), SMALL, replace(QUICK, statistics=count)).config.position_share for count in (3, 24))
+    few, many = (fit(parts(n), small(training__statistics=n)).config.settings.scoring.position_share for n in (3, 24))
     assert few is not None and many is not None and 0 < few < 0.5 * many < 0.5
 
 
 def test_measuring_again_changes_nothing() -> None:
     images = parts(12)
-    base = fit_lite(images, SMALL, QUICK)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    base.config = SMALL
-    choose_recipe(base)
-    measure_residuals(base, images, QUICK, no_progress)
-    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    base = fit(images)
+    before = base.digest()
+    other = adjusted(base, small(reconstruction__adaptive=False).settings, images, no_progress)
+    assert base.digest() == before != other.digest()
+    again = adjusted(other, SMALL.settings, images, no_progress)
+    assert again.digest() == before and again.denoiser is base.denoiser
 
 
-def test_the_picture_is_the_input_where_the_part_is_normal(base: LiteBase) -> None:
+def test_steps_that_were_set_are_those_of_each_training() -> None:
+    """A budget is divided among the trainings of cross-fitting only if it is the default one."""
+    training = SMALL.settings.training
+    assert budget(training, 1, 3).steps == training.steps == 6
+    default = small(training__steps=None).settings.training
+    assert (budget(default, 1, 1).steps, budget(default, 1, 3).steps, budget(default, 4, 1).steps) == (600, 200, 1200)
+
+
+def test_deviation_correction_is_trained_and_inspects(tmp_path) -> None:
+    """The second method goes through the same training, statistics, inspection and files."""
+    images = parts(12)
+    config = small(reconstruction={"method": "deviation"}, training__steps=60, training__learning_rate=2e-3, product="object")
+    model = fit(images, config)
+    assert model.depth_scale.shape == (1,) and model.method.schedule.num_timesteps == 10
+    odd = images[0].copy()
+    odd[20:40, 40:60] = (255, 0, 255)
+    assert model.inspect(odd).score > 1.5 * max(model.inspect(image).score for image in images)
+    assert model.inspect(images[0]).step == 8
+    loaded = FeatureDiffusion.load(tmp_path, model.save(tmp_path))
+    assert loaded.digest() == model.digest() and loaded.inspect(odd).score == model.inspect(odd).score
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(TrainingError, match=r"loss of the denoiser is (nan|inf) at step \d+; lower training\.learning_rate"):
+        fit(parts(4), small(training__learning_rate=1e30))
+
+
+def test_the_picture_is_the_input_where_the_part_is_normal(base: FeatureDiffusion) -> None:
     pixels = parts(1, (80, 120))[0]
     found = base.inspect(pixels)
     assert np.array_equal(base.picture(found, pixels, threshold=1e9), pixels)
     assert not np.array_equal(base.picture(found, pixels, threshold=1e-9), pixels)
 
 
-def test_save_and_load(base: LiteBase, tmp_path) -> None:
+def with_latent(config: dict, **values: object) -> dict:
+    return config | {"settings": config["settings"] | {"latent": config["settings"]["latent"] | values}}
+
+
+def test_save_and_load(base: FeatureDiffusion, tmp_path) -> None:
     config = base.save(tmp_path)
-    loaded = LiteBase.load(tmp_path, config)
+    loaded = FeatureDiffusion.load(tmp_path, config)
     image = parts(1)[0]
     assert loaded.config == base.config
     assert loaded.inspect(image).score == base.inspect(image).score
     with pytest.raises(ModelFormatError, match="fit together"):
-        LiteBase.load(tmp_path, config | {"dimensions": 9})
-    with pytest.raises(ModelFormatError, match="unknown setting"):
-        LiteBase.load(tmp_path, config | {"colour": 9})
+        FeatureDiffusion.load(tmp_path, with_latent(config, dimensions=9))
+    with pytest.raises(ModelFormatError, match=r"settings\.latent\.colour: unknown setting"):
+        FeatureDiffusion.load(tmp_path, with_latent(config, colour=9))
     (tmp_path / "lite.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(ModelFormatError, match="damaged"):
-        LiteBase.load(tmp_path, config)
+        FeatureDiffusion.load(tmp_path, config)
 
 
-@pytest.mark.parametrize("bad", [{"image_size": (60, 64)}, {"dimensions": 0}])
-def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        replace(SMALL, **bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bad", [{"image_size": (60, 64)}, {"image_size": (64, 32)}])
+def test_impossible_sizes_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        fit(parts(2), replace(SMALL, **bad))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dimensions", [0, 328])
+def test_impossible_dimensions_are_refused(dimensions: int) -> None:
+    with pytest.raises(ConfigError, match=r"latent\.dimensions"):
+        fit(parts(2), small(latent__dimensions=dimensions))
 
 
 def test_one_image_is_not_enough() -> None:
     with pytest.raises(DataError, match="at least 2"):
-        fit_lite(parts(1), SMALL, QUICK)
+        fit(parts(1))
