@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from gladad.core.errors import DataError
 from gladad.core.images import load_mask
-from gladad.data.samples import category_samples, expand_paths, fingerprint, good_images, split_held_out
+from gladad.data.samples import category_samples, expand_paths, file_digest, fingerprint, good_images, split_held_out
 
 
 def put(path: Path, size: tuple[int, int] = (10, 12), value: int = 0) -> Path:
@@ -254,16 +256,68 @@ def test_fingerprint(category, tmp_path):
     assert len(fingerprint([])) == 64
 
 
-def test_split_held_out():
-    items = list("abcdefghij")
-    kept, held_out = split_held_out(items, 0.2, 3, seed=0)
+def files(folder: Path, contents: Iterable[object]) -> list[Path]:
+    """Files of these contents, sorted."""
+    folder.mkdir()
+    paths = [folder / f"{index:03}.png" for index, _ in enumerate(contents)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(str(content))
+    return paths
+
+
+def test_file_digest(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    big = b"0123456789abcdef" * 200_000
+    (tmp_path / "b").write_bytes(big)
+    assert file_digest(str(tmp_path / "b")) == hashlib.sha256(big).hexdigest()
+    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file"):
+        file_digest(tmp_path / "gone")
+
+
+def test_split_held_out(tmp_path):
+    paths = files(tmp_path / "images", range(10))
+    kept, held_out = split_held_out(paths, 0.2, 3, seed=0)
     assert len(held_out) == 3
-    assert sorted(kept + held_out) == items
+    assert sorted(kept + held_out) == paths
     assert kept == sorted(kept)
     assert held_out == sorted(held_out)
-    assert split_held_out(items, 0.2, 3, seed=0) == (kept, held_out)
-    assert len({tuple(split_held_out(items, 0.2, 3, seed=seed)[1]) for seed in range(20)}) > 5
-    assert len(split_held_out(items, 0.4, 0, seed=0)[1]) == 4
-    assert [len(split_held_out(items[:n], 0.1, 8, seed=0)[1]) for n in (0, 1, 2, 5, 10)] == [0, 0, 1, 2, 5]
+    assert split_held_out(paths, 0.2, 3, seed=0) == (kept, held_out)
+    assert len({tuple(split_held_out(paths, 0.2, 3, seed=seed)[1]) for seed in range(20)}) > 5
+    assert len(split_held_out(paths, 0.4, 0, seed=0)[1]) == 4
+    assert [len(split_held_out(paths[:n], 0.1, 8, seed=0)[1]) for n in (0, 1, 2, 5, 10)] == [0, 0, 1, 2, 5]
     with pytest.raises(ValueError, match="share"):
-        split_held_out(items, 1.5, 0, seed=0)
+        split_held_out(paths, 1.5, 0, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_split_of_different_files_is_that_of_their_places(tmp_path, seed):
+    """Models know their held-out images by it: it must never change."""
+    paths = files(tmp_path / "images", range(60))
+    for total, share, minimum in ((60, 0.2, 10), (24, 0.2, 12), (9, 0.5, 0), (7, 0.1, 8)):
+        count = min(max(minimum, round(share * total)), total // 2)
+        chosen = sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
+        kept, held_out = split_held_out(paths[:total], share, minimum, seed)
+        assert held_out == [paths[index] for index in chosen]
+        assert kept == [path for path in paths[:total] if path not in held_out]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_stay_on_one_side_of_the_split(tmp_path, seed):
+    contents = np.random.default_rng(seed).integers(0, 30, 80).tolist()
+    paths = files(tmp_path / "images", contents)
+    kept, held_out = split_held_out(paths, 0.2, 12, seed)
+    assert sorted(kept + held_out) == paths
+    sides = [{path.read_text() for path in side} for side in (kept, held_out)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[1]) == 12  # different ones
+    (tmp_path / "again").mkdir()
+    moved = [path.rename(tmp_path / "again" / path.name) for path in paths]
+    assert [path.name for path in split_held_out(moved, 0.2, 12, seed)[1]] == [path.name for path in held_out]
+
+
+def test_too_many_copies_to_split(tmp_path):
+    paths = files(tmp_path / "images", [0, 1, 2, 3, 4, *[5] * 30])
+    assert len(split_held_out(paths, 0.0, 3, seed=0)[0]) >= 3
+    with pytest.raises(DataError, match=r"images: of 35 images only 6 differ, .* at least 8 different ones are needed to hold 4 out"):
+        split_held_out(paths, 0.0, 4, seed=0)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gladad.core.errors import DataError
 from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
@@ -71,11 +78,37 @@ def test_16_bit_grey_is_scaled_by_its_full_range(tmp_path, suffix, top):
     np.testing.assert_array_equal(as_pixels(Image.fromarray(deep)), pixels)
 
 
-def test_float_and_integer_containers():
-    values = np.linspace(0, 1, 144, dtype=np.float32).reshape(12, 12)
+@pytest.mark.parametrize("top", [0.003, 0.3, 1.0])
+def test_float_and_integer_levels_do_not_depend_on_the_brightest(tmp_path, top):
+    values = np.linspace(0, top, 144, dtype=np.float32).reshape(12, 12)
     expected = np.rint(values * 255)
-    np.testing.assert_array_equal(as_pixels(Image.fromarray(values))[..., 0], expected)
-    np.testing.assert_array_equal(as_pixels(Image.fromarray(np.rint(values * 65535).astype(np.int32)))[..., 1], expected)
+    whole = Image.fromarray(np.rint(values * 65535).astype(np.int32))
+    assert (Image.fromarray(values).mode, whole.mode) == ("F", "I")
+    for image, tolerance in ((Image.fromarray(values), 0), (whole, 0 if top == 1 else 1)):  # 1 where rounding twice crosses a half
+        for pixels in (as_pixels(image), load_image(saved(tmp_path / "a.tiff", image))):
+            np.testing.assert_allclose(pixels[..., 2], expected, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "level, rule",
+    [
+        *((level, "floating-point levels must lie in") for level in (1.01, -0.1, np.nan, np.inf, 255.0)),
+        *((level, r"integer levels must lie in \[0, 65535\], not in \[.*\]; rescale them") for level in (65_536, -1, 2**31 - 1)),
+    ],
+)
+def test_levels_outside_of_their_range_are_refused(tmp_path, level, rule):
+    values = np.zeros((12, 12), np.int32 if isinstance(level, int) else np.float32)
+    values[3, 4] = level
+    path = saved(tmp_path / "a.tiff", Image.fromarray(values))
+    for read in (load_image, load_mask, lambda path: as_pixels(Image.fromarray(values))):
+        with pytest.raises(DataError, match=rf"(a\.tiff|image): {rule}"):
+            read(path)
+
+
+def test_floats_just_outside_are_clipped():
+    values = np.full((9, 9), 1.0009, np.float32)
+    values[0] = -0.0009
+    assert np.unique(as_pixels(Image.fromarray(values))).tolist() == [0, 255]
 
 
 def test_alpha_is_laid_on_black(tmp_path):
@@ -120,9 +153,59 @@ def test_exif_orientation_is_applied(tmp_path, orientation, upright, suffix):
     np.testing.assert_array_equal(load_image(saved(tmp_path / f"a.{suffix}", Image.fromarray(RGB), exif=exif, **options)), upright)
 
 
-def test_damaged_exif_does_not_matter(tmp_path):
-    path = saved(tmp_path / "a.jpg", Image.fromarray(SMOOTH), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12")
-    assert load_image(path).shape == SMOOTH.shape
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_what_pillow_makes_of_it(tmp_path, orientation, endian):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x010F], exif[0x0112], exif[0x0131] = "a maker", orientation, "a program"
+    for suffix in ("jpg", "png", "webp"):
+        path = saved(tmp_path / f"{suffix}.{suffix}", Image.fromarray(SMOOTH), exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+            np.testing.assert_array_equal(load_image(path), expected)
+            np.testing.assert_array_equal(as_pixels(image), expected)
+
+
+DAMAGED = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x01\x1a"
+"""EXIF data with an orientation (6), which end in the middle of the next entry."""
+
+
+@pytest.mark.parametrize("exif, turned", [(DAMAGED, True), (DAMAGED[:18], False), (DAMAGED[:8], False)])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_does_not_matter(tmp_path, suffix, exif, turned):
+    if suffix == "webp":
+        exif = exif.removeprefix(b"Exif\0\0")
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(SMOOTH), exif=exif)
+    assert load_image(path).shape == ((24, 16, 3) if turned else SMOOTH.shape)
+
+
+def test_damaged_exif_does_not_matter_on_several_threads(tmp_path):
+    """Warnings are errors here, and a thread that restores the filters must not take those of another away."""
+    path = saved(tmp_path / "a.jpg", Image.fromarray(SMOOTH), exif=DAMAGED)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        assert {pixels.shape for pixels in threads.map(load_image, [path] * 400)} == {(24, 16, 3)}
+    assert warnings.filters == before
+
+
+def test_reading_leaves_the_warnings_filters_alone(tmp_path):
+    """They belong to the process: while one thread waits for a file, they must be what they were."""
+    os.mkfifo(tmp_path / "slow.png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(load_image, tmp_path / "slow.png")
+        with (tmp_path / "slow.png").open("wb"):  # returns when the other side has been opened
+            during = list(warnings.filters)
+        with pytest.raises(DataError, match=r"slow\.png: cannot be read"):
+            reading.result()
+    assert during == before
+
+
+def test_reading_does_not_change_the_limit_that_a_program_has_set():
+    code = "from PIL import Image; Image.MAX_IMAGE_PIXELS = 5_000_000; import gladad.core.images; print(Image.MAX_IMAGE_PIXELS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "5000000"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
@@ -163,15 +246,46 @@ def test_files_that_are_no_images(tmp_path):
         load_image(tmp_path)
 
 
-def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    path = saved(tmp_path / "a.png", Image.fromarray(RGB))
-    monkeypatch.setattr("gladad.core.images.MAX_PIXELS", 100)
-    with pytest.raises(DataError, match="more than is accepted"):
-        load_image(path)
-    for limit in (150, 50):  # Pillow's own warning, and its error
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match="too many pixels"):
-            load_image(path)
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix, size", [("png", (20_000, 10_000)), ("tiff", (10_000, 9_000))])
+def test_large_images_are_read_up_to_the_limit(tmp_path, suffix, size):
+    assert size[0] * size[1] > 1024**3 // 4 // 3  # where Pillow warns by itself
+    path = saved(tmp_path / f"a.{suffix}", Image.new("1", size, 1), **({"compress_level": 1} if suffix == "png" else {}))
+    pixels = load_image(path)
+    assert pixels.shape == (size[1], size[0], 3)
+    assert pixels[0, 0].tolist() == pixels[-1, -1].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize(
+    "suffix, size, match",
+    [
+        ("png", (20_000, 10_001), "pixels"),
+        ("png", (60_000, 60_000), "pixels"),
+        ("bmp", (20_000, 10_001), "pixels"),
+        ("jpg", (20_000, 10_001), "20000x10001 pixels"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_image, load_mask, lambda path: as_pixels(path.read_bytes())], ids=["image", "mask", "bytes"])
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, suffix, size, match, read):
+    """Only their headers are there."""
+    path = saved(tmp_path / f"a.{suffix}", Image.new("L", (513, 514)))
+    data = path.read_bytes()
+    if suffix == "png":
+        header = b"IHDR" + struct.pack(">II", *size) + data[24:29]
+        data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    elif suffix == "bmp":
+        data = data[:18] + struct.pack("<ii", *size) + data[26:]
+    else:
+        assert data.count(struct.pack(">HH", 514, 513)) == 1
+        data = data.replace(struct.pack(">HH", 514, 513), struct.pack(">HH", size[1], size[0]))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"{match}.*accepted.*crop or shrink it"):
+        read(path)
+
+
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        load_image(tmp_path / f"{'a' * 300}.png")
 
 
 def test_as_pixels_of_everything_a_caller_may_hold(tmp_path):
@@ -196,10 +310,42 @@ def test_as_pixels_of_everything_a_caller_may_hold(tmp_path):
         np.testing.assert_array_equal(as_pixels(image), THREE_GREYS)
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_as_pixels_of_the_bytes_of_a_file(tmp_path, kind):
+    for suffix in ("png", "jpg", "bmp", "tiff", "webp"):
+        data = saved(tmp_path / f"a.{suffix}", Image.fromarray(SMOOTH)).read_bytes()
+        np.testing.assert_array_equal(as_pixels(kind(data)), load_image(tmp_path / f"a.{suffix}"))
+        with pytest.raises(DataError, match=r"^image: (cannot be read|not an image)"):
+            as_pixels(kind(data[: len(data) // 2]))
+    for data in (b"", b"hello", SMOOTH.tobytes()):
+        with pytest.raises(DataError, match=r"^image: not an image"):
+            as_pixels(kind(data))
+    with pytest.raises(DataError, match=r"^image: 7x100 pixels is too small"):
+        as_pixels(kind(saved(tmp_path / "a.png", Image.new("RGB", (7, 100))).read_bytes()))
+
+
+def test_a_damaged_file_that_pillow_has_only_opened(tmp_path):
+    data = saved(tmp_path / "a.png", Image.fromarray(RGB)).read_bytes()
+    with pytest.raises(DataError, match="image: cannot be read, the file is damaged"):
+        as_pixels(Image.open(io.BytesIO(data[:200])))
+
+
+def test_the_order_of_bytes_and_the_type_of_a_tensor_do_not_matter():
+    deep = RNG.integers(0, 65_536, (12, 17), dtype=np.uint16)
+    np.testing.assert_array_equal(as_pixels(deep.astype(">u2")), as_pixels(deep))
+    for top in (1, 255):  # integers are levels of 255, even where none is above 1
+        levels = RGB // (255 // top)
+        np.testing.assert_array_equal(as_pixels(torch.from_numpy(levels).permute(2, 0, 1)), levels)
+    np.testing.assert_array_equal(as_pixels(torch.from_numpy(RGB / 255).bfloat16().permute(2, 0, 1)).astype(int) // 4, RGB // 4)
+
+
 def test_as_pixels_does_not_share_memory():
     array = RGB.copy()
-    as_pixels(array)[:] = 0
+    image = Image.fromarray(RGB)
+    for mine in (array, image, image.getchannel(0)):
+        as_pixels(mine)[:] = 0
     np.testing.assert_array_equal(array, RGB)
+    np.testing.assert_array_equal(np.asarray(image), RGB)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +393,32 @@ def test_masks_of_other_modes(tmp_path):
         (Image.fromarray(mask), Image.fromarray(mask * np.uint16(65535)), Image.fromarray((mask * 255).astype(np.uint8)).convert("RGB"))
     ):
         np.testing.assert_array_equal(load_mask(saved(tmp_path / f"{index}.png", image)), mask)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("value", [1, 128, 255, 32_767])
+def test_deep_masks_of_small_numbers(tmp_path, suffix, value):
+    mask = RNG.random((12, 17)) > 0.6
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray((mask * value).astype(np.uint16)))
+    np.testing.assert_array_equal(load_mask(path), mask)
+    np.testing.assert_array_equal(load_mask(path, (24, 34)), np.kron(mask, np.ones((2, 2), bool)))
+    whole = saved(tmp_path / "b.tiff", Image.fromarray((mask * value).astype(np.int32)))
+    np.testing.assert_array_equal(load_mask(whole), mask)
+    share = saved(tmp_path / "c.tiff", Image.fromarray((mask * value / 65_535).astype(np.float32)))
+    np.testing.assert_array_equal(load_mask(share), mask)
+
+
+def test_bright_masks_are_cut_at_half_of_full_scale(tmp_path):
+    for index, values in enumerate((np.array([0, 32_767, 32_768, 65_535], np.uint16), np.array([0, 127, 128, 255], np.uint8))):
+        path = saved(tmp_path / f"{index}.png", Image.fromarray(values.repeat(18).reshape(8, 9)))
+        np.testing.assert_array_equal(load_mask(path).ravel(), np.array([False, False, True, True]).repeat(18))
+
+
+def test_a_lossy_mask_has_no_numbers_whatever_its_name(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 3, np.uint8)).save(buffer, "JPEG", exif=DAMAGED)  # it is also turned
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    assert not load_mask(tmp_path / "a.png").any()
 
 
 def test_there_and_back():

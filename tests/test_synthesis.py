@@ -27,6 +27,7 @@ from gladad.data.synthesis import (
     shuffled_tiles,
     synthesise,
 )
+from gladad.training.loop import seed_of
 
 SIZES = [(64, 64), (37, 91), (101, 53), (8, 8), (9, 64)]
 KINDS = {"texture": (1.0, 0.0, 0.0, 0.0), "tiles": (0.0, 1.0, 0.0, 0.0), "self": (0.0, 0.0, 1.0, 0.0), "colour": (0.0, 0.0, 0.0, 1.0)}
@@ -92,6 +93,24 @@ def test_a_seed_decides_everything():
         np.testing.assert_array_equal(image, image2)
         np.testing.assert_array_equal(mask, mask2)
     assert len({image.tobytes() for image, _ in first}) == 8
+
+
+@pytest.mark.parametrize("seed, index", [(0, 0), (7, 3), (7, 0), (0, 5)])
+def test_seeds_of_different_lengths_draw_different_numbers(seed, index):
+    """To NumPy, zeros at the end of a seed are nothing."""
+    seeds = [(seed,), (seed, index), (seed, index, 0), (seed, index, 0, 0), (seed, index, 0, 0, 0)]
+    draws = [Draw(numbers).rng.bit_generator.random_raw(100).tolist() for numbers in seeds]
+    of_loops = [np.random.PCG64(seed_of(*numbers)).random_raw(100).tolist() for numbers in seeds]
+    assert len({number for stream in (*draws, *of_loops) for number in stream}) == 2 * len(seeds) * 100
+    words = {int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1) for numbers in seeds}
+    assert len({seed_of(*numbers) for numbers in seeds} - words) == len(seeds)  # nor do they begin with the words that a `Draw` is made of
+    assert Draw(seed).integer(0, 2**40) == Draw((seed,)).integer(0, 2**40)
+
+
+def test_the_stream_of_two_numbers_is_that_of_numpy():
+    """The pools of trained models were drawn from it."""
+    for pair in ((0, 0), (7, 3), (2**40, 12)):
+        np.testing.assert_array_equal(Draw(pair).rng.random(20), np.random.default_rng(pair).random(20))
 
 
 def test_without_textures_they_are_generated():

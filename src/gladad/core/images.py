@@ -1,19 +1,29 @@
 """Reading and writing images: every common format, depth and mode, to one representation.
 
 The representation is ``uint8 [H, W, 3]`` RGB on disk borders and ``float32 [3, H, W]`` RGB in [0, 1] everywhere else.
+
+Files may be read on several threads, so nothing here touches the warnings filters, which belong to the whole process. Damaged EXIF data is
+passed over without a warning; the few other warnings of Pillow, on the structure of TIFF files, go where the program wants them to.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import warnings
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.Image import Transpose as T
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from gladad.core.errors import DataError
@@ -21,13 +31,23 @@ from gladad.core.errors import DataError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 """File name endings (lower case) that count as images."""
 
-LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
+LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
+"""Formats, as Pillow names them, that may change levels a little."""
 
 MIN_SIDE = 8
 """Smallest accepted height and width in pixels: below this there is nothing to compare."""
 
 MAX_PIXELS = 200_000_000
 """Largest accepted image; a guard against decompression bombs."""
+
+if Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3:  # Pillow's own; one that a program has chosen stays, and holds here too
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
+"""EXIF orientation -> what undoes it."""
+
+SLACK = 1e-3
+"""How far a floating-point level may lie outside of [0, 1]; it is clipped."""
 
 
 def is_image(path: Path) -> bool:
@@ -53,67 +73,26 @@ def list_images(folder: Path) -> list[Path]:
 def load_image(path: str | Path) -> NDArray[np.uint8]:
     """Read an image file as upright RGB.
 
-    8- and 16-bit, grey, RGB, RGBA (composited on black), palette and CMYK are understood, and the EXIF orientation is applied.
-    16-bit images are scaled by their full range, so the same grey is the same value in every file.
+    8- and 16-bit, grey, RGB, RGBA (composited on black), palette and CMYK are understood, and the EXIF orientation is applied. What a
+    level means depends on the kind of file alone, never on what else is in the image: 16-bit grey is in [0, 65535], and so are 32-bit
+    integers, in which other programs keep 16-bit levels; floating-point grey is in [0, 1].
 
     Returns:
         ``[H, W, 3]`` uint8.
 
     Raises:
-        DataError: The file is missing, not an image, damaged, or smaller than 8x8 pixels.
+        DataError: The file is missing, not an image, damaged, smaller than 8x8 pixels or larger than `MAX_PIXELS`, or has levels outside
+            of its range.
     """
-    path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about metadata that is damaged; damaged pixels are errors
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(
-                        f"{path}: {image.width}x{image.height} pixels is more than is accepted ({MAX_PIXELS}); crop or shrink it"
-                    )
-                image.load()
-                pixels = to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder, not an image") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image, or a format that is not supported (PNG, JPEG, BMP, TIFF, WebP are)") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: too many pixels; crop or shrink it") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read, the file is damaged or truncated ({error})") from error
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        raise DataError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels is too small; at least {MIN_SIDE}x{MIN_SIDE} is needed")
-    return pixels
-
-
-def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert a PIL image of any mode to ``[H, W, 3]`` uint8 RGB."""
-    if image.mode in {"I;16", "I;16L", "I;16B", "I;16N"}:
-        grey = np.asarray(image).astype(np.float32) * (255.0 / 65535.0)
-    elif image.mode == "I":  # 32-bit container: PNG readers put 16-bit grey here
-        values = np.asarray(image).astype(np.float64)
-        grey = (values * (255.0 / 65535.0) if values.max(initial=0) > 255 else values).astype(np.float32)
-    elif image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        grey = values * 255.0 if values.max(initial=0.0) <= 1.0 else values
-    else:
-        if image.mode == "P":
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"}:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        return np.array(image.convert("RGB"), dtype=np.uint8)
-    grey8 = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-    return np.repeat(grey8[..., None], 3, axis=2)
+    with _named(path), Path(path).open("rb") as file:
+        return _to_rgb(_open(file))
 
 
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
     """Read a ground-truth mask: anything above half of full scale is defect.
 
-    A lossless file in which nothing is that bright holds the numbers of kinds of defect, and all but 0 is defect.
+    A lossless file in which nothing is that bright holds the numbers of kinds of defect, and all but 0 is defect. Masks are read at their
+    own depth, with the ranges of `load_image`.
 
     Args:
         path: Mask file, or a folder of masks of one image, which are united.
@@ -121,43 +100,135 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> NDArray[
 
     Returns:
         ``[H, W]`` bool.
+
+    Raises:
+        DataError: As for `load_image`, or a folder holds no masks, or masks of several sizes.
     """
     if Path(path).is_dir():
         parts = [load_mask(part, size) for part in list_images(Path(path))]
         if not parts or any(part.shape != parts[0].shape for part in parts):
             raise DataError(f"{path}: holds no masks, or masks of several sizes")
-        union: NDArray[np.bool_] = np.any(parts, axis=0)
-        return union
-    grey = load_image(path).max(axis=2)
-    if grey.max() <= 127 and Path(path).suffix.lower() not in LOSSY:
-        grey = np.where(grey > 0, 255, 0).astype(np.uint8)
-    if size is not None and grey.shape != size:
-        grey = np.asarray(Image.fromarray(grey).resize((size[1], size[0]), Image.Resampling.NEAREST))
-    return np.asarray(grey > 127)
+        return np.asarray(np.any(parts, axis=0))
+    with _named(path), Path(path).open("rb") as file:
+        image = _open(file)
+        levels, full = _levels(image)
+    grey = levels if levels.ndim == 2 else levels.max(axis=2)
+    mask: NDArray[np.bool_] = grey > full / 2
+    if not mask.any() and image.format not in LOSSY:
+        mask = grey > 0
+    if size is not None and mask.shape != size:
+        mask = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    return mask
 
 
-def as_pixels(image: str | Path | Image.Image | NDArray[np.generic] | Tensor) -> NDArray[np.uint8]:
+def as_pixels(image: str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[np.generic] | Tensor) -> NDArray[np.uint8]:
     """Any image a caller may hold, as ``[H, W, 3]`` uint8.
 
     Args:
-        image: A path; a PIL image; an array ``[H, W]`` or ``[H, W, 3|4]`` (uint8, uint16, or float in [0, 1]); a tensor
-            ``[3, H, W]`` or ``[1, H, W]`` in [0, 1].
+        image: A path; the bytes of an image file (PNG, JPEG, ...), read as `load_image` reads the file; a PIL image; an array ``[H, W]``
+            or ``[H, W, 3|4]`` (uint8, uint16, or float in [0, 1]); a tensor ``[3, H, W]`` or ``[1, H, W]`` (the same types).
 
     Raises:
-        DataError: The shape or dtype is none of these.
+        DataError: The shape or dtype is none of these, or as for `load_image`.
     """
     if isinstance(image, str | Path):
         return load_image(image)
-    if isinstance(image, Image.Image):
-        pixels = to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, bytes | bytearray | memoryview | Image.Image):
+        with _named("image"):
+            return _to_rgb(_upright(image) if isinstance(image, Image.Image) else _open(io.BytesIO(image)))
+    if not isinstance(image, Tensor):
+        return _array_to_pixels(np.asarray(image))
+    if image.ndim != 3:
+        raise DataError(f"an image tensor must be [3, H, W] or [1, H, W], not {list(image.shape)}")
+    image = image.detach().cpu().permute(1, 2, 0)
+    return _array_to_pixels((image.float() if image.is_floating_point() else image).numpy())
+
+
+@contextmanager
+def _named(name: object) -> Iterator[None]:
+    """Make what goes wrong with a file a `DataError` that begins with its name."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{name}: is a folder, not an image") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image, or a format that is not supported (PNG, JPEG, BMP, TIFF, WebP are)") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: more than the {Image.MAX_IMAGE_PIXELS} pixels that are accepted; crop or shrink it") from error
+    except (OSError, SyntaxError, ValueError, EOFError, UserWarning) as error:  # warnings are raised where a program wants them to be
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{name}: cannot be read, the file is damaged or truncated ({error})") from error
+
+
+class _Jpeg(JpegImageFile):
+    """JPEG without Pillow's look into the EXIF data for the resolution, which warns of damage there."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif() if "exif" in self.info else super().getexif()
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """A decoded, upright image."""
+    jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    with _Jpeg(file) if jpeg else Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{image.width}x{image.height} pixels is more than is accepted ({MAX_PIXELS}); crop or shrink it")
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode an image and apply its EXIF orientation. Pillow's own parser warns of damage elsewhere in the metadata."""
+    image.load()
+    data, orientation = image.info.get("exif"), 1
+    if isinstance(data, bytes):
+        data = data.removeprefix(b"Exif\0\0")
+        order = "<" if data.startswith(b"II") else ">"
+        with suppress(struct.error):
+            (start,) = struct.unpack_from(order + "4xI", data)
+            (count,) = struct.unpack_from(order + "H", data, start)
+            entries = (struct.unpack_from(order + "H6xH", data, start + 2 + 12 * entry) for entry in range(count))
+            orientation = next((value for tag, value in entries if tag == Base.Orientation), 1)
     else:
-        if isinstance(image, Tensor) and image.ndim != 3:
-            raise DataError(f"an image tensor must be [3, H, W] or [1, H, W], not {list(image.shape)}")
-        array = image.detach().cpu().float().permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.asarray(image)
-        pixels = _array_to_pixels(array)
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        raise DataError(f"image of {pixels.shape[1]}x{pixels.shape[0]} pixels is too small; at least {MIN_SIDE}x{MIN_SIDE} is needed")
-    return pixels
+        orientation = image.getexif().get(Base.Orientation, 1)
+    if orientation not in UPRIGHT:
+        return image
+    turned = image.transpose(UPRIGHT[orientation])
+    turned.format = image.format
+    return turned
+
+
+def _levels(image: Image.Image) -> tuple[NDArray[Any], float]:
+    """The levels of an image at its own depth, ``[H, W]`` or ``[H, W, 3]``, and full scale; the least is 0."""
+    _check_size(image.height, image.width)
+    if image.mode == "F" or image.mode.startswith("I"):
+        levels = np.asarray(image)
+        full, slack = (1.0, SLACK) if image.mode == "F" else (65535.0, 0.0)
+        low, high = levels.min(), levels.max()
+        if not (-slack <= low and high <= full + slack):  # nor if they are not a number
+            kind = "floating-point" if image.mode == "F" else "integer"
+            raise DataError(f"{kind} levels must lie in [0, {full:.0f}], not in [{low:g}, {high:g}]; rescale them, or save 8 or 16 bits")
+        return levels, full
+    if image.mode in {"1", "L"}:
+        return np.asarray(image.convert("L")), 255.0
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"}:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB")), 255.0
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    levels, full = _levels(image)
+    if levels.dtype != np.uint8:
+        levels = np.rint(levels.astype(np.float32) * (255.0 / full)).clip(0, 255).astype(np.uint8)
+    return np.array(levels) if levels.ndim == 3 else np.repeat(levels[..., None], 3, axis=2)
 
 
 def _array_to_pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -165,19 +236,23 @@ def _array_to_pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in {1, 3, 4}:
         raise DataError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], not {list(array.shape)}")
-    if not array.size:
-        raise DataError(f"an image array must not be empty, as {list(array.shape)} is")
-    if array.dtype == np.uint16:
+    _check_size(*array.shape[:2])
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = array.astype(np.float32) / 65535.0
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1 + 1e-3:
+        if not (array.min() >= -SLACK and array.max() <= 1 + SLACK):  # nor if they are not a number
             raise DataError("a floating-point image must be finite and lie in [0, 1]")
         array = np.rint(array.astype(np.float32) * 255.0).clip(0, 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise DataError(f"an image array must be uint8, uint16 or float, not {array.dtype}")
     if array.shape[2] == 4:
-        return to_rgb(Image.fromarray(np.ascontiguousarray(array), "RGBA"))
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(array), "RGBA"))
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3))).astype(np.uint8)
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < MIN_SIDE:
+        raise DataError(f"{width}x{height} pixels is too small; at least {MIN_SIDE}x{MIN_SIDE} is needed")
 
 
 def resize_pixels(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -19,15 +19,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from gladad.core.errors import DataError
 from gladad.core.images import is_image, list_images
 from gladad.core.records import Sample
-
-Item = TypeVar("Item")
 
 NORMAL_NAMES = frozenset({"good", "normal", "ok"})
 """Names of folders (lower case) whose images are normal."""
@@ -183,30 +181,55 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     root = Path(os.path.commonpath([p.parent for p in files])) if files else Path()
     digest = hashlib.sha256()
     for name, file in sorted((os.fsencode(p.relative_to(root).as_posix()), p) for p in files):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(name + b"\0" + content)
+        digest.update(name + b"\0" + bytes.fromhex(file_digest(file)))
     return digest.hexdigest()
 
 
-def split_held_out(items: Sequence[Item], share: float, minimum: int, seed: int) -> tuple[list[Item], list[Item]]:
-    """Set some items aside at random, the same ones for the same seed; both parts keep the order.
+def file_digest(path: str | Path) -> str:
+    """SHA-256 (hexadecimal) of the content of a file, which is read piece by piece.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int) -> tuple[list[Path], list[Path]]:
+    """Set some files aside at random, the same ones for the same seed; both parts keep the order.
+
+    Files of the same bytes count as one and stay together, so nothing that is set aside is also kept under another name.
 
     Args:
-        items: What to split.
+        paths: What to split.
         share: Part to set aside, in [0, 1].
-        minimum: Set aside at least this many, but never more than half of the items.
+        minimum: Set aside at least this many, but never more than half.
         seed: Seed of the choice.
 
     Returns:
         ``(kept, held_out)``.
+
+    Raises:
+        DataError: A file cannot be read, or so many are copies that fewer than the minimum can be set aside.
     """
     if not 0 <= share <= 1 or minimum < 0:
         raise ValueError(f"share must lie in [0, 1] and minimum must not be negative, not {share} and {minimum}")
-    count = min(max(minimum, round(share * len(items))), len(items) // 2)
-    chosen = set(np.random.default_rng(seed).permutation(len(items))[:count].tolist())
-    kept = [item for index, item in enumerate(items) if index not in chosen]
-    return kept, [items[index] for index in sorted(chosen)]
+    digests = [file_digest(path) for path in paths]
+    distinct = list(dict.fromkeys(digests))
+    count = min(max(minimum, round(share * len(distinct))), len(distinct) // 2)
+    if count < min(minimum, len(paths) // 2):
+        raise DataError(
+            f"{paths[0].parent}: of {len(paths)} images only {len(distinct)} differ, the others are copies of the same bytes; at least "
+            f"{2 * minimum} different ones are needed to hold {minimum} out; add some"
+        )
+    chosen = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count]}
+    parts: tuple[list[Path], list[Path]] = ([], [])
+    for path, digest in zip(paths, digests, strict=True):
+        parts[digest in chosen].append(path)
+    return parts
 
 
 def _folder(path: str | Path, expected: str) -> Path:

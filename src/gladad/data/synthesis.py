@@ -45,10 +45,16 @@ LITE = SynthesisConfig(local_share=0.5, perlin_scales=(1, 5), source_weights=(0.
 
 
 class Draw:
-    """Random numbers from a `numpy.random.Generator`, with the few shapes the recipe needs."""
+    """Random numbers from a `numpy.random.Generator`, with the few shapes the recipe needs.
+
+    Args:
+        seed: One or several numbers >= 0, such as the seed of a training and the number of a sample. No two different ones draw the same.
+    """
 
     def __init__(self, seed: int | Sequence[int]):
-        self.rng = np.random.default_rng(seed)
+        numbers = (seed,) if isinstance(seed, int) else tuple(seed)
+        # NumPy fills up with zeros: (1, 2) and (1, 2, 0) would be one. Pairs are as they are; others have their length as a part.
+        self.rng = np.random.default_rng(np.random.SeedSequence(numbers, spawn_key=() if len(numbers) == 2 else (len(numbers),)))
 
     def uniform(self, low: float, high: float) -> float:
         """Uniform in ``[low, high)``."""

@@ -112,8 +112,8 @@ class Task(Protocol):
 
 
 def seed_of(*numbers: int) -> int:
-    """A 63-bit seed from several numbers, such as seed, step and sample."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+    """A 63-bit seed from several numbers, such as seed, step and sample; shorter ones are not the same with zeros at their end."""
+    return int(np.random.SeedSequence(numbers, spawn_key=(len(numbers), 1)).generate_state(1, np.uint64)[0]) & (2**63 - 1)
 
 
 def draw_generator(*numbers: int) -> torch.Generator:
