@@ -307,11 +307,11 @@ def _run(
     silent: bool,
 ) -> TrainingRun:
     from gladad.training.loop import TrainingRun
-    from gladad.training.trackers import check_tracker
+    from gladad.training.trackers import tracker_name
 
     if plain:  # a training of minutes, which writes nothing on its way
         return TrainingRun()
-    check_tracker(tracker)
+    tracker_name(tracker)  # refused before anything is loaded
     place = output.absolute()
     return TrainingRun(
         folder=folder or place.with_name(f"{place.name}.training"),
