@@ -85,8 +85,6 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
         Checkpoints(tmp_path, {})
     with pytest.raises(DataError, match="not a folder"):
         Checkpoints(tmp_path / "mine.txt", {})
-    with pytest.raises(ConfigError, match="at least 1"):
-        Checkpoints(tmp_path / "new", {}, keep=0)
 
 
 def test_a_full_disk_costs_no_earlier_checkpoint(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,9 @@ def alone(base: str) -> Iterator[bool]:
 def training_run(output: Path, values: dict[str, Any], silent: bool) -> TrainingRun:
     """What a long training writes on its way."""
     from gladad.training.loop import TrainingRun
-    from gladad.training.trackers import check_tracker
+    from gladad.training.trackers import tracker_name
 
-    check_tracker(values.get("tracker", "auto"))
+    tracker_name(values.get("tracker", "auto"))  # refused before anything is loaded
     place = output.absolute()
     folder = Path(values.get("folder") or place.with_name(f"{place.name}.training"))
     return TrainingRun(**values | {"folder": folder, "tell": (lambda line: None) if silent else complain})

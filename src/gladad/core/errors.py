@@ -28,10 +28,10 @@ class TrainingError(GladError):
 
 
 class Interrupted(GladError):
-    """A training was asked to stop, and has saved where it is.
+    """Work was asked to stop; a training has saved where it is.
 
     Attributes:
-        signal: Number of the signal that asked; 0 if nobody did and the work is done as far as it can be.
+        signal: Number of the signal that asked; 0 if a program did, or nobody and the work is done as far as it can be.
     """
 
     def __init__(self, message: str, signal: int):

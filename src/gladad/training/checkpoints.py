@@ -23,7 +23,6 @@ from gladad.core.storage import atomic_folder, load_tensors, read_json, save_ten
 RUN_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "training.json", "tensors.safetensors", "state.json", "manifest.json"
 LOGS, EXAMPLES = "logs", "examples"
 """Folders beside the checkpoints, see `gladad.training.trackers`."""
-BLOCK = 2**22
 LEFTOVERS = frozenset({".partial", ".old"})
 """Suffixes of what a killed process leaves."""
 
@@ -53,13 +52,11 @@ class Checkpoints:
         tell: Called with a sentence when a checkpoint cannot be used.
 
     Raises:
-        ConfigError: The folder holds checkpoints of another training, or ``keep`` is below 1.
+        ConfigError: The folder holds checkpoints of another training.
         DataError: The folder is there and holds something else.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2, tell: Callable[[str], None] = lambda line: None):
-        if keep < 1:
-            raise ConfigError(f"keep must be at least 1 checkpoint, not {keep}")
         self.folder, self.keep, self.tell = folder, keep, tell
         self._identity = identity
         if folder.exists():
@@ -137,11 +134,8 @@ def discard(folder: Path) -> None:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _read(place: Path) -> Checkpoint:

@@ -7,22 +7,18 @@ several processes, which divide the samples of every step among them, draw what 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
 from numpy.typing import NDArray
+from pydantic import Field, InstanceOf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -30,9 +26,13 @@ from gladad.core.errors import ConfigError, Interrupted, TrainingError
 from gladad.core.processes import process_count
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
+from gladad.core.threads import CancelToken, cancelled_by_signals
 from gladad.training.checkpoints import Checkpoint, Checkpoints
 from gladad.training.optimizers import OptimizerName, make_optimizer
-from gladad.training.trackers import Tracker, check_tracker, start_tracker
+from gladad.training.trackers import Tracker, tracker_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Result = TypeVar("Result")
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -45,27 +45,17 @@ FREE_OF_RESULT = ("steps", "micro_batch")
 class LoopConfig:
     """The budget and arithmetic of a training."""
 
-    steps: int  # optimiser steps
-    batch_size: int  # samples per optimiser step, of all processes together
-    micro_batch: int | None = None  # samples at a time; gradients are accumulated over them; None = all of a process's share
-    learning_rate: float  # constant, after the warm-up
-    warmup: int = 0  # steps over which the rate rises linearly
-    weight_decay: float = 1e-2  # of AdamW
+    steps: Annotated[int, Field(ge=0)]  # optimiser steps
+    batch_size: Annotated[int, Field(ge=1)]  # samples per optimiser step, of all processes together
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # samples at a time; gradients are accumulated; None = all of a process's share
+    learning_rate: Annotated[float, Field(gt=0)]  # constant, after the warm-up
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps over which the rate rises linearly
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2  # of AdamW
     optimizer: OptimizerName = "adamw"  # 8 bit moments need a package of their own
-    gradient_clip: float = 1.0  # largest gradient norm
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
     precision: Precision = "float32"  # of the networks' arithmetic; trained weights and moments are float32
-    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
-    seed: int = 0  # of everything random
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ConfigError(f"steps must not be negative, not {self.steps}")
-        if self.batch_size < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise ConfigError("batch_size and micro_batch must be at least 1")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema must lie in [0, 1), not {self.ema}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, not {self.learning_rate}")
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    seed: Annotated[int, Field(ge=0)] = 0  # of everything random
 
 
 @validated
@@ -73,16 +63,13 @@ class TrainingRun:
     """What a training writes on its way. None of it changes the result."""
 
     folder: Path | None = None  # for checkpoints, logs and examples; None = nothing is written, and an interrupted training is lost
-    checkpoint_every: int = 500  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps between checkpoints
+    keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints kept
     tracker: str = "auto"  # "auto" = TensorBoard where it is installed; "none"; or one of accelerate's, such as "wandb"
-    sample_every: int = 500  # steps between example pictures
+    sample_every: Annotated[int, Field(ge=1)] = 500  # steps between example pictures
     memory_limit: int | None = None  # bytes; a training of the denoiser that needs more is refused; None = what is available
     tell: Callable[[str], None] = lambda line: None  # for sentences worth reading
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_every < 1 or self.sample_every < 1:
-            raise ConfigError("checkpoint_every and sample_every must be at least 1 step")
+    cancel: InstanceOf[CancelToken] | None = None  # stops the training after its present step, saved; off the main thread the only way
 
     def part(self, name: str) -> TrainingRun:
         """The run of one of several trainings, in a folder below."""
@@ -123,6 +110,9 @@ def draw_generator(*numbers: int) -> torch.Generator:
 
 def make_accelerator() -> Accelerator:
     """The processes and the device of this training: those of ``torchrun`` or ``accelerate launch``, or this process alone."""
+    from accelerate import Accelerator  # late: what only inspects imports this module too
+    from accelerate.utils import InitProcessGroupKwargs
+
     # Precision is the loop's own affair: the accelerator's would be fixed for the whole process.
     # The main process writes gigabytes while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
@@ -137,19 +127,18 @@ def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int]
         count: How many there are.
         told: Called with how many are done and ``count``.
     """
-    if process_count() == 1:
-        results = []
-        for number in range(count):
-            results.append(work(number))
-            told(number + 1, count)
-        return results
-    state = make_accelerator()
+    rank, processes = 0, process_count()
+    if processes > 1:
+        rank = make_accelerator().process_index
     own = []
-    for number in range(count)[state.process_index :: state.num_processes]:
+    for number in range(rank, count, processes):
         own.append((number, work(number)))
-        told(min(count, len(own) * state.num_processes), count)
-    found: list[tuple[int, Result]] = gather_object(own)
-    return [result for _, result in sorted(found, key=lambda item: item[0])]
+        told(min(count, len(own) * processes), count)
+    if processes > 1:
+        from accelerate.utils import gather_object
+
+        own = gather_object(own)
+    return [result for _, result in sorted(own, key=lambda item: item[0])]
 
 
 def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, progress: Progress = no_progress, stage: str) -> list[float]:
@@ -167,22 +156,17 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
 
     Raises:
         ConfigError: The settings do not fit together, or the folder holds another training.
-        Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written. Without a folder for it, KeyboardInterrupt is raised. Or the
-            training is finished over sharded weights, which one process has to put together.
+        Interrupted: SIGTERM, Ctrl-C or `TrainingRun.cancel` asked to stop; a checkpoint was written. Without a folder for it signals do
+            what they always do. Or the training is finished over sharded weights, which one process has to put together.
         TrainingError: The loss is not finite.
     """
     run = TrainingRun() if run is None else run
-    identity = {"stage": stage, **to_json(config), **task.identity}
-    for name in FREE_OF_RESULT:
-        identity.pop(name)
-    checkpoints = None if run.folder is None else Checkpoints(run.folder, identity, run.keep, run.tell)
-    found = None if checkpoints is None else checkpoints.newest()
-    if found is not None and found.step > config.steps:
-        raise ConfigError(f"{run.folder}: has {found.step} steps already, more than the {config.steps} asked for; remove the folder")
-    check_tracker(run.tracker)
+    tracked = tracker_name(run.tracker)
+    checkpoints, found = _stored(task, config, run, stage)
     loop = _Loop(task, config)
+    main = loop.accelerator.is_main_process
     if checkpoints is not None:
-        if loop.accelerator.is_main_process:
+        if main:
             checkpoints.start()
         loop.accelerator.wait_for_everyone()
     losses: list[float] = []
@@ -190,28 +174,41 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
         losses = loop.restore(found)
         run.tell(f"going on after step {found.step} of {config.steps}")
         del found  # as large as the training itself
-    main = loop.accelerator.is_main_process
-    tracker = start_tracker(run.tracker, run.folder if main else None, stage, first_step=len(losses))
-    with loop, tracker, _asked_to_stop(enabled=checkpoints is not None) as asked:
-        for step in range(len(losses), config.steps):
+    token = run.cancel or CancelToken()
+    signals = contextlib.nullcontext() if checkpoints is None else cancelled_by_signals(token)
+    with loop, Tracker(tracked, run.folder if main else None, stage, first_step=len(losses)) as tracker, signals:
+        for done in range(len(losses) + 1, config.steps + 1):
             started = time.monotonic()
-            losses.append(loop.step(step))
-            done = step + 1
-            last = done == config.steps
+            losses.append(loop.step(done - 1))
             seconds = time.monotonic() - started
             if main:
                 progress(stage, done, config.steps)
-            number = loop.agree(asked.number)
-            if checkpoints is not None and (last or number or done % run.checkpoint_every == 0):
+            asked = loop.agree(token)
+            if checkpoints is not None and (asked is not None or done == config.steps or done % run.checkpoint_every == 0):
                 loop.checkpoint(checkpoints, losses)
             if main and run.folder is not None:
                 _report(tracker, loop, run, done, losses[-1], seconds)
-            if number:
-                raise Interrupted(f"stopped after step {done} of {config.steps}; saved in {run.folder}, the same command goes on", number)
+            if asked is not None:
+                kept = "nothing is saved" if run.folder is None else f"saved in {run.folder}, the same command goes on"
+                raise Interrupted(f"stopped after step {done} of {config.steps}; {kept}", asked)
         if loop.sharded and checkpoints is not None:
             raise Interrupted(f"trained, and saved in {run.folder}; the same command in one process finishes the model", 0)
         loop.finish()
     return losses
+
+
+def _stored(task: Task, config: LoopConfig, run: TrainingRun, stage: str) -> tuple[Checkpoints | None, Checkpoint | None]:
+    """Where this training is kept, and how far it has come; None if it is not kept, or not begun."""
+    if run.folder is None:
+        return None, None
+    identity = {"stage": stage, **to_json(config), **task.identity}
+    for name in FREE_OF_RESULT:
+        identity.pop(name)
+    checkpoints = Checkpoints(run.folder, identity, run.keep, run.tell)
+    found = checkpoints.newest()
+    if found is not None and found.step > config.steps:
+        raise ConfigError(f"{run.folder}: has {found.step} steps already, more than the {config.steps} asked for; remove the folder")
+    return checkpoints, found
 
 
 def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: float, seconds: float) -> None:
@@ -309,12 +306,13 @@ class _Loop:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.config.precision])
 
-    def agree(self, number: int) -> int:
-        """The largest of the processes' numbers: all stop when one is asked to."""
-        if self.accelerator.num_processes == 1:
-            return number
-        numbers = self.accelerator.gather(torch.tensor([number], device=self.device))
-        return int(torch.as_tensor(numbers).max())
+    def agree(self, token: CancelToken) -> int | None:
+        """Whether all processes stop, because the token of one is cancelled: its signal; None if they go on."""
+        number = token.signal if token.cancelled else -1
+        if self.accelerator.num_processes > 1:
+            numbers = self.accelerator.gather(torch.tensor([number], device=self.device))
+            number = int(torch.as_tensor(numbers).max())
+        return None if number < 0 else number
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters by their name in the module as it was given."""
@@ -340,20 +338,21 @@ class _Loop:
 
     def restore(self, checkpoint: Checkpoint) -> list[float]:
         """Go back to where a checkpoint was written; returns the losses until then."""
-        inner = self.optimizer.optimizer
-        stored = checkpoint.tensors
-        for name, parameter in self._trained():
+        stored, states = checkpoint.tensors, {}
+        for index, (name, parameter) in enumerate(self._trained()):
             parameter.data.copy_(_spread(stored[f"weights.{name}"], parameter))
             prefix = f"optimizer.{name}."
-            state: dict[str, Any] = {}
-            for key in (key for key in stored if key.startswith(prefix)):
-                value = stored[key]
-                state[key[len(prefix) :]] = _spread(value, parameter) if value.shape == parameter.shape else value.clone()
-            state |= {k[len(name) + 1 :]: v for k, v in checkpoint.state["optimizer"].items() if k.startswith(f"{name}.")}
+            state: dict[str, Any] = {k[len(name) + 1 :]: v for k, v in checkpoint.state["optimizer"].items() if k.startswith(f"{name}.")}
+            for key, value in stored.items():
+                if key.startswith(prefix):
+                    state[key[len(prefix) :]] = _spread(value, parameter) if value.shape == parameter.shape else value.clone()
             if state:
-                inner.state[parameter] = state
+                states[index] = state
             if self.averages:
                 self.averages[name] = _spread(stored[f"averages.{name}"], parameter)
+        # Not set one by one: the optimiser knows which parts of its state belong onto the GPU.
+        inner = self.optimizer.optimizer
+        inner.load_state_dict({"state": states, "param_groups": inner.state_dict()["param_groups"]})
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         return [float(loss) for loss in checkpoint.state["losses"]]
 
@@ -374,32 +373,3 @@ def _spread(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value.to(like.device, copy=True)
-
-
-class _Asked:
-    """Which signal has asked to stop; 0 = none."""
-
-    number = 0
-
-
-@contextlib.contextmanager
-def _asked_to_stop(*, enabled: bool) -> Iterator[_Asked]:
-    """Note SIGTERM and Ctrl-C instead of dying of them; a second one does what it always does."""
-    asked = _Asked()
-    if not enabled or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.number = number
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
