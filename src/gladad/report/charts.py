@@ -115,14 +115,14 @@ def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[n
 
 def _score_chart(report: Report) -> Chart:
     rows = [row for row in report.rows if "error" not in row]
-    edges, logarithmic = bin_edges([row["score"] for row in rows])
+    edges, logarithmic = bin_edges([row["pred_score"] for row in rows])
     labels = []
     with _figure("scores") as (figure, drawing):
         upper, lower = figure.subplots(2, 1, sharex=True)
         for axes, anomalous, name, colour in ((upper, 0, "good", GOOD), (lower, 1, "bad", BAD)):
             members = [row for row in rows if row["gt_label"] == anomalous]
-            rejected = sum(row["label"] == "anomalous" for row in members)
-            counts = bin_counts([row["score"] for row in members], edges)
+            rejected = sum(row["pred_label"] for row in members)
+            counts = bin_counts([row["pred_score"] for row in members], edges)
             axes.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
             axes.axvline(1, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))
             axes.set_ylim(0, max(1, int(counts.max())) * 1.35)
@@ -168,7 +168,7 @@ def _curve_chart(
 
 def _precision(report: Report) -> tuple[float, float] | None:
     """Recall and precision of the decisions, if anything was rejected."""
-    rejected = [row["gt_label"] for row in report.rows if row.get("label") == "anomalous"]
+    rejected = [row["gt_label"] for row in report.rows if row.get("pred_label")]
     return (report.metrics["recall"], sum(rejected) / len(rejected)) if rejected else None
 
 
