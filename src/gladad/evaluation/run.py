@@ -96,7 +96,8 @@ def evaluate(
     processes = Processes() if processes is None else processes
     alone, total, rows = processes.count == 1, len(samples), list[dict[str, Any]]()
     with PixelMetrics() as pixels, _folder_of_maps(maps, processes) as folder:
-        look = partial(_look, detector, samples, _drawing(samples, pictures, collect is not None), folder)
+        names, limit = picture_names([sample.image_path for sample in samples]), 0 if collect is None else item_bytes(total)
+        look = partial(_look, detector, samples, names=names, pictures=pictures, limit=limit, folder=folder)
         wanted = pixels if any(sample.gt_label and sample.mask_path for sample in samples) else None
         for number, (row, kept) in processes.share(look, total, detector.workers):
             if processes.main:
@@ -128,50 +129,42 @@ def _folder_of_maps(maps: Path | None, processes: Processes) -> Iterator[Path | 
         yield Path(folder)
 
 
-Drawing = Callable[[int, Prediction, NDArray[np.uint8], NDArray[np.bool_] | None], tuple[dict[str, str], list[tuple[str, bytes]]]]
-
-
-def _drawing(samples: Sequence[Sample], pictures: Path | None, page: bool) -> Drawing | None:
-    """What draws an image, its prediction and its mask, for the folder and for the page: links and small pictures; None draws nothing."""
-    if pictures is None and not page:
-        return None
-    names, limit = picture_names([sample.image_path for sample in samples]), item_bytes(len(samples))
-
-    def draw(
-        number: int, prediction: Prediction, pixels: NDArray[np.uint8], mask: NDArray[np.bool_] | None
-    ) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
-        links = full_pictures(prediction, pixels, mask, pictures, names[number]) if pictures is not None else {}
-        return links, small_pictures(prediction, pixels, mask, limit) if page else []
-
-    return draw
-
-
 def _look(
-    detector: Inspector, samples: Sequence[Sample], draw: Drawing | None, folder: Path | None, number: int
+    detector: Inspector,
+    samples: Sequence[Sample],
+    number: int,
+    *,
+    names: Sequence[Path],
+    pictures: Path | None,
+    limit: int,
+    folder: Path | None,
 ) -> tuple[dict[str, Any], KeptMap | None]:
-    """The record of one image and what is kept of it, also in the folder if there is one; None of an image that cannot be read."""
+    """The record of one image and what is kept of it, in the folder too if there is one; None of an image that cannot be read.
+
+    Its full-size pictures go into the folder ``pictures`` under its name; those of the page may take ``limit`` bytes, 0 is none.
+    """
     sample = samples[number]
-    name = printable(sample.image_path)
+    path = printable(sample.image_path)
     truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category, "split": sample.split}
     try:
         pixels = load_image(sample.image_path)
-        prediction = detector.inspect(pixels, reconstruct=draw is not None)
+        prediction = detector.inspect(pixels, reconstruct=bool(limit) or pictures is not None)
     except NotFiniteError as error:
-        raise NotFiniteError(f"{name}: {error}") from error
+        raise NotFiniteError(f"{path}: {error}") from error
     except DataError as error:
-        return {"image_path": name, "error": printable(str(error)), **truth}, None
+        return {"image_path": path, "error": printable(str(error)), **truth}, None
     whole, mask = _masks_of(sample, (pixels.shape[0], pixels.shape[1]))
     visible = mask is not None and bool(mask.any())
     record = prediction.to_record() | {
-        "image_path": name,
+        "image_path": path,
         "raw_score": prediction.pred_score * detector.calibration_.threshold.value,
         "outcome": outcome_of(sample.gt_label, prediction.pred_label),
         "mask": visible,
         "mask_vanished": mask is not None and not visible,
     }
-    links, small = ({}, []) if draw is None else draw(number, prediction, pixels, whole)
-    if links:
-        record["pictures"] = links
+    if pictures is not None:
+        record["pictures"] = full_pictures(prediction, pixels, whole, pictures, names[number])
+    small = small_pictures(prediction, pixels, whole, limit) if limit else []
     kept = KeptMap(_at_evaluation_size(prediction.anomaly_map), mask if visible else None, small)
     if folder is not None:
         kept_maps.save_map(folder, number, kept)
