@@ -14,12 +14,12 @@ def test_corners_count_what_is_above_each_score_and_with_it(levels, dtype):
     rng = np.random.default_rng(levels)
     normal, anomalous = rng.integers(0, levels, 300).astype(dtype), np.sort(rng.integers(0, levels, 90).astype(dtype))[::-1]
     weights = rng.random(90)
-    curve = corners(normal, anomalous, weights, (5.0, 2.0, 0.5))
+    fp, tp, overlap = corners(normal, anomalous, weights)
     distinct = sorted(set(anomalous.tolist()), reverse=True)
     flags = [flag for score in distinct for flag in ((np.greater, score), (np.greater_equal, score))]
-    assert curve.fp.tolist() == [5 + int(flag(normal, score).sum()) for flag, score in flags]
-    assert curve.tp.tolist() == [2 + int(flag(anomalous, score).sum()) for flag, score in flags]
-    assert curve.overlap == pytest.approx([0.5 + weights[flag(anomalous, score)].sum() for flag, score in flags])
+    assert fp.tolist() == [int(flag(normal, score).sum()) for flag, score in flags]
+    assert tp.tolist() == [int(flag(anomalous, score).sum()) for flag, score in flags]
+    assert overlap == pytest.approx([weights[flag(anomalous, score)].sum() for flag, score in flags])
 
 
 def test_area_is_interpolated_at_the_limit():

@@ -250,16 +250,13 @@ def measure(
         if result.aupimo:
             for row, value in zip((row for row in seen if row["mask"]), result.aupimo, strict=True):
                 row["aupimo"] = value
-    intervals: dict[str, tuple[float, float]] = {}
-    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
-        if members.any():
-            hits, trials = int(rejected[members].sum()), int(members.sum())
-            metrics[name] = hits / trials
-            intervals[name] = wilson_interval(hits, trials)
+    classes = {"recall": truths, "false_reject_rate": ~truths}
+    rates = {name: (int(rejected[members].sum()), int(members.sum())) for name, members in classes.items() if members.any()}
+    metrics |= {name: hits / trials for name, (hits, trials) in rates.items()}
     metrics |= {"threshold": calibration.threshold.value, "seconds_per_image": float(np.median([row["seconds"] for row in seen]))}
     counts = _counts(rows, seen)
     details = {
-        "intervals_95": intervals,
+        "intervals_95": {name: wilson_interval(*pair) for name, pair in rates.items()},
         "per_type": _per_type(seen, truths, rejected, scores),
         "curves": curves,
         "notes": _notes(counts, pixels.has_both_classes),

@@ -6,52 +6,29 @@ true positives do not change and the curve is a straight line, so nothing is los
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Corners of a piece of the curve: arrays ``[2 K]`` that never fall.
-
-    Attributes:
-        fp: False positives.
-        tp: True positives.
-        overlap: Sum of the weights of the true positives.
-    """
-
-    fp: Floats
-    tp: Floats
-    overlap: Floats
-
-
-def corners(normal: NDArray[np.generic], anomalous: NDArray[np.generic], weights: Floats, before: tuple[float, float, float]) -> Curve:
+def corners(normal: NDArray[np.generic], anomalous: NDArray[np.generic], weights: Floats) -> Floats:
     """Count positives while the threshold falls through the scores given.
 
     Args:
         normal: ``[N]`` scores of normal items, in any order.
-        anomalous: ``[P]`` scores of anomalous items, in falling order.
-        weights: ``[P]`` their weights in `Curve.overlap`.
-        before: ``(fp, tp, overlap)`` of all higher scores.
+        anomalous: ``[P]`` scores of anomalous items, in falling order; at least one.
+        weights: ``[P]`` their weights.
+
+    Returns:
+        ``[3, 2 K]`` false positives, true positives and the weights of these, none of which ever falls.
     """
-    if not len(anomalous):
-        return Curve(np.empty(0), np.empty(0), np.empty(0))
     last = np.flatnonzero(np.append(anomalous[1:] != anomalous[:-1], True))  # where each run of equal scores ends
     rising = np.sort(normal)
-    fp_above, fp_with = (len(rising) - rising.searchsorted(anomalous[last], side=side) for side in ("right", "left"))
-    tp, overlap = (last + 1).astype(np.float64), np.cumsum(weights)[last]
-
-    def pairs(above: NDArray[np.generic], including: NDArray[np.generic], offset: float) -> Floats:
-        return np.stack([above, including], axis=1).ravel().astype(np.float64) + offset
-
-    def shifted(values: Floats) -> Floats:
-        return np.concatenate([[0.0], values[:-1]])
-
-    return Curve(pairs(fp_above, fp_with, before[0]), pairs(shifted(tp), tp, before[1]), pairs(shifted(overlap), overlap, before[2]))
+    found = np.stack([last + 1, np.cumsum(weights)[last]])
+    fp = [len(rising) - rising.searchsorted(anomalous[last], side=side) for side in ("right", "left")]
+    above, including = np.vstack([fp[0], np.pad(found, ((0, 0), (1, 0)))[:, :-1]]), np.vstack([fp[1], found])
+    return np.stack([above, including], axis=2).reshape(3, -1)
 
 
 def area_until(x: Floats, y: Floats, limit: float) -> float:
@@ -63,17 +40,6 @@ def area_until(x: Floats, y: Floats, limit: float) -> float:
     else:
         x, y = x[:stop], y[:stop]
     return float(np.trapezoid(y, x))
-
-
-def precision_sum(curve: Curve, tp_before: float) -> float:
-    """Sum of precision times newly found positives over the corners: average precision before its division by all positives."""
-    tp, fp = curve.tp[1::2], curve.fp[1::2]
-    return float(np.sum(np.diff(tp, prepend=tp_before) * tp / (tp + fp)))
-
-
-def best_f1(fp: Floats, tp: Floats, positives: float) -> float:
-    """The largest F1 of the points."""
-    return float(np.max(2 * tp / (tp + fp + positives)))
 
 
 def curve_points(x: Floats, y: Floats, count: int = 200) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-from gladad.metrics.curves import Curve, Floats, area_until, best_f1, corners, curve_points, precision_sum
+from gladad.metrics.curves import Floats, area_until, corners, curve_points
 
 MAX_FPR = 0.3
 MAX_FPR_STRICT = 0.05
@@ -164,40 +164,36 @@ class PixelMetrics:
         reached = np.floor(np.cumsum(weights[order]) / self.slice_size)
         return np.unique(values[order][np.flatnonzero(np.diff(reached, prepend=0.0) > 0)])
 
-    def _pieces(self) -> Iterator[Curve]:
-        """The corners from the highest value to the lowest, slice by slice; the fp of the last is that of its lowest anomalous value."""
+    def _pieces(self) -> Iterator[Floats]:
+        """The `corners` from the highest value to the lowest, slice by slice; the fp of the last is that of its lowest anomalous value."""
         cuts = self._cuts()
         bounds = [self._bounds(run, cuts) for run in self._runs]
-        before = (0.0, 0.0, 0.0)
+        before = np.zeros((3, 1))
         for part in range(2 * len(cuts), -1, -1):  # even parts lie between two cuts, odd ones are a cut itself
             at_cut = part % 2 == 1
-            normal_parts: list[NDArray[Any]] = []
-            anomalous_parts: list[NDArray[Any]] = []
-            area_parts: list[NDArray[Any]] = []
-            ties = 0
+            normal, anomalous, areas = [np.empty(0, np.float32)], [np.empty(0, np.float32)], [np.empty(0, np.int32)]
+            count = 0
             for run, (normal_bounds, anomalous_bounds) in zip(self._runs, bounds, strict=True):
-                places, (start, stop) = run.places, normal_bounds[part : part + 2]
-                ties += int(stop - start)
+                start, stop = normal_bounds[part : part + 2]
+                count += int(stop - start)
                 if not at_cut and stop > start:
-                    normal_parts.append(self._read(places[0], run.dtype, start, stop))
+                    normal.append(self._read(run.places[0], run.dtype, start, stop))
                 start, stop = anomalous_bounds[part : part + 2]
                 if stop > start:
-                    anomalous_parts.append(self._read(places[1], run.dtype, start, stop))
-                    area_parts.append(self._read(places[2], np.dtype(np.int32), start, stop))
-            found = np.concatenate(anomalous_parts) if anomalous_parts else np.empty(0)
-            weights = np.empty(0)
+                    anomalous.append(self._read(run.places[1], run.dtype, start, stop))
+                    areas.append(self._read(run.places[2], np.dtype(np.int32), start, stop))
+            found, sizes = np.concatenate(anomalous), np.concatenate(areas)
+            order = np.lexsort((sizes, found))[::-1]
+            weights = 1 / sizes[order].astype(np.float64)
+            end = before + np.array([[count], [len(found)], [0.0]])
             if len(found):
-                areas = np.concatenate(area_parts)
-                order = np.lexsort((areas, found))[::-1]
-                found, weights = found[order], 1 / areas[order].astype(np.float64)
-            if at_cut:  # all of one value: counting is enough, however many there are
-                piece = _tied(ties, len(found), float(weights.sum()), before)
-            else:
-                normal = np.concatenate(normal_parts) if normal_parts else np.empty(0)
-                piece = corners(normal, found, weights, before)
-            before = (before[0] + ties, before[1] + len(found), float(piece.overlap[-1]) if len(found) else before[2])
-            if len(found):
+                if at_cut:  # all of one value: counting is enough, however many there are
+                    piece = before + np.array([[0, count], [0, len(found)], [0, float(weights.sum())]])
+                else:
+                    piece = before + corners(np.concatenate(normal), found[order], weights)
+                end[2] = piece[2, -1]
                 yield piece
+            before = end
 
     def _bounds(self, run: _Run, cuts: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the parts begin in the sorted values of an image, normal and anomalous: ``[2 * len(cuts) + 2]`` each."""
@@ -247,40 +243,39 @@ class _Sums:
 
     def __init__(self, negatives: int, positives: int, limits: tuple[float, float]):
         self.negatives, self.positives, self.limits = float(negatives), float(positives), limits
-        self.end = (0.0, 0.0, 0.0)
+        self.end = np.zeros((3, 1))
         self.roc = self.precision = self.f1 = 0.0
         self.pro = [0.0, 0.0]
         self.points: list[Floats] = [np.zeros((2, 1))]
 
-    def take(self, piece: Curve) -> None:
-        fp, tp, overlap = (
-            np.concatenate([[end], values]) for end, values in zip(self.end, (piece.fp, piece.tp, piece.overlap), strict=True)
-        )
+    def take(self, piece: Floats) -> None:
+        fp, tp, overlap = np.concatenate([self.end, piece], axis=1)
         self.roc += float(np.trapezoid(tp, fp))
-        self.precision += precision_sum(piece, self.end[1])
-        self.f1 = max(self.f1, best_f1(piece.fp, piece.tp, self.positives))
+        with_score = tp[2::2]  # without the corners just above a score, at which nothing new is found
+        self.precision += float(np.sum(np.diff(tp[::2]) * with_score / (with_score + fp[2::2])))
+        self.f1 = max(self.f1, float(np.max(2 * tp / (tp + fp + self.positives))))
         for index, limit in enumerate(self.limits):
             if fp[0] < limit * self.negatives:
                 self.pro[index] += area_until(fp, overlap, limit * self.negatives)
         kept = _spread(fp / self.negatives, tp / self.positives)
         self.points.append(np.stack([fp[kept], overlap[kept]]))
-        self.end = (float(fp[-1]), float(tp[-1]), float(overlap[-1]))
+        self.end = piece[:, -1:]
 
     def metrics(self) -> dict[str, float]:
         """All but AUPIMO, after the last piece: what is left of the curve has found everything and only adds false positives."""
-        fp, tp, regions = self.end
+        fp, tp, regions = self.end.ravel().tolist()
         pro = [area + max(0.0, limit * self.negatives - fp) * regions for area, limit in zip(self.pro, self.limits, strict=True)]
         return {
             "pixel_auroc": (self.roc + (self.negatives - fp) * tp) / (self.negatives * self.positives),
             "pixel_ap": self.precision / self.positives,
-            "pixel_f1max": max(self.f1, best_f1(np.array(self.negatives), np.array(tp), self.positives)),
+            "pixel_f1max": max(self.f1, 2 * tp / (tp + self.negatives + self.positives)),
             "pixel_aupro": pro[0] / (self.limits[0] * self.negatives * regions),
             "pixel_aupro_05": pro[1] / (self.limits[1] * self.negatives * regions),
         }
 
     def curve(self) -> dict[str, list[float]]:
         """The PRO curve up to the first limit."""
-        limit, regions = self.limits[0], self.end[2]
+        limit, regions = self.limits[0], float(self.end[2, 0])
         points = np.concatenate([*self.points, [[self.negatives], [regions]]], axis=1)
         fpr, pro = points / np.array([[self.negatives], [regions]])
         shown = int(np.searchsorted(fpr, limit, side="right"))
@@ -311,12 +306,6 @@ def _region_areas(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     ids = labels[mask]
     areas: NDArray[np.int32] = np.bincount(ids)[ids].astype(np.int32)
     return areas
-
-
-def _tied(negatives: int, positives: int, overlap: float, before: tuple[float, float, float]) -> Curve:
-    """The two corners of a single value."""
-    ends = [np.array([start, start + more]) for start, more in zip(before, (negatives, positives, overlap), strict=True)]
-    return Curve(*ends)
 
 
 def _spread(x: Floats, y: Floats, count: int = 1000) -> NDArray[np.int64]:
