@@ -44,8 +44,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def rejected_of(folder: Path, gt_label: int) -> tuple[int, int]:
     """How many of the parts of a label were rejected, and how many there are."""
-    labels = [row["label"] for row in rows_of(folder) if row["gt_label"] == gt_label]
-    return labels.count("anomalous"), len(labels)
+    labels = [row["pred_label"] for row in rows_of(folder) if row["gt_label"] == gt_label]
+    return sum(labels), len(labels)
 
 
 class Page(HTMLParser):

@@ -127,19 +127,22 @@ def test_predict(gladad, model, detector, category, tmp_path):
     assert "8 inspected" in result.out and "0 skipped" in result.out and "s each" in result.out
     assert names(out) == ["masks", "overlays", "predictions.csv", "predictions.jsonl"]
     rows = records(out)
-    assert [Path(str(row["image"])).relative_to(category / "test").as_posix() for row in rows] == [
+    assert [Path(str(row["image_path"])).relative_to(category / "test").as_posix() for row in rows] == [
         f"{kind}/{index:03}.png" for kind in ("good", "hole") for index in range(4)
     ]
     for row in rows:
-        expected = detector.inspect(str(row["image"]), reconstruct=False)
+        expected = detector.inspect(str(row["image_path"]), reconstruct=False)
         same = {key: value for key, value in expected.to_record().items() if key not in {"seconds", "regions"}}
         assert {key: row[key] for key in same} == pytest.approx(same)
         assert len(row["regions"]) == len(expected.regions)
         np.testing.assert_array_equal(load_image(out / str(row["mask"])).max(axis=2) == 255, expected.pred_mask)
         assert load_image(out / str(row["overlay"])).shape == (72, 72, 3)
     table = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
-    assert [line["image"] for line in table] == [row["image"] for row in rows]
-    assert [float(line["score"]) for line in table] == [row["score"] for row in rows]
+    for line, row in zip(table, rows, strict=True):  # the old names stay for one release
+        assert line["image_path"] == line["image"] == row["image_path"] == row["image"]
+        assert float(line["pred_score"]) == float(line["score"]) == row["pred_score"] == row["score"]
+        assert int(line["pred_label"]) == row["pred_label"] and line["label"] == row["label"] == ("normal", "anomalous")[row["pred_label"]]
+        assert line["model_id"] == row["model_id"]
     assert [int(line["regions"]) for line in table] == [len(row["regions"]) for row in rows]
 
 
@@ -171,7 +174,7 @@ def test_predict_without_pictures_and_with_another_rate(gladad, model, category,
     assert names(tmp_path / "out") == ["predictions.csv", "predictions.jsonl"]
     strict = records(tmp_path / "out")
     assert gladad("predict", model, category / "test/good", "-o", tmp_path / "out", "--no-pictures").status == 0
-    assert all(float(str(a["score"])) >= float(str(b["score"])) for a, b in zip(strict, records(tmp_path / "out"), strict=True))
+    assert all(float(str(a["pred_score"])) >= float(str(b["pred_score"])) for a, b in zip(strict, records(tmp_path / "out"), strict=True))
 
 
 def test_a_damaged_image_among_others_is_skipped(gladad, model, category, tmp_path):
@@ -182,7 +185,8 @@ def test_a_damaged_image_among_others_is_skipped(gladad, model, category, tmp_pa
     assert result.line.startswith(f"skipped: {broken}: ")
     assert "4 inspected" in result.out and "1 skipped" in result.out
     row = records(tmp_path / "out")[2]
-    assert row["image"] == str(broken) and "damaged or truncated" in str(row["error"]) and set(row) == {"image", "error"}
+    assert row["image"] == row["image_path"] == str(broken) and "damaged or truncated" in str(row["error"])
+    assert set(row) == {"image", "image_path", "error"}
     assert len(list((tmp_path / "out/masks").iterdir())) == 4
 
 

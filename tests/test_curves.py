@@ -1,37 +1,25 @@
-"""Counting above thresholds, areas and thinning."""
+"""Corners, areas and the points that are drawn."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from gladad.metrics import curves
-from gladad.metrics.curves import area_until, counts_above, thinned
+from gladad.metrics.curves import area_until, corners, curve_points
 
 
-@pytest.mark.parametrize("worth", [0, 10**9])
-@pytest.mark.parametrize("bins", [2**4, 2**22])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
-@pytest.mark.parametrize("scale", [3, 1000, 1e-3])
-def test_counts_are_exact_binned_or_not(monkeypatch, worth, bins, dtype, scale):
-    monkeypatch.setattr(curves, "WORTH_BINNING", worth)
-    monkeypatch.setattr(curves, "BINS", bins)
-    rng = np.random.default_rng(0)
-    values = (rng.normal(size=3000) * scale).astype(dtype)
-    thresholds = np.unique(np.concatenate([values[::50], (rng.normal(size=30) * scale).astype(dtype)]))[::-1]
-    above, at = counts_above(values, thresholds)
-    assert above.tolist() == [int((values > t).sum()) for t in thresholds]
-    assert at.tolist() == [int((values >= t).sum()) for t in thresholds]
-
-
-@pytest.mark.parametrize("thresholds", [[0.5], [3e38, -3e38], [1e-45, 0.0], [2.0, 1.0]])
-def test_counts_at_awkward_thresholds(monkeypatch, thresholds):
-    monkeypatch.setattr(curves, "WORTH_BINNING", 0)
-    values = np.array([0.5, 0.5, -3e38, 0.0, 1e-45, 3e38, 1.0, 7.0], np.float32)
-    limits = np.array(thresholds, np.float32)
-    above, at = counts_above(values, limits)
-    assert above.tolist() == [int((values > t).sum()) for t in limits]
-    assert at.tolist() == [int((values >= t).sum()) for t in limits]
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_corners_count_what_is_above_each_score_and_with_it(levels, dtype):
+    rng = np.random.default_rng(levels)
+    normal, anomalous = rng.integers(0, levels, 300).astype(dtype), np.sort(rng.integers(0, levels, 90).astype(dtype))[::-1]
+    weights = rng.random(90)
+    fp, tp, overlap = corners(normal, anomalous, weights)
+    distinct = sorted(set(anomalous.tolist()), reverse=True)
+    flags = [flag for score in distinct for flag in ((np.greater, score), (np.greater_equal, score))]
+    assert fp.tolist() == [int(flag(normal, score).sum()) for flag, score in flags]
+    assert tp.tolist() == [int(flag(anomalous, score).sum()) for flag, score in flags]
+    assert overlap == pytest.approx([weights[flag(anomalous, score)].sum() for flag, score in flags])
 
 
 def test_area_is_interpolated_at_the_limit():
@@ -41,12 +29,11 @@ def test_area_is_interpolated_at_the_limit():
     assert area_until(x + 2, y, 1.0) == 0.0
 
 
-def test_thinning_keeps_the_ends_and_stays_close():
+def test_the_points_of_a_curve_keep_its_ends_and_stay_close():
     x = np.linspace(0, 1, 5000)
     y = np.sqrt(x)
-    few_x, few_y = thinned(x, y, 100)
-    assert len(few_x) <= 100
-    assert (few_x[0], few_x[-1]) == (0, 1)
-    assert np.abs(np.interp(x, few_x, few_y) - y).max() < 2 / 99
-    same = thinned(x[:50], y[:50], 100)
-    assert len(same[0]) == 50
+    few = curve_points(x, y, 100)
+    assert len(few["x"]) == len(few["y"]) <= 100
+    assert (few["x"][0], few["x"][-1]) == (0, 1)
+    assert np.abs(np.interp(x, few["x"], few["y"]) - y).max() < 2 / 99
+    assert curve_points(x[:3], y[:3]) == {"x": [0.0, 0.0002, 0.0004], "y": [0.0, 0.014144, 0.020002]}

@@ -15,21 +15,22 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gladad.core.errors import DataError
-from gladad.core.records import Prediction, Sample
+from gladad.core.errors import DataError, NotFiniteError
+from gladad.core.records import Inspection, Prediction, Sample
 from gladad.core.storage import WriteError, printable
 from gladad.data.samples import category_samples
 from gladad.decision.conformal import Calibration, calibrate
 from gladad.detector.glad import Glad
 from gladad.evaluation.run import EVALUATION_SIZE, evaluate, leftovers, write_report
 from gladad.metrics import image as metrics
+from gladad.metrics.pixel import NAMES
 from gladad.report import files as results
 from gladad.report.files import output_folder, picture_names, to_csv
 from gladad.report.gallery import GalleryItem
 from gladad.report.text import headline, summary
 
 IMAGE = {"image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2"}
-PIXEL = set(metrics.NAMES)
+PIXEL = set(NAMES)
 RATES = {"recall", "false_reject_rate"}
 ALWAYS = {"threshold", "seconds_per_image"}
 
@@ -88,10 +89,10 @@ def test_everything_that_is_measured(samples):
     assert rows == {"good": (False, 3, 1), "spot": (True, 3, 2)}
     assert report.details["curves"].keys() == {"roc", "pr", "pro"}
     assert report.details["notes"] == []
-    assert report.counts == {"normal": 3, "anomalous": 3, "masks": 3, "anomalous_without_mask": 0, "skipped": 0}
+    assert report.counts == {"normal": 3, "anomalous": 3, "masks": 3, "masks_vanished": 0, "anomalous_without_mask": 0, "skipped": 0}
     assert [row["gt_label"] for row in report.rows] == labels
-    assert [row["label"] for row in report.rows] == ["normal", "normal", "anomalous", "anomalous", "anomalous", "normal"]
-    assert report.rows[3]["defect_type"] == "spot" and report.rows[3]["image"].endswith("200.png")
+    assert [row["pred_label"] for row in report.rows] == [0, 0, 1, 1, 1, 0]
+    assert report.rows[3]["defect_type"] == "spot" and report.rows[3]["image_path"].endswith("200.png")
     assert not any(detector.reconstructed)
     assert list(dict(summary(report)))[:3] == ["image_auroc", "image_ap", "image_f1max"]
 
@@ -146,14 +147,57 @@ def test_damaged_images_are_skipped_and_counted(samples, tmp_path):
     assert any("1 images could not be read" in note for note in report.details["notes"])
 
 
-def test_a_mask_that_vanishes_at_the_size_of_the_comparison_counts_as_none(samples, tmp_path):
-    """Its image would be taken for a normal one."""
+@pytest.mark.parametrize("mask_side", [2000, 9000])
+def test_a_mask_that_vanishes_at_the_size_of_the_comparison_is_counted(samples, tmp_path, mask_side):
+    """Its image would be taken for a normal one. A mask may also vanish at the size of the image."""
     expected = evaluate(Brightness(), samples)
-    speck = put(tmp_path / "speck_mask.png", 255, (slice(0, 1), slice(0, 1)), (1024, 1024))
-    large = put(tmp_path / "bad/speck.png", 99, SPOT, (1024, 1024))
-    report = evaluate(Brightness(), [*samples, Sample(large, speck, 1, "lamp", "speck")])
+    speck = put(tmp_path / "speck_mask.png", 255, (slice(0, 1), slice(0, 2)), (mask_side, mask_side))
+    with Image.open(speck) as image:
+        Image.fromarray(np.asarray(image) * (np.asarray(image) > 20)).save(speck)
+    large = put(tmp_path / "bad/speck.png", 99, SPOT, (2000, 2000))
+    empty = put(tmp_path / "empty_mask.png", 0)
+    report = evaluate(Brightness(), [*samples, Sample(large, empty, 1, "lamp", "speck"), Sample(large, speck, 1, "lamp", "speck")])
     assert {name: report.metrics[name] for name in PIXEL} == {name: expected.metrics[name] for name in PIXEL}
-    assert report.counts["anomalous_without_mask"] == 1 and "aupimo" not in report.rows[-1]
+    assert (report.counts["masks"], report.counts["masks_vanished"], report.counts["anomalous_without_mask"]) == (3, 1, 1)
+    assert [row.get("mask_vanished") for row in report.rows[-2:]] == [False, True] and "aupimo" not in report.rows[-1]
+    assert report.details["notes"] == [
+        "1 defects are smaller than a pixel at 256x256 and take no part in the pixel metrics",
+        "1 anomalous images have no readable mask and take no part in the pixel metrics",
+    ]
+
+
+class Broken(Brightness):
+    """A detector that gives NaN or infinity for one image."""
+
+    def __init__(self, quantity: str, value: float) -> None:
+        super().__init__()
+        self.broken = {quantity: value}
+
+    def inspect(self, image: NDArray[np.uint8], *, reconstruct: bool = True) -> Prediction:
+        prediction = super().inspect(image, reconstruct=reconstruct)
+        if image.max() != 150:
+            return prediction
+        return replace(
+            prediction, **({"anomaly_map": prediction.anomaly_map * np.float32(np.nan)} if "map" in self.broken else self.broken)
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("quantity", ["pred_score", "p_value", "map"])
+def test_a_prediction_that_is_not_finite_names_the_image(samples, quantity, value):
+    with pytest.raises(NotFiniteError, match=rf"bad/150\.png: (anomaly_)?{quantity} is NaN or infinite; the model is damaged"):
+        evaluate(Broken(quantity, value), samples)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_inspection_that_is_not_finite_is_refused(value):
+    values = np.zeros((4, 5), np.float32)
+    assert Inspection(values, 1.0, 300, None).score == 1.0
+    with pytest.raises(NotFiniteError, match=r"^score is NaN or infinite"):
+        Inspection(values, value, 300, None)
+    values[2, 3] = value
+    with pytest.raises(NotFiniteError, match=r"^map is NaN or infinite"):
+        Inspection(values, 1.0, 300, None)
 
 
 def test_kinds_of_defects_have_metrics_of_their_own(samples):
@@ -229,11 +273,17 @@ def test_the_report_is_written(samples, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["index.html", "predictions.csv", "report.json", "report.md"]
     stored = json.loads((out / "report.json").read_text())
     assert stored["metrics"] == report.metrics and stored["counts"] == report.counts
-    assert (stored["schema"], stored["schema_version"], stored["title"]) == ("gladad-report", 1, "Lamps")
+    assert (stored["schema"], stored["schema_version"], stored["title"]) == ("gladad-report", 2, "Lamps")
     assert Calibration.from_json(stored["details"]["calibration"]) == detector.calibration_
     rows = list(csv.DictReader(io.StringIO((out / "predictions.csv").read_text())))
     assert len(rows) == 7 and "broken.png" in rows[-1]["error"] and rows[0]["gt_label"] == "0"
-    assert float(rows[3]["score"]) == 2.0 and float(rows[3]["raw_score"]) == 80.0
+    assert float(rows[3]["pred_score"]) == 2.0 and float(rows[3]["raw_score"]) == 80.0
+    for written in (rows, stored["rows"]):  # the old names stay for one release
+        assert [row["image"] for row in written] == [row["image_path"] for row in report.rows]
+        assert [float(row["score"]) for row in written[:-1]] == [row["pred_score"] for row in report.rows[:-1]]
+        assert [row["label"] for row in written[:-1]] == ["normal", "normal", "anomalous", "anomalous", "anomalous", "normal"]
+        assert [int(row["pred_label"]) for row in written[:-1]] == [0, 0, 1, 1, 1, 0]
+    assert not {"image", "score", "label"} & {key for row in report.rows for key in row}
     assert [row["outcome"] for row in rows[:-1]] == ["passed", "passed", "false reject", "found", "found", "false accept"]
     assert {row["split"] for row in rows} == {"test"} and rows[0]["aupimo"] == "" and float(rows[3]["aupimo"]) == report.rows[3]["aupimo"]
     html = page.read_text()
@@ -299,7 +349,7 @@ def test_names_of_pictures_of_relative_paths(tmp_path, monkeypatch):
 
 
 def test_tables_and_odd_names():
-    rows = [{"image": 'a,"b".png', "score": 1.5, "regions": [{}, {}]}, {"image": "c", "error": "broken"}]
+    rows = [{"image_path": 'a,"b".png', "pred_score": 1.5, "regions": [{}, {}]}, {"image_path": "c", "error": "broken"}]
     table = list(csv.reader(io.StringIO(to_csv(rows))))
     assert table[0] == [*results.COLUMNS, "error"]
     assert table[1][:2] == ['a,"b".png', "1.5"] and table[1][5] == "2"

@@ -1,10 +1,19 @@
-"""Metrics against scikit-learn, and against slow direct references."""
+"""Metrics of images against slow direct references, those of pixels against scikit-learn as well."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from reference.slow_metrics import regions_of, slow_aupimo, slow_aupro, slow_f1_max, slow_pb2, slow_pg2
+from reference.slow_metrics import (
+    regions_of,
+    slow_aupimo,
+    slow_aupro,
+    slow_auroc,
+    slow_average_precision,
+    slow_f1_max,
+    slow_pb2,
+    slow_pg2,
+)
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gladad.metrics.image import (
@@ -27,12 +36,12 @@ CASES = [(seed, levels) for seed in range(6) for levels in (2, 5, 10_000)]
 
 
 @pytest.mark.parametrize(("seed", "levels"), CASES)
-def test_image_metrics_agree_with_scikit_learn_with_and_without_ties(seed, levels):
+def test_image_metrics_agree_with_their_definition_with_and_without_ties(seed, levels):
     rng = np.random.default_rng(seed)
     labels = np.append(rng.integers(0, 2, 60), [0, 1])
     scores = rng.integers(0, levels, 62) + labels * levels * 0.2
-    assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+    assert auroc(scores, labels) == pytest.approx(slow_auroc(scores, labels), abs=1e-12)
+    assert average_precision(scores, labels) == pytest.approx(slow_average_precision(scores, labels), abs=1e-12)
     assert f1_max(scores, labels) == pytest.approx(slow_f1_max(scores, labels), abs=1e-12)
     assert image_metrics(scores, labels) == {
         "image_auroc": auroc(scores, labels),
@@ -62,6 +71,7 @@ def test_one_class_only_is_refused(metric, labels):
         metric([0.1, 0.2, 0.3], labels)
 
 
+@pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, pg2, pb2, image_curves])
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
@@ -72,9 +82,9 @@ def test_one_class_only_is_refused(metric, labels):
         ([], [], "one class"),
     ],
 )
-def test_bad_input_is_refused(scores, labels, message):
+def test_bad_input_is_refused(metric, scores, labels, message):
     with pytest.raises(ValueError, match=message):
-        auroc(scores, labels)
+        metric(scores, labels)
 
 
 def random_maps(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray]:

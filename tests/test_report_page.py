@@ -21,9 +21,8 @@ from gladad.core.records import Prediction, Report
 from gladad.core.storage import WriteError
 from gladad.data.samples import category_samples
 from gladad.evaluation.run import evaluate
-from gladad.report import gallery
 from gladad.report.charts import bin_counts, bin_edges, charts
-from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, outcome, small_pictures
+from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, most_wrong_first, outcome_of, small_pictures
 from gladad.report.page import write_page
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -148,7 +147,7 @@ def test_search_and_order(browser, report_folder):
     for value, sign in (("up", 1), ("down", -1)):
         order.select_by_value(value)
         scores = browser.execute_script("return [...document.querySelectorAll('.item')].map(item => +item.dataset.score)")
-        assert scores == sorted((row["score"] for row in rows), key=lambda score: sign * score)
+        assert scores == sorted((row["pred_score"] for row in rows), key=lambda score: sign * score)
     order.select_by_value("")
     assert [pair[0] for pair in shown(browser)] == first
     browser.find_element(By.ID, "search").send_keys("HOLE/002")
@@ -358,10 +357,9 @@ def test_small_defects_are_seen_in_small_pictures():
 
 @pytest.mark.parametrize(("truth", "rejected", "expected"), [(1, False, 0), (0, True, 1), (1, True, 2), (0, False, 3)])
 def test_outcomes(truth, rejected, expected):
-    assert outcome(truth, rejected) == OUTCOMES[expected]
+    assert outcome_of(truth, rejected) == OUTCOMES[expected]
 
 
 def test_the_most_wrong_come_first():
     items = [item("a", 0.5), item("b", 0.9), item("c", 1.2, 0), item("d", 3.0, 0), item("e", 1.1), item("f", 9.0), item("g", 0.8, 0)]
-    names = re.findall("<h3>(.)</h3>", gallery.gallery_html(items[::-1]))
-    assert "".join(names) == "abdcegf"
+    assert "".join(one.name for one in most_wrong_first(items[::-1])) == "abdcegf"

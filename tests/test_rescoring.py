@@ -45,6 +45,13 @@ def test_kept_maps_are_exact(tmp_path, masked):
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["000012.npz"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_maps_that_are_not_finite_are_named(tmp_path, value):
+    save_map(tmp_path, 3, KeptMap(np.full((7, 9), value, np.float32), None))
+    with pytest.raises(DataError, match=r"000003.npz: damaged .*not finite"):
+        load_map(tmp_path, 3)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: b"", lambda data: data[:-40], lambda data: b"not a zip file"])
 def test_damaged_maps_are_named(tmp_path, damage):
     save_map(tmp_path, 3, KeptMap(np.zeros((7, 9), np.float32), None))
@@ -72,6 +79,23 @@ def test_scored_again_everything_is_the_same_to_the_last_byte(request, name, tmp
         assert (copy / file).read_bytes() == (original / file).read_bytes(), file
 
 
+def test_a_report_of_the_first_version_is_read(copy, report_folder):
+    """It has the old names only, and nothing about masks that vanish."""
+    stored = json.loads((copy / "report.json").read_text())
+    new = {"image_path", "pred_score", "pred_label", "mask_vanished", "model_id", "model_version", "calibration_id"}
+    rows = [{key: value for key, value in row.items() if key not in new} for row in stored["rows"]]
+    assert {"image", "score", "label"} <= rows[0].keys() and {row["label"] for row in rows} == {"normal", "anomalous"}
+    rows.insert(4, {"image": "a.png", "error": "broken", "gt_label": 1, "defect_type": "hole", "category": "widget", "split": "test"})
+    for number in range(9, 3, -1):
+        map_file(copy / "maps", number).rename(map_file(copy / "maps", number + 1))
+    (copy / "report.json").write_text(json.dumps(stored | {"schema_version": 1, "rows": rows}))
+    (report, items, _), (expected, expected_items, _) = rescore(copy), rescore(report_folder)
+    assert report.rows.pop(4)["image_path"] == "a.png" and report.counts.pop("skipped") == 1
+    assert report.metrics == expected.metrics and items == expected_items
+    for ours, theirs in zip(report.rows, expected.rows, strict=True):
+        assert ours == {key: theirs[key] for key in theirs if not key.startswith(("model_", "calibration_"))}
+
+
 def test_scored_again_at_another_rate_is_as_if_inspected_at_it(report_folder, model, category):
     again, items, _ = rescore(report_folder, false_reject_rate=0.5)
     detector = Glad.from_pretrained(model)
@@ -83,9 +107,9 @@ def test_scored_again_at_another_rate_is_as_if_inspected_at_it(report_folder, mo
         if name != "seconds_per_image":
             assert again.metrics[name] == pytest.approx(value, rel=1e-6), name
     for ours, theirs in zip(again.rows, fresh.rows, strict=True):
-        assert ours["score"] == pytest.approx(theirs["score"]) and ours["p_value"] == theirs["p_value"]
-        assert (ours["label"], ours["outcome"]) == (theirs["label"], theirs["outcome"])
-    assert [(item.pred_score, item.outcome) for item in items] == [(row["score"], row["outcome"]) for row in again.rows]
+        assert ours["pred_score"] == pytest.approx(theirs["pred_score"]) and ours["p_value"] == theirs["p_value"]
+        assert (ours["pred_label"], ours["outcome"]) == (theirs["pred_label"], theirs["outcome"])
+    assert [(item.pred_score, item.outcome) for item in items] == [(row["pred_score"], row["outcome"]) for row in again.rows]
     before = json.loads((report_folder / "report.json").read_text())
     assert again.metrics["threshold"] < before["metrics"]["threshold"]
     assert again.details["guarantee"] == conformal_threshold(detector.calibration_.scores, 0.5).statement
@@ -139,9 +163,10 @@ def test_what_cannot_be_scored_again(copy, tmp_path):
             rescore(copy)
 
     refused("{", "cannot be read as JSON")
+    refused(json.dumps(stored).replace('"p_value": 0', '"p_value": NaN, "was": 0', 1), "NaN is not a finite number")
     refused([], "not a report of this program")
     refused({**stored, "schema": "other"}, "not a report of this program")
-    refused({**stored, "schema_version": 99}, "has version 99, this program reads 1")
+    refused({**stored, "schema_version": 99}, "has version 99, this program reads 1 and 2")
     refused({**stored, "rows": [{"image": "a"}]}, "key missing or wrong")
     refused({key: value for key, value in stored.items() if key != "details"}, "key missing or wrong")
     refused({**stored, "details": {**stored["details"], "maps": False}}, "maps were not kept; run 'gladad evaluate --keep-maps' first")

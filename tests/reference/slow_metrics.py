@@ -43,6 +43,23 @@ def slow_aupro(maps: np.ndarray, masks: np.ndarray, max_fpr: float) -> float:
     return area / max_fpr
 
 
+def slow_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The share of pairs of an anomalous and a normal item that are in the right order; pairs of equal score count half."""
+    pairs = [(bad, good) for bad in scores[labels == 1].tolist() for good in scores[labels == 0].tolist()]
+    return sum((bad > good) + 0.5 * (bad == good) for bad, good in pairs) / len(pairs)
+
+
+def slow_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Precision at every distinct score from the highest, times the share of anomalous items newly found there."""
+    area = before = 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        flagged = scores >= threshold
+        found = float((flagged & (labels == 1)).sum())
+        area += (found - before) / (labels == 1).sum() * found / flagged.sum()
+        before = found
+    return area
+
+
 def slow_f1_max(scores: np.ndarray, labels: np.ndarray) -> float:
     """The largest F1 over all thresholds at scores."""
     best = 0.0

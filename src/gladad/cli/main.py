@@ -127,7 +127,7 @@ def predict(
             if processes.main:
                 writer.close()
     seconds = [row["seconds"] for row in rows if "error" not in row]
-    rejected, skipped = sum(row.get("label") == "anomalous" for row in rows), len(rows) - len(seconds)
+    rejected, skipped = sum(row.get("pred_label", 0) for row in rows), len(rows) - len(seconds)
     if not silent:
         each = f"{median(seconds):.3f} s each (median)"
         print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")

@@ -11,6 +11,10 @@ class DataError(GladError):
     """An image, folder or data set cannot be used as given."""
 
 
+class NotFiniteError(GladError):
+    """A number that a decision hangs on is NaN or infinite."""
+
+
 class ConfigError(GladError):
     """A setting is unknown, of the wrong type, or contradicts another."""
 

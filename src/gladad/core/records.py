@@ -10,12 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gladad.core.errors import NotFiniteError
+
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``; the shell shows it as a bar."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """The progress function of callers that want none."""
+
+
+def _require_finite(**quantities: float | NDArray[np.floating]) -> None:
+    """Comparing with NaN is always false, so that it would be accepted as normal."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            raise NotFiniteError(f"{name} is NaN or infinite; the model is damaged, or its precision is too low for this image")
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,18 @@ class Inspection:
         score: Raw image score, higher is more anomalous.
         step: Diffusion timestep chosen for this image.
         latent: The rebuilt latent (a tensor ``[1, C, h', w']``), for `picture`.
+
+    Raises:
+        NotFiniteError: The map or the score is not finite.
     """
 
     map: NDArray[np.float32]
     score: float
     step: int
     latent: Any
+
+    def __post_init__(self) -> None:
+        _require_finite(map=self.map, score=self.score)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,12 @@ class Prediction:
         reconstruction: ``[H, W, 3]`` uint8, the anomaly-free counterpart, for people to look at; None when it was not asked for.
         image_path: The file, if the image came from one.
         seconds: Time taken by the inspection of this image.
+        model_id: What the model is called; empty if nobody said, like the two that follow.
+        model_version: Its version.
+        calibration_id: Which calibration its thresholds are from.
+
+    Raises:
+        NotFiniteError: The score, the p-value or the map is not finite.
     """
 
     pred_score: float
@@ -100,19 +121,28 @@ class Prediction:
     reconstruction: NDArray[np.uint8] | None = None
     image_path: Path | None = None
     seconds: float = 0.0
+    model_id: str = ""
+    model_version: str = ""
+    calibration_id: str = ""
+
+    def __post_init__(self) -> None:
+        _require_finite(pred_score=self.pred_score, p_value=self.p_value, anomaly_map=self.anomaly_map)
 
     def to_record(self) -> dict[str, Any]:
-        """The JSON-ready part: everything but the arrays."""
+        """The JSON-ready part: everything but the arrays. ``pred_label`` is 0 or 1."""
         return {
-            "image": None if self.image_path is None else str(self.image_path),
-            "score": self.pred_score,
+            "image_path": None if self.image_path is None else str(self.image_path),
+            "pred_score": self.pred_score,
             "p_value": self.p_value,
-            "label": "anomalous" if self.pred_label else "normal",
+            "pred_label": int(self.pred_label),
             "step": self.step,
             "width": self.image_size[1],
             "height": self.image_size[0],
             "regions": [asdict(region) for region in self.regions],
             "seconds": self.seconds,
+            "model_id": self.model_id,
+            "model_version": self.model_version,
+            "calibration_id": self.calibration_id,
         }
 
 
@@ -122,7 +152,7 @@ class Report:
 
     Attributes:
         metrics: Name -> value; pixel metrics are absent where there are no masks.
-        counts: Number of normal and anomalous images, of masks, and of images skipped.
+        counts: Number of normal and anomalous images, of masks, of those that are missing or vanish, and of images skipped.
         rows: One JSON-ready record per image.
         details: Data set, model and settings.
     """

@@ -14,9 +14,10 @@ from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.records import Progress, Report, no_progress
 from gladad.decision.conformal import Calibration, Threshold, check_rate, conformal_threshold
 from gladad.evaluation import stored_maps as kept_maps
-from gladad.evaluation.run import REPORT_FILE, SCHEMA, SCHEMA_VERSION, add_pixels, gallery_item, judge
-from gladad.metrics.image import PixelMetrics
+from gladad.evaluation.run import REPORT_FILE, SCHEMA, SCHEMA_VERSION, measure, take
+from gladad.metrics.pixel import PixelMetrics
 from gladad.report import gallery
+from gladad.report.files import OLD_NAMES
 from gladad.report.gallery import GalleryItem
 
 
@@ -63,25 +64,19 @@ def rescore(
         _relink(rows, folder, output)
         items: list[GalleryItem] = []
         seen = [(number, row) for number, row in enumerate(rows) if "error" not in row]
-        with_pixels = any(row["mask"] for _, row in seen)
         with PixelMetrics() as pixels:
+            wanted = pixels if any(row["mask"] for _, row in seen) else None
             for done, (number, row) in enumerate(seen, start=1):
-                kept = kept_maps.load_map(folder / kept_maps.FOLDER, number)
-                if with_pixels:
-                    add_pixels(pixels, row, kept.anomaly_map, kept.mask)
-                if kept.pictures:
-                    items.append(gallery_item(row, kept.pictures))
+                take(row, kept_maps.load_map(folder / kept_maps.FOLDER, number), wanted, items.append)
                 progress("reading maps", done, len(seen))
-            report = judge(rows, pixels, calibration, details["workers"], limit)
+            report = measure(rows, pixels, calibration, details["workers"], limit)
         here = output.resolve() == folder.resolve()
-        report = replace(
-            report, details=details | report.details | {kept_maps.FOLDER: here, gallery.FOLDER: here and details[gallery.FOLDER]}
-        )
+        folders = {kept_maps.FOLDER: here, gallery.FOLDER: here and details[gallery.FOLDER]}
+        report = replace(report, details=details | report.details | folders)
         if calibration != before:
             rates = (calibration.threshold.false_reject_rate, before.threshold.false_reject_rate)
-            report.details["notes"].append(
-                f"decided again at {rates[0]:.2%} false rejects; outlines and regions are those of {rates[1]:.2%}"
-            )
+            note = f"decided again at {rates[0]:.2%} false rejects; outlines and regions are those of {rates[1]:.2%}"
+            report.details["notes"].append(note)
         return report, items, str(stored["title"])
     except (KeyError, TypeError, ValueError, ModelFormatError) as error:
         raise DataError(f"{folder / REPORT_FILE}: key missing or wrong ({error}); evaluate again") from error
@@ -92,14 +87,28 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder}: holds no report ({REPORT_FILE}); give the folder that 'gladad evaluate' wrote")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); evaluate again") from error
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
         raise DataError(f"{path}: is not a report of this program; give the folder that 'gladad evaluate' wrote")
-    if stored.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path}: has version {stored.get('schema_version')}, this program reads {SCHEMA_VERSION}; evaluate again")
+    if stored.get("schema_version") not in (1, SCHEMA_VERSION):
+        raise DataError(f"{path}: has version {stored.get('schema_version')}, this program reads 1 and {SCHEMA_VERSION}; evaluate again")
     return stored
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A stored record under the names of today: version 1 has the old ones only, version 2 both."""
+    if "image_path" not in row:
+        new = {"image_path": row["image"]}
+        if "error" not in row:
+            new |= {"pred_score": row["score"], "pred_label": int(row["label"] == "anomalous"), "mask_vanished": False}
+        row = row | new
+    return {key: value for key, value in row.items() if key not in OLD_NAMES}
 
 
 def _at_rate(calibration: Calibration, rate: float) -> Calibration:
@@ -109,15 +118,16 @@ def _at_rate(calibration: Calibration, rate: float) -> Calibration:
 
 
 def _decided(row: dict[str, Any], threshold: Threshold, before: Threshold) -> dict[str, Any]:
-    """The record of an image under another threshold; what follows from the pixels is left to `judge`."""
-    row = {key: value for key, value in row.items() if key != "aupimo"}
+    """The record of an image under another threshold; what follows from the pixels is left to `measure`."""
+    row = _renamed(row)
+    row.pop("aupimo", None)
     if "error" in row or threshold == before:
         return row
     rejected = row["raw_score"] > threshold.value
     return row | {
-        "score": row["raw_score"] / threshold.value,
-        "label": "anomalous" if rejected else "normal",
-        "outcome": gallery.outcome(row["gt_label"], rejected),
+        "pred_score": row["raw_score"] / threshold.value,
+        "pred_label": int(rejected),
+        "outcome": gallery.outcome_of(row["gt_label"], rejected),
     }
 
 

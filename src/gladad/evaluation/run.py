@@ -1,4 +1,4 @@
-"""Judging a detector on labelled images, and the files of a report: JSON, CSV, Markdown and a page."""
+"""Measuring a detector on labelled images, and the files of a report: JSON, CSV, Markdown and a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gladad.core.errors import DataError
+from gladad.core.errors import DataError, NotFiniteError
 from gladad.core.images import load_image, load_mask, resize_map
 from gladad.core.processes import Processes
 from gladad.core.records import Prediction, Progress, Report, Sample, no_progress
@@ -23,10 +23,10 @@ from gladad.core.storage import printable, write_json, write_text
 from gladad.decision.conformal import Calibration
 from gladad.evaluation import stored_maps as kept_maps
 from gladad.evaluation.stored_maps import KeptMap
-from gladad.metrics.image import PixelMetrics, auroc, decisions, image_curves, image_metrics, wilson_interval
-from gladad.metrics.pixel import MAX_FPR
-from gladad.report.files import TABLE_FILE, picture_names, to_csv
-from gladad.report.gallery import FOLDER, GalleryItem, Picture, full_pictures, item_bytes, outcome, small_pictures
+from gladad.metrics.image import auroc, decisions, image_curves, image_metrics, wilson_interval
+from gladad.metrics.pixel import MAX_FPR, PixelMetrics
+from gladad.report.files import MODEL_COLUMNS, OLD_NAMES, TABLE_FILE, picture_names, to_csv, with_old_names
+from gladad.report.gallery import FOLDER, GalleryItem, Picture, full_pictures, item_bytes, outcome_of, small_pictures
 from gladad.report.page import write_page
 from gladad.report.text import markdown
 
@@ -34,10 +34,10 @@ EVALUATION_SIZE = (256, 256)
 """``(H, W)`` at which maps and masks are compared, whatever the size of the images."""
 
 REPORT_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "index.html"
-SCHEMA, SCHEMA_VERSION = "gladad-report", 1
+SCHEMA, SCHEMA_VERSION = "gladad-report", 2
 COLUMNS = (
-    *("image", "category", "defect_type", "split", "gt_label", "score", "p_value", "label", "outcome", "step", "regions", "aupimo"),
-    *("raw_score", "seconds"),
+    *("image_path", "category", "defect_type", "split", "gt_label", "pred_score", "p_value", "pred_label", "outcome", "step", "regions"),
+    *("aupimo", "raw_score", "seconds", *MODEL_COLUMNS, *OLD_NAMES),
 )
 
 
@@ -87,69 +87,34 @@ def evaluate(
             called in the main one only. Maps go through temporary files, 0.3 MB per image.
 
     Returns:
-        What `judge` makes of the images.
+        What `measure` makes of the images.
 
     Raises:
         DataError: None of the images can be read.
+        NotFiniteError: The score or the map of an image is NaN or infinite.
     """
     processes = Processes() if processes is None else processes
-    alone, total = processes.count == 1, len(samples)
-    threshold = detector.calibration_.threshold.value
-    names = picture_names([sample.image_path for sample in samples])
-    limit = item_bytes(total)
-    with_pixels = any(sample.gt_label and sample.mask_path for sample in samples)
-
-    def look(number: int, folder: Path | None) -> tuple[dict[str, Any], KeptMap | None]:
-        sample = samples[number]
-        try:
-            pixels = load_image(sample.image_path)
-            prediction = detector.inspect(pixels, reconstruct=collect is not None or pictures is not None)
-        except DataError as error:
-            return {"image": printable(sample.image_path), "error": printable(str(error)), **_truth(sample)}, None
-        gt_mask = _mask_of(sample, (pixels.shape[0], pixels.shape[1]))
-        mask = None if gt_mask is None else _mask_of(sample, EVALUATION_SIZE)
-        if mask is not None and not mask.any():  # too small to be seen at this size: it would count as a normal image
-            mask = None
-        record = prediction.to_record() | {
-            "image": printable(sample.image_path),
-            "raw_score": prediction.pred_score * threshold,
-            "outcome": outcome(sample.gt_label, prediction.pred_label),
-            "mask": mask is not None,
-        }
-        if pictures is not None:
-            record["pictures"] = full_pictures(prediction, pixels, gt_mask, pictures, names[number])
-        small = small_pictures(prediction, pixels, gt_mask, limit) if collect is not None else []
-        kept = KeptMap(_at_evaluation_size(prediction.anomaly_map), mask, small)
-        if folder is not None:
-            kept_maps.save_map(folder, number, kept)
-        return record | _truth(sample), kept
-
-    with PixelMetrics() as pixels_seen, _folder_of_maps(maps, processes) as folder:
-
-        def take(row: dict[str, Any], kept: KeptMap | None) -> None:
-            if kept is None:
-                return
-            if with_pixels:
-                add_pixels(pixels_seen, row, kept.anomaly_map, kept.mask)
-            if collect is not None and kept.pictures:
-                collect(gallery_item(row, kept.pictures))
-
-        rows: list[dict[str, Any]] = []
-        for number, (row, kept) in processes.share(partial(look, folder=folder), total, detector.workers):
+    alone, total, rows = processes.count == 1, len(samples), list[dict[str, Any]]()
+    with PixelMetrics() as pixels, _folder_of_maps(maps, processes) as folder:
+        names, limit = picture_names([sample.image_path for sample in samples]), 0 if collect is None else item_bytes(total)
+        look = partial(_look, detector, samples, names=names, pictures=pictures, limit=limit, folder=folder)
+        wanted = pixels if any(sample.gt_label and sample.mask_path for sample in samples) else None
+        for number, (row, kept) in processes.share(look, total, detector.workers):
             if processes.main:
                 progress("inspecting", min(number + processes.count, total), total)
             rows.append(row)
-            if alone:
-                take(row, kept)
+            if alone and kept is not None:
+                take(row, kept, wanted, collect)
         rows = processes.merge(rows)
         if not alone and processes.main and folder is not None:
             # In the order of the images, as one process takes them: what is summed in that order is the same to the last bit.
             for number, row in enumerate(rows):
-                take(row, None if "error" in row else kept_maps.load_map(folder, number))
+                if "error" not in row:
+                    take(row, kept_maps.load_map(folder, number), wanted, collect)
                 if maps is None:  # its values are in another temporary file by now
                     kept_maps.map_file(folder, number).unlink(missing_ok=True)
                 progress("reading maps", number + 1, total)
-        report = processes.on_main(lambda: judge(rows, pixels_seen, detector.calibration_, detector.workers))
+        report = processes.on_main(lambda: measure(rows, pixels, detector.calibration_, detector.workers))
     report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None})
     return report
 
@@ -164,18 +129,95 @@ def _folder_of_maps(maps: Path | None, processes: Processes) -> Iterator[Path | 
         yield Path(folder)
 
 
-def add_pixels(pixels: PixelMetrics, row: dict[str, Any], anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
-    """Add an image to the pixel metrics, unless it is anomalous and nobody knows where."""
-    if not row["gt_label"] or mask is not None:
-        pixels.add(anomaly_map, np.zeros(anomaly_map.shape, bool) if mask is None else mask)
+def _look(
+    detector: Inspector,
+    samples: Sequence[Sample],
+    number: int,
+    *,
+    names: Sequence[Path],
+    pictures: Path | None,
+    limit: int,
+    folder: Path | None,
+) -> tuple[dict[str, Any], KeptMap | None]:
+    """The record of one image and what is kept of it, in the folder too if there is one; None of an image that cannot be read.
+
+    Its full-size pictures go into the folder ``pictures`` under its name; those of the page may take ``limit`` bytes, 0 is none.
+    """
+    sample = samples[number]
+    path = printable(sample.image_path)
+    truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category, "split": sample.split}
+    try:
+        pixels = load_image(sample.image_path)
+        prediction = detector.inspect(pixels, reconstruct=bool(limit) or pictures is not None)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{path}: {error}") from error
+    except DataError as error:
+        return {"image_path": path, "error": printable(str(error)), **truth}, None
+    whole, mask = _masks_of(sample, (pixels.shape[0], pixels.shape[1]))
+    visible = mask is not None and bool(mask.any())
+    record = prediction.to_record() | {
+        "image_path": path,
+        "raw_score": prediction.pred_score * detector.calibration_.threshold.value,
+        "outcome": outcome_of(sample.gt_label, prediction.pred_label),
+        "mask": visible,
+        "mask_vanished": mask is not None and not visible,
+    }
+    if pictures is not None:
+        record["pictures"] = full_pictures(prediction, pixels, whole, pictures, names[number])
+    small = small_pictures(prediction, pixels, whole, limit) if limit else []
+    kept = KeptMap(_at_evaluation_size(prediction.anomaly_map), mask if visible else None, small)
+    if folder is not None:
+        kept_maps.save_map(folder, number, kept)
+    return record | truth, kept
 
 
-def judge(rows: Sequence[dict[str, Any]], pixels: PixelMetrics, calibration: Calibration, workers: int, max_fpr: float = MAX_FPR) -> Report:
-    """Measure everything from the records of the images and their pixels, which `add_pixels` took in the same order.
+def _masks_of(sample: Sample, size: tuple[int, int]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """The mask of an anomalous image at ``(H, W)`` and at `EVALUATION_SIZE`, where nothing may be left of it.
+
+    None if there is none, none that can be read, or (the second one) none with a defect in it.
+    """
+    if not sample.gt_label or sample.mask_path is None:
+        return None, None
+    try:
+        whole, mask = load_mask(sample.mask_path, size), load_mask(sample.mask_path, EVALUATION_SIZE)
+        defective = mask.any() or whole.any() or load_mask(sample.mask_path).any()
+    except DataError:
+        return None, None
+    return whole, mask if defective else None
+
+
+def _at_evaluation_size(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
+    resized: NDArray[np.float32] = resize_map(torch.from_numpy(anomaly_map)[None, None], EVALUATION_SIZE)[0, 0].numpy()
+    return resized
+
+
+def take(row: dict[str, Any], kept: KeptMap, pixels: PixelMetrics | None, collect: Callable[[GalleryItem], None] | None) -> None:
+    """Add an image to the pixel metrics, unless it is anomalous and nobody knows where, and to the page, if it has pictures."""
+    if pixels is not None and (not row["gt_label"] or kept.mask is not None):
+        pixels.add(kept.anomaly_map, np.zeros(kept.anomaly_map.shape, bool) if kept.mask is None else kept.mask)
+    if collect is not None and kept.pictures:
+        links = row.get("pictures", {})
+        item = GalleryItem(
+            name=f"{row['defect_type']}/{Path(row['image_path']).name}",
+            pred_score=row["pred_score"],
+            p_value=row["p_value"],
+            pred_label=bool(row["pred_label"]),
+            step=row["step"],
+            pictures=tuple(Picture(title, data, links.get(title, "")) for title, data in kept.pictures),
+            gt_label=row["gt_label"],
+            defect_type=row["defect_type"],
+        )
+        collect(item)
+
+
+def measure(
+    rows: Sequence[dict[str, Any]], pixels: PixelMetrics, calibration: Calibration, workers: int, max_fpr: float = MAX_FPR
+) -> Report:
+    """Measure everything from the records of the images and their pixels, which `take` added in the same order.
 
     Args:
-        rows: One record per image: fields of `Prediction.to_record` with ``raw_score``, ``outcome``, ``mask`` (whether there is one) and
-            the truth; or ``error`` for an image that could not be read. Each image's ``aupimo`` is added.
+        rows: One record per image: fields of `Prediction.to_record` with ``raw_score``, ``outcome``, ``mask`` (whether there is one),
+            ``mask_vanished`` and the truth; or ``error`` for an image that could not be read. Each image's ``aupimo`` is added.
         pixels: The maps and masks.
         calibration: Of the decisions.
         workers: Images inspected at a time.
@@ -194,66 +236,80 @@ def judge(rows: Sequence[dict[str, Any]], pixels: PixelMetrics, calibration: Cal
     seen = [row for row in rows if "error" not in row]
     if not seen:
         raise DataError(f"none of the {len(rows)} images could be read" if rows else "there are no images to evaluate")
-    truths = np.array([row["gt_label"] for row in seen], bool)
-    rejected = np.array([row["label"] == "anomalous" for row in seen], bool)
-    scores = np.array([row["score"] for row in seen])
-    counts = {
-        "normal": int((~truths).sum()),
-        "anomalous": int(truths.sum()),
-        "masks": sum(row["mask"] for row in seen),
-        "anomalous_without_mask": sum(bool(row["gt_label"]) and not row["mask"] for row in seen),
-        "skipped": len(rows) - len(seen),
-    }
+    truths, rejected = (np.array([row[name] for row in seen], bool) for name in ("gt_label", "pred_label"))
+    scores = np.array([row["pred_score"] for row in seen])
     metrics: dict[str, float] = {}
     curves: dict[str, Any] = {}
-    notes: list[str] = []
     if truths.any() and not truths.all():
         metrics |= image_metrics(scores, truths)
         curves |= image_curves(scores, truths)
-    else:
-        notes.append(f"image metrics need both classes; all images are {'anomalous' if truths.any() else 'normal'}")
     if pixels.has_both_classes:
         result = pixels.compute(max_fpr)
         metrics |= result.metrics
-        curves["pro"] = result.curves["pro"]
+        curves["pro"] = result.pro
         if result.aupimo:
             for row, value in zip((row for row in seen if row["mask"]), result.aupimo, strict=True):
                 row["aupimo"] = value
-    else:
-        notes.append("pixel metrics need masks with defects in them; there are none")
-    if counts["anomalous_without_mask"] and counts["masks"]:
-        notes.append(f"{counts['anomalous_without_mask']} anomalous images have no readable mask and take no part in the pixel metrics")
-    if counts["skipped"]:
-        notes.append(f"{counts['skipped']} images could not be read and were left out")
-
-    threshold = calibration.threshold
-    intervals: dict[str, tuple[float, float]] = {}
-    for name, members in (("recall", truths), ("false_reject_rate", ~truths)):
-        if members.any():
-            hits, trials = int(rejected[members].sum()), int(members.sum())
-            metrics[name] = hits / trials
-            intervals[name] = wilson_interval(hits, trials)
-    metrics |= {"threshold": threshold.value, "seconds_per_image": float(np.median([row["seconds"] for row in seen]))}
-    height, width = EVALUATION_SIZE
+    classes = {"recall": truths, "false_reject_rate": ~truths}
+    rates = {name: (int(rejected[members].sum()), int(members.sum())) for name, members in classes.items() if members.any()}
+    metrics |= {name: hits / trials for name, (hits, trials) in rates.items()}
+    metrics |= {"threshold": calibration.threshold.value, "seconds_per_image": float(np.median([row["seconds"] for row in seen]))}
+    counts = _counts(rows, seen)
     details = {
-        "intervals_95": intervals,
+        "intervals_95": {name: wilson_interval(*pair) for name, pair in rates.items()},
         "per_type": _per_type(seen, truths, rejected, scores),
         "curves": curves,
-        "notes": notes,
-        "units": {
-            "score": "multiples of the decision threshold: above 1 is rejected",
-            "threshold": "raw score of the model that is called 1",
-            "pixel_*": f"compared at {width}x{height} pixels; maps bilinear, masks nearest neighbour and > 0.5",
-            "pixel_aupro": f"up to a false-positive rate of {max_fpr:g}",
-            "seconds_per_image": f"median, without reading the file, {workers} images at a time",
-        },
-        "false_reject_rate_requested": threshold.false_reject_rate,
-        "guarantee": threshold.statement,
+        "notes": _notes(counts, pixels.has_both_classes),
+        "units": _units(max_fpr, workers),
+        "false_reject_rate_requested": calibration.threshold.false_reject_rate,
+        "guarantee": calibration.threshold.statement,
         "calibration": calibration.to_json(),
         "max_fpr": max_fpr,
         "workers": workers,
     }
     return Report(metrics=metrics, counts=counts, rows=list(rows), details=details)
+
+
+def _counts(rows: Sequence[dict[str, Any]], seen: Sequence[dict[str, Any]]) -> dict[str, int]:
+    anomalous, masks, vanished = (sum(bool(row[name]) for row in seen) for name in ("gt_label", "mask", "mask_vanished"))
+    return {
+        "normal": len(seen) - anomalous,
+        "anomalous": anomalous,
+        "masks": masks,
+        "masks_vanished": vanished,
+        "anomalous_without_mask": anomalous - masks - vanished,
+        "skipped": len(rows) - len(seen),
+    }
+
+
+def _notes(counts: dict[str, int], pixel_metrics: bool) -> list[str]:
+    """What is left out of the metrics, and why."""
+    notes = []
+    if not counts["normal"] or not counts["anomalous"]:
+        notes.append(f"image metrics need both classes; all images are {'anomalous' if counts['anomalous'] else 'normal'}")
+    if not pixel_metrics:
+        notes.append("pixel metrics need masks with defects in them; there are none")
+    if counts["masks_vanished"]:
+        height, width = EVALUATION_SIZE
+        notes.append(
+            f"{counts['masks_vanished']} defects are smaller than a pixel at {width}x{height} and take no part in the pixel metrics"
+        )
+    if counts["anomalous_without_mask"] and counts["masks"]:
+        notes.append(f"{counts['anomalous_without_mask']} anomalous images have no readable mask and take no part in the pixel metrics")
+    if counts["skipped"]:
+        notes.append(f"{counts['skipped']} images could not be read and were left out")
+    return notes
+
+
+def _units(max_fpr: float, workers: int) -> dict[str, str]:
+    height, width = EVALUATION_SIZE
+    return {
+        "pred_score": "multiples of the decision threshold: above 1 is rejected",
+        "threshold": "raw score of the model that is called 1",
+        "pixel_*": f"compared at {width}x{height} pixels; maps bilinear, masks nearest neighbour and > 0.5",
+        "pixel_aupro": f"up to a false-positive rate of {max_fpr:g}",
+        "seconds_per_image": f"median, without reading the file, {workers} images at a time",
+    }
 
 
 def _per_type(
@@ -273,40 +329,6 @@ def _per_type(
     return found
 
 
-def gallery_item(row: dict[str, Any], pictures: Sequence[tuple[str, bytes]]) -> GalleryItem:
-    """The item of the page from the record of an image and its small pictures, ``(title, JPEG bytes)``."""
-    links = row.get("pictures", {})
-    return GalleryItem(
-        name=f"{row['defect_type']}/{Path(row['image']).name}",
-        pred_score=row["score"],
-        p_value=row["p_value"],
-        pred_label=row["label"] == "anomalous",
-        step=row["step"],
-        pictures=tuple(Picture(title, data, links.get(title, "")) for title, data in pictures),
-        gt_label=row["gt_label"],
-        defect_type=row["defect_type"],
-    )
-
-
-def _truth(sample: Sample) -> dict[str, Any]:
-    return {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category, "split": sample.split}
-
-
-def _at_evaluation_size(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-    resized: NDArray[np.float32] = resize_map(torch.from_numpy(anomaly_map)[None, None], EVALUATION_SIZE)[0, 0].numpy()
-    return resized
-
-
-def _mask_of(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """The mask of an anomalous image at ``(H, W)``; None if there is none, or none that can be read."""
-    if not sample.gt_label or sample.mask_path is None:
-        return None
-    try:
-        return load_mask(sample.mask_path, size)
-    except DataError:
-        return None
-
-
 def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Path, title: str = "Evaluation") -> Path:
     """Write ``report.json``, ``predictions.csv``, ``report.md`` and ``index.html`` into a folder, each whole or not at all.
 
@@ -323,8 +345,10 @@ def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Pat
         WriteError: A file cannot be written.
     """
     folder = Path(folder)
-    write_json(folder / REPORT_FILE, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "title": title, **asdict(report)})
-    write_text(folder / TABLE_FILE, to_csv(report.rows, COLUMNS))
+    rows = [with_old_names(row) for row in report.rows]
+    stored = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "title": title, **asdict(report), "rows": rows}
+    write_json(folder / REPORT_FILE, stored)
+    write_text(folder / TABLE_FILE, to_csv(rows, COLUMNS))
     write_text(folder / MARKDOWN_FILE, markdown(report, title))
     page = folder / PAGE_FILE
     write_page(page, report, items, title)

@@ -59,6 +59,8 @@ def load_map(folder: Path, number: int) -> KeptMap:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # NumPy would leave a damaged file open
             anomaly_map = arrays["anomaly_map"]
+            if not np.isfinite(anomaly_map).all():
+                raise ValueError("a value is not finite")
             mask = None
             if "mask" in arrays:
                 mask = np.unpackbits(arrays["mask"], count=anomaly_map.size).reshape(anomaly_map.shape).astype(bool)

@@ -1,4 +1,7 @@
-"""How well scores, maps and decisions agree with the truth. Exact; definitions and sources are in ``docs/metrics.md``."""
+"""How well scores, maps and decisions agree with the truth. Exact; definitions and sources are in ``docs/metrics.md``.
+
+Scores are measured by scikit-learn, pixels by `gladad.metrics.pixel`.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gladad.metrics.curves import Curve, area_until, best_f1, corners, precision_sum
-from gladad.metrics.pixel import MAX_FPR, NAMES, PIMO_BOUNDS, PixelMetrics, PixelResult, checked, curve_points, region_areas
-
-__all__ = [
-    "NAMES",
-    "DecisionRow",
-    "PixelMetrics",
-    "PixelResult",
-    "aupimo",
-    "aupimo_per_image",
-    "aupro",
-    "auroc",
-    "average_precision",
-    "decisions",
-    "f1_max",
-    "image_curves",
-    "image_metrics",
-    "pb2",
-    "pg2",
-    "pixel_metrics",
-    "wilson_interval",
-]
+from gladad.metrics.curves import curve_points
+from gladad.metrics.pixel import MAX_FPR, PIMO_BOUNDS, PixelMetrics, checked
 
 TOLERATED = 0.02
 """Share of wrong decisions at which PG2 and PB2 are read."""
+
+Z_95 = 1.959964
+"""Quantile of the normal distribution that leaves 2.5 % above it."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +55,24 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: Sizes differ, a score is not finite, a label is neither 0 nor 1, or one class is absent.
     """
-    curve = _curve(scores, labels)
-    return float(np.trapezoid(curve.tp, curve.fp) / (curve.tp[-1] * curve.fp[-1]))
+    from sklearn.metrics import roc_auc_score
+
+    values, positive = _classes(scores, labels)
+    return float(roc_auc_score(positive, values))
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve as a sum of steps, without interpolation; arguments and errors as in `auroc`."""
-    curve = _curve(scores, labels)
-    inner = Curve(curve.fp[1:-1], curve.tp[1:-1], curve.overlap[1:-1])
-    return precision_sum(inner, 0.0) / float(curve.tp[-1])
+    from sklearn.metrics import average_precision_score
+
+    values, positive = _classes(scores, labels)
+    return float(average_precision_score(positive, values))
 
 
 def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
     """The largest F1 over all thresholds; arguments and errors as in `auroc`."""
-    curve = _curve(scores, labels)
-    return best_f1(curve.fp, curve.tp, float(curve.tp[-1]))
+    precision, recall = _precision_recall(scores, labels)
+    return float(np.max(2 * precision * recall / (precision + recall)))
 
 
 def pg2(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -91,9 +80,9 @@ def pg2(scores: ArrayLike, labels: ArrayLike) -> float:
 
     The threshold is the highest that does: parts score up to it pass. With fewer than 50 bad parts none may be missed.
     """
-    normal, anomalous = _split(scores, labels)
-    first_found = np.sort(anomalous)[math.floor(TOLERATED * len(anomalous) + 1e-9)]
-    return float(np.mean(normal < first_found))
+    values, positive = _classes(scores, labels)
+    first_found = np.sort(values[positive])[math.floor(TOLERATED * positive.sum() + 1e-9)]
+    return float(np.mean(values[~positive] < first_found))
 
 
 def pb2(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -101,9 +90,9 @@ def pb2(scores: ArrayLike, labels: ArrayLike) -> float:
 
     The threshold is the lowest that does: parts that score above it are rejected. With fewer than 50 good parts none may be rejected.
     """
-    normal, anomalous = _split(scores, labels)
-    last_passed = np.sort(normal)[::-1][math.floor(TOLERATED * len(normal) + 1e-9)]
-    return float(np.mean(anomalous > last_passed))
+    values, positive = _classes(scores, labels)
+    last_passed = np.sort(values[~positive])[::-1][math.floor(TOLERATED * (~positive).sum() + 1e-9)]
+    return float(np.mean(values[positive] > last_passed))
 
 
 def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
@@ -120,18 +109,7 @@ def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
     Raises:
         ValueError: Shapes differ, a value is not finite, the masks have no region or no normal pixel, or max_fpr is out of range.
     """
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must lie in (0, 1], not {max_fpr}")
-    values, positive = _images(maps, masks)
-    anomalous = values[positive]
-    normal_pixels = positive.size - len(anomalous)
-    if not normal_pixels or not len(anomalous):
-        raise ValueError("not defined for one class only: both normal and anomalous pixels are needed")
-    weights = 1 / np.concatenate([region_areas(mask) for mask in positive]).astype(np.float64)
-    order = np.argsort(anomalous, kind="stable")[::-1]
-    highest = _highest_normal(values, positive, math.floor(max_fpr * normal_pixels) + 1, normal_pixels)
-    curve = corners(highest, anomalous[order], weights[order]).closed(normal_pixels)
-    return area_until(curve.fp / normal_pixels, curve.overlap, max_fpr) / (max_fpr * float(curve.overlap[-1]))
+    return pixel_metrics(maps, masks, max_fpr)["pixel_aupro"]
 
 
 def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> float:
@@ -157,6 +135,12 @@ def aupimo_per_image(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float,
         return collected.aupimo(fpr_bounds)
 
 
+def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> dict[str, float]:
+    """All of `gladad.metrics.pixel.NAMES` that are defined; arguments and errors as in `aupro`. Without a normal image no AUPIMO."""
+    with _collected(maps, masks) as collected:
+        return collected.compute(max_fpr).metrics
+
+
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """``image_auroc``, ``image_ap``, ``image_f1max``, ``image_pg2`` and ``image_pb2``; arguments and errors as in `auroc`."""
     functions = {"auroc": auroc, "ap": average_precision, "f1max": f1_max, "pg2": pg2, "pb2": pb2}
@@ -165,19 +149,11 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
 
 def image_curves(scores: ArrayLike, labels: ArrayLike) -> dict[str, dict[str, list[float]]]:
     """``roc`` and ``pr`` as ``{"x": [...], "y": [...]}`` of at most 200 points; arguments and errors as in `auroc`."""
-    curve = _curve(scores, labels)
-    found = curve.tp > 0
-    precision = curve.tp[found] / (curve.tp[found] + curve.fp[found])
-    return {
-        "roc": curve_points(curve.fp / curve.fp[-1], curve.tp / curve.tp[-1]),
-        "pr": curve_points(curve.tp[found] / curve.tp[-1], precision),
-    }
+    from sklearn.metrics import roc_curve
 
-
-def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> dict[str, float]:
-    """All of `NAMES` that are defined, in one pass; arguments and errors as in `aupro`. Without a normal image there is no AUPIMO."""
-    with _collected(maps, masks) as collected:
-        return collected.compute(max_fpr).metrics
+    precision, recall = _precision_recall(scores, labels)
+    values, positive = _classes(scores, labels)
+    return {"roc": curve_points(*roc_curve(positive, values)[:2]), "pr": curve_points(recall, precision)}
 
 
 def decisions(labels: ArrayLike, rejected: ArrayLike, defect_types: Sequence[str]) -> list[DecisionRow]:
@@ -188,28 +164,24 @@ def decisions(labels: ArrayLike, rejected: ArrayLike, defect_types: Sequence[str
         rejected: ``[N]`` the decisions.
         defect_types: ``[N]`` the kind of each image.
     """
-    rows = []
-    kinds = sorted({(bool(label), kind) for label, kind in zip(np.asarray(labels).tolist(), defect_types, strict=True)})
-    for anomalous, kind in kinds:
-        members = [
-            bool(decision)
-            for label, decision, other in zip(np.asarray(labels), np.asarray(rejected), defect_types, strict=True)
-            if bool(label) == anomalous and other == kind
-        ]
-        low, high = wilson_interval(sum(members), len(members))
-        rows.append(DecisionRow(kind, anomalous, len(members), sum(members), sum(members) / len(members), low, high))
-    return rows
+    kinds: dict[tuple[bool, str], list[bool]] = {}
+    for label, decision, kind in zip(np.asarray(labels), np.asarray(rejected), defect_types, strict=True):
+        kinds.setdefault((bool(label), kind), []).append(bool(decision))
+    return [
+        DecisionRow(kind, anomalous, len(found), sum(found), sum(found) / len(found), *wilson_interval(sum(found), len(found)))
+        for (anomalous, kind), found in sorted(kinds.items())
+    ]
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, at 95 % unless ``z`` says otherwise.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion.
 
     Raises:
         ValueError: There are no trials, or successes are not between 0 and trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"successes must lie between 0 and trials, and trials be positive, not {successes} of {trials}")
-    share, spread = successes / trials, z * z / trials
+    share, spread = successes / trials, Z_95**2 / trials
     centre = share + spread / 2
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
     # At 0 and at all successes the bound is exact; rounding must not move it.
@@ -218,47 +190,27 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return low, high
 
 
-def _classes(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+def _classes(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     values, positive = checked(scores, labels)
     if positive.all() or not positive.any():
         raise ValueError("not defined for one class only: both normal and anomalous items are needed")
-    return values, positive
+    return values.astype(np.float64), positive
 
 
-def _split(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def _precision_recall(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision and recall while the threshold falls, from where the first anomalous item is found."""
+    from sklearn.metrics import precision_recall_curve
+
     values, positive = _classes(scores, labels)
-    return values[~positive], values[positive]
-
-
-def _curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
-    normal, anomalous = _split(scores, labels)
-    return corners(normal, np.sort(anomalous)[::-1]).closed(len(normal))
-
-
-def _images(maps: ArrayLike, masks: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    values, positive = checked(maps, masks)
-    if values.ndim != 3:
-        raise ValueError(f"maps must be [N, H, W], not {list(values.shape)}")
-    return values, positive
-
-
-def _highest_normal(values: NDArray[np.generic], positive: NDArray[np.bool_], count: int, total: int) -> NDArray[np.generic]:
-    """At least the ``count`` highest of the ``total`` normal values and all equal to one of them; more where that is found out faster."""
-    stride = max(1, values.size // 50_000)
-    some = np.sort(values.ravel()[::stride][~positive.ravel()[::stride]])
-    place = len(some) - math.ceil(len(some) * (count / total + 0.01))
-    if place > 0:
-        taken = values >= some[place]
-        taken &= ~positive
-        found = values[taken]
-        if len(found) >= count:
-            return np.asarray(found)
-    everything: NDArray[np.generic] = values[~positive]
-    return everything
+    precision, recall, _ = precision_recall_curve(positive, values)
+    return precision[recall > 0][::-1], recall[recall > 0][::-1]
 
 
 def _collected(maps: ArrayLike, masks: ArrayLike) -> PixelMetrics:
+    values, positive = checked(maps, masks)
+    if values.ndim != 3:
+        raise ValueError(f"maps must be [N, H, W], not {list(values.shape)}")
     collected = PixelMetrics()
-    for one, mask in zip(*_images(maps, masks), strict=True):
+    for one, mask in zip(values, positive, strict=True):
         collected.add(one, mask)
     return collected

@@ -10,9 +10,9 @@ import io
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -71,25 +71,20 @@ class Chart:
 
 def charts(report: Report) -> list[Chart]:
     """The charts that the report has numbers for; the scores always."""
-    found = [_score_chart(report)]
+    found = [_drawn("scores", "Scores", partial(_draw_scores, report))]
     curves, metrics = report.details["curves"], report.metrics
     if "roc" in curves:
-        point = (metrics["false_reject_rate"], metrics["recall"])
-        label = f"AUROC {metrics['image_auroc']:.3f}"
-        found.append(_curve_chart("roc", "ROC of images", curves["roc"], label, ("good parts rejected", "bad parts found"), point))
+        label, point = f"AUROC {metrics['image_auroc']:.3f}", (metrics["false_reject_rate"], metrics["recall"])
+        found.append(_curve("roc", "ROC of images", curves["roc"], label, ("good parts rejected", "bad parts found"), point))
     if "pr" in curves:
-        label = f"AP {metrics['image_ap']:.3f}"
-        found.append(
-            _curve_chart(
-                "pr", "Precision and recall", curves["pr"], label, ("bad parts found", "share of rejects that are bad"), _precision(report)
-            )
-        )
+        label, names = f"AP {metrics['image_ap']:.3f}", ("bad parts found", "share of rejects that are bad")
+        rejected = [row["gt_label"] for row in report.rows if row.get("pred_label")]
+        precision = (metrics["recall"], sum(rejected) / len(rejected)) if rejected else None
+        found.append(_curve("pr", "Precision and recall", curves["pr"], label, names, precision))
     if "pro" in curves:
-        limit = report.details["max_fpr"]
-        axes = ("false-positive rate of pixels", "mean overlap with regions")
-        found.append(
-            _curve_chart("pro", f"PRO of pixels, up to {limit:g}", curves["pro"], f"AUPRO {metrics['pixel_aupro']:.3f}", axes, None, limit)
-        )
+        limit, names = report.details["max_fpr"], ("false-positive rate of pixels", "mean overlap with regions")
+        title, label = f"PRO of pixels, up to {limit:g}", f"AUPRO {metrics['pixel_aupro']:.3f}"
+        found.append(_curve("pro", title, curves["pro"], label, names, limit=limit))
     return found
 
 
@@ -113,63 +108,54 @@ def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[n
     return np.bincount(places.clip(0, len(edges) - 2), minlength=len(edges) - 1)
 
 
-def _score_chart(report: Report) -> Chart:
+def _draw_scores(report: Report, figure: Figure) -> str:
     rows = [row for row in report.rows if "error" not in row]
-    edges, logarithmic = bin_edges([row["score"] for row in rows])
+    edges, logarithmic = bin_edges([row["pred_score"] for row in rows])
+    upper, lower = figure.subplots(2, 1, sharex=True)
     labels = []
-    with _figure("scores") as (figure, drawing):
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        for axes, anomalous, name, colour in ((upper, 0, "good", GOOD), (lower, 1, "bad", BAD)):
-            members = [row for row in rows if row["gt_label"] == anomalous]
-            rejected = sum(row["label"] == "anomalous" for row in members)
-            counts = bin_counts([row["score"] for row in members], edges)
-            axes.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
-            axes.axvline(1, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))
-            axes.set_ylim(0, max(1, int(counts.max())) * 1.35)
-            axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
-            axes.set_ylabel(f"{name} parts")
-            axes.grid(visible=False, axis="x")
-            texts = (f"{len(members) - rejected} accepted", f"{rejected} rejected")
-            labels.append(f"{name}: {', '.join(texts)}")
-            for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
-                axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
-        if logarithmic:
-            lower.set_xscale("log")
-            _plain_ticks(lower)
-        lower.set_xlim(edges[0], edges[-1])
-        lower.set_xlabel("score; above 1 is rejected")
-    return Chart("scores", "Scores", drawing.svg(f"Histogram of scores around the threshold 1. {'; '.join(labels)}."))
+    for axes, anomalous, name, colour in ((upper, 0, "good", GOOD), (lower, 1, "bad", BAD)):
+        members = [row for row in rows if row["gt_label"] == anomalous]
+        rejected = sum(row["pred_label"] for row in members)
+        counts = bin_counts([row["pred_score"] for row in members], edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
+        axes.axvline(1, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))
+        axes.set_ylim(0, max(1, int(counts.max())) * 1.35)
+        axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+        axes.set_ylabel(f"{name} parts")
+        axes.grid(visible=False, axis="x")
+        texts = (f"{len(members) - rejected} accepted", f"{rejected} rejected")
+        labels.append(f"{name}: {', '.join(texts)}")
+        for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
+            axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
+    if logarithmic:
+        lower.set_xscale("log")
+        _plain_ticks(lower)
+    lower.set(xlim=(edges[0], edges[-1]), xlabel="score; above 1 is rejected")
+    return f"Histogram of scores around the threshold 1. {'; '.join(labels)}."
 
 
-def _curve_chart(
+def _curve(
     name: str,
     title: str,
     curve: dict[str, list[float]],
     label: str,
-    axes: tuple[str, str],
-    point: tuple[float, float] | None,
+    names: tuple[str, str],
+    point: tuple[float, float] | None = None,
     limit: float = 1.0,
 ) -> Chart:
-    with _figure(name) as (figure, drawing):
-        area = figure.add_subplot()
-        area.plot(curve["x"], curve["y"], color=INK, label=label)
+    def draw(figure: Figure) -> str:
+        axes = figure.add_subplot()
+        axes.plot(curve["x"], curve["y"], color=INK, label=label)
         described = f"{title}: {label}."
         if point is not None:
             place = f"{point[0]:.1%}, {point[1]:.1%}"
-            area.plot(*point, "o", color=BAD, markersize=9, label=f"threshold: {place}", clip_on=False, zorder=5)
-            described += f" At the threshold: {axes[0]}, {axes[1]}: {place}."
-        area.set_xlim(-0.015 * limit, 1.015 * limit)
-        area.set_ylim(-0.015, 1.015)
-        area.set_xlabel(axes[0])
-        area.set_ylabel(axes[1])
-        area.legend(loc="lower left" if name == "pr" else "lower right")
-    return Chart(name, title, drawing.svg(described))
+            axes.plot(*point, "o", color=BAD, markersize=9, label=f"threshold: {place}", clip_on=False, zorder=5)
+            described += f" At the threshold: {names[0]}, {names[1]}: {place}."
+        axes.set(xlim=(-0.015 * limit, 1.015 * limit), ylim=(-0.015, 1.015), xlabel=names[0], ylabel=names[1])
+        axes.legend(loc="lower left" if name == "pr" else "lower right")
+        return described
 
-
-def _precision(report: Report) -> tuple[float, float] | None:
-    """Recall and precision of the decisions, if anything was rejected."""
-    rejected = [row["gt_label"] for row in report.rows if row.get("label") == "anomalous"]
-    return (report.metrics["recall"], sum(rejected) / len(rejected)) if rejected else None
+    return _drawn(name, title, draw)
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -182,38 +168,26 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-class _Drawing:
-    """A figure's SVG, once it has been drawn."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.text = ""
-
-    def svg(self, label: str) -> str:
-        """The element alone, with names of its own, the page's colours and a description for who cannot see it."""
-        text = self.text[self.text.index("<svg") :]
-        box = re.search(r'viewBox="[^"]*"', text)
-        assert box is not None
-        text = f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + text[text.index(">") + 1 :]
-        text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
-        text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-        used = set(re.findall(r"#([\w.]+)[\")]", text))
-        text = re.sub(r' id="([^"]*)"', lambda match: f' id="{self.name}-{match[1]}"' if match[1] in used else "", text)
-        text = re.sub(r'(xlink:href="|url\()#', rf"\1#{self.name}-", text).replace("xlink:href", "href")
-        for drawn, shown in CSS.items():
-            text = text.replace(drawn, shown)
-        return re.sub(r"\s*\n\s*", "\n", text).strip()
-
-
-@contextmanager
-def _figure(name: str) -> Iterator[tuple[Figure, _Drawing]]:
-    """A figure to draw on, rendered at the end of the block; without pyplot, which keeps figures and asks for a display."""
+def _drawn(name: str, title: str, draw: Callable[[Figure], str]) -> Chart:
+    """A chart from a function that draws it and returns a description for who cannot see it; without pyplot, which asks for a display."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that its font cache is made is nobody's business
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, drawing, buffer = Figure(SIZE, layout="constrained"), _Drawing(name), io.StringIO()
-        yield figure, drawing
+        figure, buffer = Figure(SIZE, layout="constrained"), io.StringIO()
+        label = draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        drawing.text = buffer.getvalue()
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    text = text[text.index("<svg") :]
+    text = f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + text[text.index(">") + 1 :]
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    used = set(re.findall(r"#([\w.]+)[\")]", text))  # names are those of this chart alone, and only where they are needed
+    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
+    text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text).replace("xlink:href", "href")
+    for drawn, shown in CSS.items():
+        text = text.replace(drawn, shown)
+    return Chart(name, title, re.sub(r"\s*\n\s*", "\n", text).strip())

@@ -22,8 +22,20 @@ from gladad.core.records import Prediction
 from gladad.core.storage import WriteError, printable, write_text
 from gladad.report.pictures import overlay
 
-COLUMNS = ("image", "score", "p_value", "label", "step", "regions", "seconds")
+OLD_NAMES = ("image", "score", "label")
+"""What ``image_path``, ``pred_score`` and ``pred_label`` were called: written beside them in this release, gone in the next."""
+
+MODEL_COLUMNS = ("model_id", "model_version", "calibration_id")
+COLUMNS = ("image_path", "pred_score", "p_value", "pred_label", "step", "regions", "seconds", *MODEL_COLUMNS, *OLD_NAMES)
 TABLE_FILE, RECORDS_FILE = "predictions.csv", "predictions.jsonl"
+
+
+def with_old_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is written, with the `OLD_NAMES` beside the new ones."""
+    old = {"image": row["image_path"]}
+    if "error" not in row:
+        old |= {"score": row["pred_score"], "label": "anomalous" if row["pred_label"] else "normal"}
+    return {**row, **old}
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
@@ -147,19 +159,20 @@ class PredictionWriter:
             image: The file.
             name: Relative name of its pictures.
         """
-        record = prediction.to_record() | {"image": printable(image)}
+        record = prediction.to_record() | {"image_path": printable(image)}
         if self.pictures:
             record |= {"overlay": printable("overlays" / name), "mask": printable("masks" / name)}
         self.rows.append(record)
 
     def fail(self, image: Path, error: Exception) -> None:
         """Record an image that cannot be inspected."""
-        self.rows.append({"image": printable(image), "error": printable(str(error))})
+        self.rows.append({"image_path": printable(image), "error": printable(str(error))})
 
     def close(self) -> None:
         """Write the records and the table."""
-        write_text(self.folder / RECORDS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        write_text(self.folder / TABLE_FILE, to_csv(self.rows))
+        rows = [with_old_names(row) for row in self.rows]
+        write_text(self.folder / RECORDS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(self.folder / TABLE_FILE, to_csv(rows))
 
     def _save(self, name: Path, pixels: NDArray[np.uint8]) -> None:
         path = self.folder / name

@@ -6,10 +6,8 @@ import base64
 import io
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -53,6 +51,17 @@ class Picture(NamedTuple):
     jpeg: bytes
     link: str = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(W, H)`` of the small one."""
+        with Image.open(io.BytesIO(self.jpeg)) as image:
+            return image.size
+
+    @property
+    def source(self) -> str:
+        """The small one as a ``data:`` address."""
+        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
+
 
 @dataclass(frozen=True)
 class GalleryItem:
@@ -81,10 +90,15 @@ class GalleryItem:
     @property
     def outcome(self) -> str:
         """One of `OUTCOMES`."""
-        return outcome(self.gt_label, self.pred_label)
+        return outcome_of(self.gt_label, self.pred_label)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the decision contradicts the truth."""
+        return self.pred_label != bool(self.gt_label)
 
 
-def outcome(gt_label: int, pred_label: bool) -> str:
+def outcome_of(gt_label: int, pred_label: bool) -> str:
     """A decision compared with the truth: one of `OUTCOMES`."""
     if gt_label:
         return "found" if pred_label else "false accept"
@@ -170,85 +184,20 @@ def chosen(items: Sequence[GalleryItem]) -> list[GalleryItem]:
     """At most `MAX_PICTURES` items: the wrong decisions, then an even choice over the scores of the others."""
     if len(items) <= MAX_PICTURES:
         return list(items)
-    wrong = [item for item in items if item.outcome in WRONG][:MAX_PICTURES]
-    rest = sorted((item for item in items if item.outcome not in WRONG), key=lambda item: item.pred_score)
+    wrong = [item for item in items if item.wrong][:MAX_PICTURES]
+    rest = sorted((item for item in items if not item.wrong), key=lambda item: item.pred_score)
     places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
     return [*wrong, *(rest[place] for place in places)]
 
 
-def gallery_html(items: Sequence[GalleryItem]) -> str:
-    """The images with the controls that choose among them, most wrong first."""
-    ordered = sorted(items, key=_wrongness)
-    outcomes, kinds = Counter(item.outcome for item in items), Counter(item.defect_type for item in items)
-    linked = any(picture.link for item in items for picture in item.pictures)
-    hint = (
-        f" A click shows a picture at full size, which is in <code>{FOLDER}/</code> beside this page; without that folder it stays small."
-        if linked
-        else " There are no full-size pictures beside this page."
-    )
-    parts = [
-        '<section><h2 id="images">Images</h2>',
-        '<p class="soft">Wrong decisions first, the most wrong of them leading; then the right ones, the closest to the threshold leading.'
-        f"{hint}</p>",
-        '<div class="controls">',
-        _buttons("outcome", "Outcome", {name: outcomes[name] for name in OUTCOMES if outcomes[name]}, len(items)),
-        _buttons("type", "Type", dict(sorted(kinds.items())), len(items)),
-        '<p class="group"><label>Name <input type="search" id="search" autocomplete="off"></label>'
-        '<label>Order <select id="order"><option value="">most wrong first</option><option value="down">highest score first</option>'
-        f'<option value="up">lowest score first</option></select></label><span id="shown" role="status">{len(items)} of {len(items)}'
-        " images</span></p>",
-        "</div>",
-        '<div id="items">',
-        *map(_article, ordered),
-        "</div></section>",
-        '<dialog id="large"><form method="dialog"><button autofocus>close</button></form><img alt=""><p></p></dialog>',
-    ]
-    return "\n".join(parts)
+def most_wrong_first(items: Iterable[GalleryItem]) -> list[GalleryItem]:
+    """False accepts from the lowest score, false rejects from the highest, then the others from the threshold outwards."""
 
+    def key(item: GalleryItem) -> tuple[int, float, str]:
+        distance = abs(math.log(item.pred_score)) if item.pred_score > 0 else math.inf
+        return (OUTCOMES.index(item.outcome), -distance, item.name) if item.wrong else (len(WRONG), distance, item.name)
 
-def _wrongness(item: GalleryItem) -> tuple[int, float, str]:
-    """Sorting key: false accepts from the lowest score, false rejects from the highest, the others from the threshold outwards."""
-    distance = abs(math.log(item.pred_score)) if item.pred_score > 0 else math.inf
-    group = OUTCOMES.index(item.outcome) if item.outcome in WRONG else len(WRONG)
-    return group, distance if group == len(WRONG) else -distance, item.name
-
-
-def _buttons(group: str, label: str, counts: Mapping[str, int], total: int) -> str:
-    def button(value: str, text: str, count: int) -> str:
-        pressed = "false" if value else "true"
-        return (
-            f'<button type="button" data-group="{group}" data-show="{escape(value)}" aria-pressed="{pressed}">{escape(text)} '
-            f"<span>{count}</span></button>"
-        )
-
-    buttons = [button("", "all", total), *(button(name, name, count) for name, count in counts.items())]
-    return f'<div class="group" role="group" aria-label="{label}"><span class="soft">{label}</span>{"".join(buttons)}</div>'
-
-
-def _article(item: GalleryItem) -> str:
-    verdict = "rejected" if item.pred_label else "accepted"
-    facts = [verdict, f"score {item.pred_score:.3f}", f"p {item.p_value:.3g}", f"step {item.step}"]
-    figures = [_figure(picture, item.name) for picture in item.pictures]
-    if item.pictures and item.pictures[-1].title != "ground truth":
-        reason = "no mask" if item.gt_label else "good part: nothing to mark"
-        figures.append(f'<figure><div class="none">{reason}</div><figcaption>ground truth</figcaption></figure>')
-    wrong = " wrong" if item.outcome in WRONG else ""
-    data = f'data-outcome="{item.outcome}" data-type="{escape(item.defect_type)}" data-score="{item.pred_score!r}"'
-    return (
-        f'<article class="item{wrong}" {data}><header><b>{item.outcome}</b><h3>{escape(item.name)}</h3>'
-        f'<p>{" &middot; ".join(facts)}</p></header><div class="pictures">{"".join(figures)}</div></article>'
-    )
-
-
-def _figure(picture: Picture, name: str) -> str:
-    with Image.open(io.BytesIO(picture.jpeg)) as image:
-        width, height = image.size
-    source = f"data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}"
-    described = f"{picture.title} of {escape(name)}"
-    shown = f'<img loading="lazy" width="{width}" height="{height}" alt="{described}" src="{source}">'
-    if picture.link:
-        shown = f'<a href="{escape(picture.link)}" target="_blank">{shown}</a>'
-    return f"<figure>{shown}<figcaption>{picture.title}</figcaption></figure>"
+    return sorted(items, key=key)
 
 
 def _averaged(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gladad.core.records import Report
-from gladad.metrics.image import NAMES
+from gladad.metrics.pixel import NAMES
 
 ORDER = ("image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2", *NAMES, "recall", "false_reject_rate", "seconds_per_image")
 LABELS = {
@@ -44,6 +44,16 @@ def interval(report: Report, name: str) -> str:
     return "" if low is None else f"{low:.1%} to {high:.1%}"
 
 
+def numbers(report: Report, names: Sequence[str] = ORDER) -> list[tuple[str, str, str]]:
+    """Those of the named numbers that are there as people read them: ``(label, value, 95 % interval)``."""
+    return [(LABELS[name], cell(name, report.metrics[name]), interval(report, name)) for name in names if name in report.metrics]
+
+
+def counted(report: Report) -> list[tuple[str, str]]:
+    """How many images of what there are, as text."""
+    return [(name.replace("_", " "), str(count)) for name, count in report.counts.items()]
+
+
 def headline(report: Report) -> str:
     """One sentence: how many bad parts were found, and how many good ones rejected."""
     parts = []
@@ -78,17 +88,15 @@ def _type_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 def markdown(report: Report, title: str) -> str:
     """The report without its images, as tables in Markdown."""
-    metrics = [(LABELS[name], cell(name, value), interval(report, name)) for name, value in summary(report)]
-    counts = [(name.replace("_", " "), str(count)) for name, count in report.counts.items()]
     blocks = [
         f"# {_escaped(title)}",
         f"**{headline(report)}**",
         report.details["guarantee"],
-        _table(("metric", "value", "95 % interval"), metrics),
+        _table(("metric", "value", "95 % interval"), numbers(report)),
         "## Kinds of parts",
         _table(*type_table(report)),
         "## Images",
-        _table(("images", "count"), counts),
+        _table(("images", "count"), counted(report)),
         "## Notes",
         "\n".join(f"* {_escaped(note)}" for note in notes(report)),
     ]
