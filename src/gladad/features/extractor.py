@@ -1,0 +1,99 @@
+"""What a frozen feature extractor is, and how one is found by its name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor, nn
+
+from gladad.core.settings import validated
+
+DEFAULT_EXTRACTOR = "efficientnet-lite0"
+
+
+@validated
+class Identity:
+    """Which weights features come from. Two extractors are the same if their weights are."""
+
+    name: str  # what they are loaded by: a name of ours, a Hub id, or a folder
+    revision: str | None = None  # commit of the Hub, or version of the package
+    sha256: str = ""  # SHA-256 of the weight files; empty = not known
+
+
+@dataclass(frozen=True)
+class Level:
+    """One of the maps that an extractor gives."""
+
+    channels: int
+    stride: int  # pixels of the image per cell
+
+
+class Extractor(nn.Module):
+    """A frozen network that turns images into feature maps. It is always in inference mode, and normalises images itself.
+
+    Attributes:
+        identity: Of its weights.
+        levels: Of the maps, finest first.
+    """
+
+    identity: Identity
+    levels: tuple[Level, ...]
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides are multiples of this, so that every stride divides them."""
+        return max(level.stride for level in self.levels)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[B, 3, H, W]`` RGB in [0, 1] -> one ``[B, channels, H / stride, W / stride]`` for each of `levels`."""
+        raise NotImplementedError
+
+    def fast(self) -> Self:
+        """A bfloat16 copy for inference, on the same device."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing: a frozen network has one mode."""
+        return super().train(False)
+
+
+def load_extractor(name: str = DEFAULT_EXTRACTOR, revision: str | None = None, offline: bool = False) -> Extractor:
+    """A feature extractor with its trained weights, in float32 on the CPU.
+
+    Args:
+        name: ``efficientnet-lite0``, which comes with the package, or folder or Hub id of a backbone of transformers: DINOv2, DINOv3,
+            ConvNeXt V2, ResNet, Swin and others, see `gladad.features.backbones`.
+        revision: Branch, tag or commit of the Hub.
+        offline: Never ask the Hub; use its local cache.
+
+    Raises:
+        ModelFormatError: There are no such weights within reach, or they are not those of an extractor.
+        MissingExtraError: The package of the weights is not installed.
+    """
+    if name == DEFAULT_EXTRACTOR:
+        from gladad.features.efficientnet import pretrained
+
+        return pretrained()
+    from gladad.features.backbones import load_backbone  # brings transformers, which takes seconds
+
+    return load_backbone(name, revision, offline)
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """SHA-256 (hexadecimal) of the contents of files, one after the other. A file is not read again while it stays the same."""
+    return _sha256(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@lru_cache(maxsize=32)
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    found = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as stream:
+            while block := stream.read(2**20):
+                found.update(block)
+    return found.hexdigest()

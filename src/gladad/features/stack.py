@@ -1,0 +1,77 @@
+"""Features of several strides and two image sizes, on one grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gladad.core.errors import ConfigError
+from gladad.features.extractor import Extractor
+
+CELL = 8
+"""Pixels per side of a grid cell, as nearly as an extractor's strides allow."""
+
+
+class FeatureStack:
+    """The levels of an image, and all but the finest of the image at half size, stacked on one grid.
+
+    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part.
+
+    Args:
+        extractor: The frozen network, of any dtype and device.
+        image_size: ``(H, W)`` in pixels of the images.
+
+    Attributes:
+        channels: Of the stack.
+        levels: Slices of the channels that belong to each level, those of the image first, from fine to coarse.
+        cell: Pixels per side of a grid cell.
+        grid: ``(h, w)``.
+        size_multiple: Image sides are multiples of this: the extractor's own multiple at half size.
+
+    Raises:
+        ConfigError: The image size does not suit the extractor.
+    """
+
+    def __init__(self, extractor: Extractor, image_size: tuple[int, int]):
+        self.extractor = extractor
+        self.size_multiple = 2 * extractor.size_multiple
+        if any(side % self.size_multiple or side < 2 * self.size_multiple for side in image_size):
+            needed = f"two multiples of {self.size_multiple}, each at least {2 * self.size_multiple}"
+            raise ConfigError(f"image_size must be {needed} for the features of {extractor.identity.name}, not {image_size}")
+        self.cell = min((level.stride for level in extractor.levels), key=lambda stride: abs(stride - CELL))
+        self.grid = (image_size[0] // self.cell, image_size[1] // self.cell)
+        widths = [level.channels for level in (*extractor.levels, *extractor.levels[1:])]
+        self.channels = sum(widths)
+        self.levels = tuple(slice(sum(widths[:level]), sum(widths[: level + 1])) for level in range(len(widths)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1], on the extractor's device -> ``[B, channels, h, w]`` float32."""
+        half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+        levels = [*self.extractor(images), *self.extractor(half)[1:]]
+        pooled = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in levels]
+        return torch.cat([_to_grid(level, self.grid) for level in pooled], dim=1)
+
+
+def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    if x.shape[-1] > grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
+
+
+def size_for_aspect(aspect: float, side: int, multiple: int) -> tuple[int, int]:
+    """The ``(H, W)`` in multiples of ``multiple`` with about ``side**2`` pixels that best keeps a width-to-height ratio.
+
+    It never has more pixels, unless ``side`` is below the smallest size, two multiples a side.
+    """
+    best, found = math.inf, (multiple * 2, multiple * 2)
+    sides = range(2 * multiple, 8 * side, multiple)
+    for height in sides:
+        for width in sides:
+            if height * width <= side * side:
+                error = abs(math.log(width / height / aspect)) + 0.5 * math.log(side * side / (height * width))
+                if error < best - 1e-9:
+                    best, found = error, (height, width)
+    return found

