@@ -169,12 +169,6 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 (hexadecimal) of a file's content."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def fingerprint(paths: Sequence[str | Path]) -> str:
     """SHA-256 (hexadecimal) over names and contents of files, whatever their order and wherever their common folder is."""
     files = [Path(p).absolute() for p in paths]
