@@ -22,7 +22,6 @@ from gladad.core.inference import one_thread
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import load_tensors, save_tensors
-from gladad.features.whitening import FEATURE_CHANNELS
 from gladad.models.baselines.memory_bank import FeatureExtractor
 
 Pixels = NDArray[np.uint8]
@@ -71,15 +70,15 @@ class AnomalibBase:
             from anomalib.models.image.patchcore.torch_model import PatchcoreModel
         except ImportError as error:
             raise MissingExtraError(f"the base anomalib-{config.method}", "'gladad[anomalib]'") from error
+        self.features = _Features(config.image_size)
         # The models ask their backbone for its channels only; the features themselves come from ours.
-        shape = nn.Sequential(OrderedDict([(LAYER, nn.Conv2d(3, FEATURE_CHANNELS, 1))]))
+        shape = nn.Sequential(OrderedDict([(LAYER, nn.Conv2d(3, self.features.extract.channels, 1))]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if config.method == "patchcore":
                 self.model: Any = PatchcoreModel(layers=[LAYER], backbone=shape, num_neighbors=config.neighbours)
             else:
                 self.model = PadimModel(layers=[LAYER], backbone=shape, n_features=config.dimensions)
-        self.features = _Features(config.image_size)
         self.model.feature_extractor = self.features
 
     @property
