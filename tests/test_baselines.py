@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_part
+from transformers import ResNetConfig, ResNetModel
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 from gladad.detector.glad import Glad
-from gladad.models.baselines.memory_bank import MemoryBankConfig, fit_memory_bank
+from gladad.features.extractor import load_extractor
+from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.models.registry import FitSettings
 
 SETTINGS = FitSettings(image_size=64, false_reject_rate=0.2, calibration="held-out")
@@ -53,6 +56,40 @@ def test_a_damaged_bank(category: Path, tmp_path: Path):
     (tmp_path / "model/base/memory_bank.safetensors").write_bytes(b"nothing")
     with pytest.raises(ModelFormatError, match="memory_bank"):
         Glad.from_pretrained(tmp_path / "model")
+
+
+def put_backbone(folder: Path, seed: int) -> str:
+    """A tiny network with weights drawn at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1])).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_bank_of_other_features_knows_them_again(tmp_path: Path):
+    images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
+    config = MemoryBankConfig(image_size=(64, 64), features=put_backbone(tmp_path / "backbone", seed=0))
+    bank = fit_memory_bank(images, config)
+    assert bank.memory.shape == (2 * 8 * 8, 16 + 2 * (24 + 32))
+    assert bank.config.extractor == load_extractor(config.features).identity
+    (tmp_path / "bank").mkdir()
+    saved = bank.save(tmp_path / "bank")
+    found, expected = (x.inspect(images[0]) for x in (MemoryBank.load(tmp_path / "bank", saved), bank))
+    assert found.score == expected.score and np.array_equal(found.map, expected.map)
+
+    put_backbone(tmp_path / "backbone", seed=1)
+    with pytest.raises(ModelFormatError, match=r"was fitted with the features of .*backbone \(SHA-256 .* provide those, or fit again"):
+        MemoryBank.load(tmp_path / "bank", saved)
+    with pytest.raises(ModelFormatError, match="backbone is neither a folder nor"):
+        MemoryBank.load(tmp_path / "bank", {**saved, "features": str(tmp_path / "no-backbone")})
+
+
+def test_a_bank_saved_before_features_were_named_loads(tmp_path: Path):
+    images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
+    bank = fit_memory_bank(images, MemoryBankConfig(image_size=(64, 64)))
+    saved = bank.save(tmp_path)
+    assert saved.pop("features") == "efficientnet-lite0" and len(saved.pop("extractor")["sha256"]) == 64
+    assert MemoryBank.load(tmp_path, saved).inspect(images[0]).score == bank.inspect(images[0]).score
 
 
 def test_settings_that_are_not_for_a_baseline(category: Path):

@@ -14,12 +14,14 @@ from gladad.core.errors import ConfigError, DataError, ModelFormatError, Trainin
 from gladad.core.records import no_progress
 from gladad.core.settings import with_values
 from gladad.features.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
-from gladad.features.whitening import FEATURE_CHANNELS, LEVELS, FeatureSpace, size_for_aspect, stack_features
+from gladad.features.space import FeatureSpace
+from gladad.features.stack import FeatureStack, size_for_aspect
 from gladad.models.feature_diffusion.model import FeatureDiffusion, pool
 from gladad.models.feature_diffusion.networks import LatentDenoiser
 from gladad.models.feature_diffusion.settings import RECIPES, FeatureDiffusionConfig
 from gladad.models.feature_diffusion.training import adjusted, budget, train_models
 
+FEATURE_CHANNELS = 24 + 40 + 112 + 40 + 112
 SCHEDULE = Schedule.scaled_linear()
 SMALL = with_values(
     FeatureDiffusionConfig(image_size=(64, 96)),
@@ -140,25 +142,25 @@ def test_weights_of_another_network_are_refused() -> None:
 
 
 def test_stacked_features_have_one_grid() -> None:
-    features = stack_features(pretrained(), torch.rand(2, 3, 64, 128), (8, 16))
+    features = FeatureStack(pretrained(), (64, 128))(torch.rand(2, 3, 64, 128))
     assert features.shape == (2, FEATURE_CHANNELS, 8, 16)
     assert features.isfinite().all()
 
 
 @pytest.mark.parametrize("aspect", [0.3, 0.75, 1.0, 1.33, 2.46, 6.0])
 def test_working_size_keeps_proportions_and_budget(aspect: float) -> None:
-    height, width = size_for_aspect(aspect, 256)
+    height, width = size_for_aspect(aspect, 256, 32)
     assert height % 32 == 0 and width % 32 == 0
     assert 0.6 * 256**2 <= height * width <= 256**2
     assert abs(np.log(width / height / aspect)) < 0.3
-    assert size_for_aspect(1.0, 256) == (256, 256)
+    assert size_for_aspect(1.0, 256, 32) == (256, 256)
 
 
 def test_feature_space_is_standardised_and_orthogonal() -> None:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(FEATURE_CHANNELS, FEATURE_CHANNELS, generator=generator)
     features = F.conv2d(torch.randn(6, FEATURE_CHANNELS, 16, 16, generator=generator), mixing[:, :, None, None]) + 3
-    space = FeatureSpace(20, 0.5)
+    space = FeatureSpace(FEATURE_CHANNELS, 20, 0.5)
     space.fit(features.split(2))
     latent, outside = space(features)
     assert latent.shape == (6, 20, 16, 16) and outside.shape == features.shape
@@ -176,7 +178,7 @@ def test_half_whitening_lies_between_none_and_full() -> None:
     features = features * torch.linspace(1, 3, 8).view(1, 1, 8, 1)
 
     def ratio(whitening: float) -> float:
-        space = FeatureSpace(10, whitening)
+        space = FeatureSpace(FEATURE_CHANNELS, 10, whitening)
         space.fit([features])
         deviation = space(features)[0].std((0, 2, 3))
         return float(deviation[0] / deviation[-1])
@@ -360,8 +362,8 @@ def test_energy_is_one_on_average_and_counts_the_levels_of_the_product(base: Fea
             before = base.energy(residual, outside)
             assert float(before.mean()) == pytest.approx(1, abs=1e-4)
             elsewhere = outside.clone()
-            for level in set(range(len(LEVELS))) - set(recipe.levels):
-                elsewhere[:, LEVELS[level]] += 100
+            for level in set(range(len(base.stack.levels))) - set(recipe.levels):
+                elsewhere[:, base.stack.levels[level]] += 100
             assert torch.equal(base.energy(residual, elsewhere), before)
     finally:
         base.config = config

@@ -37,7 +37,7 @@ def upgraded(model: Mapping[str, Any]) -> dict[str, Any]:
     name, kind, old = model["source"], model["base"], dict(model["config"])
     known = {key: value for key, value in model["settings"].items() if key in _SETTINGS_OF.get(kind, _SETTINGS_OF["memory-bank"])}
     settings = new_names(name, known)
-    upgrade = {"lite": _lite, "diffusers": _diffusers}.get(kind, lambda config, settings: config)
+    upgrade = {"lite": _lite, "diffusers": _diffusers}.get(kind, _baseline)
     return {
         "format_version": 2,
         "name": name,
@@ -53,6 +53,11 @@ def _lite(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     latent = {key: old.pop(key) for key in ("dimensions", "whitening")}
     scoring = {key: old.pop(key) for key in _MAP}
     return shape | {"settings": _nested(settings) | old | {"latent": latent, "scoring": scoring}}
+
+
+def _baseline(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    shape = {key: old.pop(key) for key in ("image_size", "method") if key in old}
+    return shape | {"settings": settings | old}
 
 
 def _diffusers(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

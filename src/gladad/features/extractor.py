@@ -11,6 +11,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from gladad.core.errors import ModelFormatError
 from gladad.core.settings import validated
 
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
@@ -23,6 +24,20 @@ class Identity:
     name: str  # what they are loaded by: a name of ours, a Hub id, or a folder
     revision: str | None = None  # commit of the Hub, or version of the package
     sha256: str = ""  # SHA-256 of the weight files; empty = not known
+
+    def check(self, expected: Identity, model: Path) -> None:
+        """Refuse to serve a model that was fitted with other weights.
+
+        Args:
+            expected: What the model was fitted with.
+            model: Its folder, for the message.
+
+        Raises:
+            ModelFormatError: Both are known, and they differ.
+        """
+        if expected.sha256 and self.sha256 and expected.sha256 != self.sha256:
+            theirs, ours = (f"{one.name} (SHA-256 {one.sha256[:12]}...)" for one in (expected, self))
+            raise ModelFormatError(f"{model} was fitted with the features of {theirs}, and {ours} is found; provide those, or fit again")
 
 
 @dataclass(frozen=True)

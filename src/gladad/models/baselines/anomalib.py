@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
@@ -22,8 +24,8 @@ from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import content_digest, load_tensors, save_tensors
 from gladad.core.threads import one_thread
-from gladad.features.whitening import FEATURE_CHANNELS
 from gladad.models.baselines.memory_bank import FeatureExtractor
+from gladad.models.settings import FitSettings
 
 Pixels = NDArray[np.uint8]
 Method = Literal["patchcore", "padim"]
@@ -32,15 +34,21 @@ LAYER = "features"
 
 
 @validated
+class AnomalibSettings(FitSettings):
+    """Settings of anomalib's models."""
+
+    coreset: Annotated[float, Field(gt=0, le=1)] = 0.01  # share of the vectors that PatchCore keeps (its paper: 25 %, 10 % and 1 %)
+    neighbours: Annotated[int, Field(ge=1)] = 9  # of PatchCore's re-weighting of the score
+    dimensions: Annotated[int, Field(ge=1)] = 100  # random feature dimensions that PaDiM keeps (its paper: 100 with ResNet-18)
+
+
+@validated
 class AnomalibConfig:
-    """Which model, and its own settings."""
+    """Which model, its settings, and its size."""
 
     method: Method = "patchcore"
+    settings: AnomalibSettings = field(default_factory=AnomalibSettings)
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels; multiples of 32
-    coreset: float = 0.01  # share of the vectors that PatchCore keeps (its paper reports 25 %, 10 % and 1 %)
-    neighbours: int = 9  # of PatchCore's re-weighting of the score
-    dimensions: int = 100  # random feature dimensions that PaDiM keeps (its paper: 100 with ResNet-18)
-    seed: int = 0  # of both choices
 
 
 class _Features(nn.Module):
@@ -54,7 +62,7 @@ class _Features(nn.Module):
         return {LAYER: self.extract(images)}
 
 
-class AnomalibBase:
+class AnomalibModel:
     """A model of anomalib behind the interface that `gladad.detector.glad` uses.
 
     Args:
@@ -71,15 +79,15 @@ class AnomalibBase:
             from anomalib.models.image.patchcore.torch_model import PatchcoreModel
         except ImportError as error:
             raise MissingExtraError(f"the base anomalib-{config.method}", "'gladad[anomalib]'") from error
-        # The models ask their backbone for its channels only; the features themselves come from ours.
-        shape = nn.Sequential(OrderedDict([(LAYER, nn.Conv2d(3, FEATURE_CHANNELS, 1))]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            if config.method == "patchcore":
-                self.model: Any = PatchcoreModel(layers=[LAYER], backbone=shape, num_neighbors=config.neighbours)
-            else:
-                self.model = PadimModel(layers=[LAYER], backbone=shape, n_features=config.dimensions)
         self.features = _Features(config.image_size)
+        # The models ask their backbone for its channels only; the features themselves come from ours.
+        shape = nn.Sequential(OrderedDict([(LAYER, nn.Conv2d(3, self.features.extract.channels, 1))]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.settings.seed)
+            if config.method == "patchcore":
+                self.model: Any = PatchcoreModel(layers=[LAYER], backbone=shape, num_neighbors=config.settings.neighbours)
+            else:
+                self.model = PadimModel(layers=[LAYER], backbone=shape, n_features=config.settings.dimensions)
         self.model.feature_extractor = self.features
 
     @property
@@ -122,7 +130,7 @@ class AnomalibBase:
         return to_json(self.config)
 
     @classmethod
-    def load(cls, folder: Path, config: dict[str, Any]) -> AnomalibBase:
+    def load(cls, folder: Path, config: dict[str, Any]) -> AnomalibModel:
         """Read what `save` wrote.
 
         Raises:
@@ -148,7 +156,7 @@ class AnomalibBase:
 
 
 @torch.no_grad()
-def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: Progress = no_progress) -> AnomalibBase:
+def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: Progress = no_progress) -> AnomalibModel:
     """Fit a model of anomalib on good images; the same images and seed give the same model.
 
     Args:
@@ -159,18 +167,18 @@ def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: 
     Raises:
         MissingExtraError: anomalib is not installed.
     """
-    base = AnomalibBase(config)
+    base = AnomalibModel(config)
     base.model.train()
     for done, pixels in enumerate(images, start=1):
         base.model(base.features.extract.prepare(pixels))
         progress("features", done, len(images))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.settings.seed)
         state = np.random.get_state()  # noqa: NPY002 (their random projection draws from it)
-        np.random.seed(config.seed)  # noqa: NPY002
+        np.random.seed(config.settings.seed)  # noqa: NPY002
         try:
             if config.method == "patchcore":
-                base.model.subsample_embedding(config.coreset)
+                base.model.subsample_embedding(config.settings.coreset)
             else:
                 base.model.fit()
         finally:

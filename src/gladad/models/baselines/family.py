@@ -4,39 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
-
-from pydantic import Field
+from typing import Any, Literal, cast
 
 from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
-from gladad.core.settings import to_json, validated, with_values
+from gladad.core.settings import to_json, with_values
 from gladad.data.synthesis import Foreground
-from gladad.features.whitening import size_for_aspect
-from gladad.models.baselines.anomalib import AnomalibBase, AnomalibConfig, fit_anomalib
-from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
+from gladad.features.extractor import DEFAULT_EXTRACTOR, load_extractor
+from gladad.features.stack import size_for_aspect
+from gladad.models.baselines.anomalib import AnomalibConfig, AnomalibModel, AnomalibSettings, fit_anomalib
+from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, MemoryBankSettings, fit_memory_bank
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.settings import FitSettings
 
 LONG, SHARED = False, False
-
-
-@validated
-class MemoryBankSettings(FitSettings):
-    """Settings of the memory bank; those that ``lite`` has too have the same values there."""
-
-    memory: Annotated[int, Field(ge=1)] = 20_000  # feature vectors kept at most
-    blur_sigma: Annotated[float, Field(gt=0)] = 4.0  # Gaussian blur of the map, pixels
-    top_k: Annotated[int, Field(ge=1)] = 250  # pixels averaged into the image score
-
-
-@validated
-class AnomalibSettings(FitSettings):
-    """Settings of anomalib's models."""
-
-    coreset: Annotated[float, Field(gt=0, le=1)] = 0.01  # share of the vectors that PatchCore keeps (its paper: 25 %, 10 % and 1 %)
-    neighbours: Annotated[int, Field(ge=1)] = 9  # of PatchCore's re-weighting of the score
-    dimensions: Annotated[int, Field(ge=1)] = 100  # random feature dimensions that PaDiM keeps (its paper: 100 with ResNet-18)
 
 
 def _settings_class(name: str) -> type[FitSettings]:
@@ -58,7 +39,8 @@ def check(name: str, settings: FitSettings, together: bool) -> None:
 
 def working_size(settings: FitSettings, aspect: float) -> tuple[int, int]:
     """That of ``lite``."""
-    return size_for_aspect(aspect, settings.image_size or 256)
+    features = settings.features if isinstance(settings, MemoryBankSettings) else DEFAULT_EXTRACTOR
+    return size_for_aspect(aspect, settings.image_size or 256, 2 * load_extractor(features).size_multiple)
 
 
 def foreground(settings: FitSettings, product: str) -> tuple[Foreground | None, str]:
@@ -68,12 +50,12 @@ def foreground(settings: FitSettings, product: str) -> tuple[Foreground | None, 
 
 def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping[str, Model]:
     """Remember the images of each product."""
-    values = {name: value for name, value in to_json(training.settings).items() if name not in to_json(FitSettings())}
-    values |= {"image_size": training.size, "seed": training.settings.seed}
     if training.name == MemoryBank.kind:
-        return {key: fit_memory_bank(own, MemoryBankConfig(**values), progress=training.progress) for key, own in images.items()}
+        bank = MemoryBankConfig(settings=training.settings, image_size=training.size)
+        return {key: fit_memory_bank(own, bank, progress=training.progress) for key, own in images.items()}
     method = cast(Literal["patchcore", "padim"], training.name.removeprefix("anomalib-"))
-    return {key: fit_anomalib(own, AnomalibConfig(method=method, **values), progress=training.progress) for key, own in images.items()}
+    config = AnomalibConfig(method=method, settings=training.settings, image_size=training.size)
+    return {key: fit_anomalib(own, config, progress=training.progress) for key, own in images.items()}
 
 
 def training_values(settings: FitSettings) -> dict[str, Any]:
@@ -88,4 +70,4 @@ def adjust(model: Model, images: Sequence[Pixels], settings: FitSettings, progre
 
 def load(folder: Path, config: dict[str, Any]) -> Model:
     """Read what a ``save`` wrote."""
-    return AnomalibBase.load(folder, config) if "method" in config else MemoryBank.load(folder, config)
+    return AnomalibModel.load(folder, config) if "method" in config else MemoryBank.load(folder, config)

@@ -10,7 +10,8 @@ from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import METHOD, to_json, with_values
 from gladad.data.synthesis import Foreground
-from gladad.features.whitening import size_for_aspect
+from gladad.features.extractor import load_extractor
+from gladad.features.stack import size_for_aspect
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
@@ -33,7 +34,7 @@ def check(name: str, settings: object, together: bool) -> None:
 
 def working_size(settings: FeatureDiffusionSettings, aspect: float) -> tuple[int, int]:
     """The images' own proportions."""
-    return size_for_aspect(aspect, settings.image_size or 256)
+    return size_for_aspect(aspect, settings.image_size or 256, 2 * load_extractor(settings.features).size_multiple)
 
 
 def foreground(settings: FeatureDiffusionSettings, product: str) -> tuple[Foreground | None, str]:

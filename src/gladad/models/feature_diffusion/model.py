@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
 from gladad.core.storage import content_digest, load_tensors, save_tensors
 from gladad.core.threads import one_thread
-from gladad.features.efficientnet import EfficientNetLite0
-from gladad.features.whitening import CELL, FEATURE_CHANNELS, LEVELS, SIDE_MULTIPLE, FeatureSpace, stack_features
+from gladad.features.extractor import load_extractor
+from gladad.features.space import FeatureSpace
+from gladad.features.stack import FeatureStack
 from gladad.models.feature_diffusion.methods import Method, method_of
 from gladad.models.feature_diffusion.networks import LatentDecoder, LatentDenoiser
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, Recipe
@@ -57,23 +58,21 @@ class FeatureDiffusion(nn.Module):
     position_energy: Tensor
     depth_scale: Tensor
 
-    def __init__(self, config: FeatureDiffusionConfig, trunk: EfficientNetLite0):
+    def __init__(self, config: FeatureDiffusionConfig, stack: FeatureStack):
         super().__init__()
-        if any(side % SIDE_MULTIPLE or side < 64 for side in config.image_size):
-            raise ConfigError(f"image_size must be two multiples of {SIDE_MULTIPLE}, each at least 64, not {config.image_size}")
-        latent = config.settings.latent
-        if latent.dimensions >= FEATURE_CHANNELS:
-            raise ConfigError(f"latent.dimensions must be from 1 to {FEATURE_CHANNELS - 1}, not {latent.dimensions}")
+        self.stack = stack
+        channels, latent = stack.channels, config.settings.latent
+        if latent.dimensions >= channels:
+            raise ConfigError(f"latent.dimensions must be from 1 to {channels - 1}, not {latent.dimensions}")
         self.config = config
-        self.trunk = trunk
-        self.space = FeatureSpace(latent.dimensions, latent.whitening)
+        self.space = FeatureSpace(channels, latent.dimensions, latent.whitening)
         self.denoiser = self._empty_denoiser()
         self.decoder = LatentDecoder(latent.dimensions)
         self.register_buffer("residual_scale", torch.ones(1, latent.dimensions, 1, 1))
-        self.register_buffer("usual_energy", torch.ones(2, FEATURE_CHANNELS))
+        self.register_buffer("usual_energy", torch.ones(2, channels))
         self.register_buffer("position_energy", torch.ones(1, 1, *self.grid))
         self.register_buffer("depth_scale", torch.ones(len(self.method.depths())))
-        self._fast: list[nn.Module] = []  # bfloat16 copies; in a list so that they are no part of the saved state
+        self._fast: list[LatentDenoiser] = []  # a bfloat16 copy; in a list so that it is no part of the saved state
 
     @property
     def config(self) -> FeatureDiffusionConfig:
@@ -93,7 +92,7 @@ class FeatureDiffusion(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """``(h, w)`` of the latent."""
-        return self.image_size[0] // CELL, self.image_size[1] // CELL
+        return self.stack.grid
 
     @property
     def recipe(self) -> Recipe:
@@ -104,7 +103,7 @@ class FeatureDiffusion(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] -> stacked features ``[B, C, h, w]``."""
-        return stack_features(self._fast_networks()[0], image, self.grid)
+        return self.stack(image)
 
     def encode(self, image: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] -> latent ``[B, D, h, w]``."""
@@ -118,7 +117,7 @@ class FeatureDiffusion(nn.Module):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """What the method makes of the denoiser's output."""
-        output = self._fast_networks()[1](latent.to(torch.bfloat16), timestep, self.labels(len(latent)))
+        output = self._fast_denoiser()(latent.to(torch.bfloat16), timestep, self.labels(len(latent)))
         return self.method.prediction(latent, output, timestep)
 
     def latent_features(self, latent: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ class FeatureDiffusion(nn.Module):
         return latent
 
     def refresh(self) -> None:
-        """Drop the fast copies of the networks; to be called after their weights changed."""
+        """Drop the fast copy of the denoiser; to be called after its weights changed."""
         self._fast = []
 
     def labels(self, count: int) -> Tensor | None:
@@ -138,11 +137,10 @@ class FeatureDiffusion(nn.Module):
         settings = self.config.settings
         return LatentDenoiser(settings.latent.dimensions, self.grid, settings.widths, len(self.config.categories))
 
-    def _fast_networks(self) -> tuple[EfficientNetLite0, LatentDenoiser]:
+    def _fast_denoiser(self) -> LatentDenoiser:
         if not self._fast:
-            self._fast = [inference_copy(self.trunk, EfficientNetLite0()), inference_copy(self.denoiser, self._empty_denoiser())]
-        trunk, denoiser = self._fast
-        return cast(EfficientNetLite0, trunk), cast(LatentDenoiser, denoiser)
+            self._fast = [inference_copy(self.denoiser, self._empty_denoiser())]
+        return self._fast[0]
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
@@ -177,7 +175,7 @@ class FeatureDiffusion(nn.Module):
 
     def _level_energy(self, difference: Tensor, usual: Tensor) -> Tensor:
         recipe, total = self.recipe, torch.zeros_like(difference[:, :1])
-        for channels in (LEVELS[level] for level in recipe.levels):
+        for channels in (self.stack.levels[level] for level in recipe.levels):
             pooled = pool(difference[:, channels], recipe.window).square()
             total = total + (pooled / usual[channels].view(1, -1, 1, 1)).mean(1, keepdim=True)
         return total / len(recipe.levels)
@@ -256,10 +254,15 @@ class FeatureDiffusion(nn.Module):
             ModelFormatError: Config or weights do not fit.
         """
         try:
-            model = cls(from_json(FeatureDiffusionConfig, config), EfficientNetLite0())
+            parsed = from_json(FeatureDiffusionConfig, config)
+            extractor = load_extractor(parsed.settings.features)
+            if parsed.extractor is not None:
+                extractor.identity.check(parsed.extractor, folder)
+            model = cls(parsed, FeatureStack(extractor.fast(), parsed.image_size))
             tensors = load_tensors(folder / WEIGHTS_FILE)
             model.depth_scale = tensors["depth_scale"]  # its length has changed with versions where there is no search
-            model.load_state_dict(tensors)
+            # version 0.1 kept the extractor's weights with the model
+            model.load_state_dict({name: value for name, value in tensors.items() if not name.startswith("trunk.")})
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
             raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
         return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from gladad.algorithm import DeviationConfig, OneCallConfig
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
 from gladad.data.synthesis import LITE, SynthesisConfig
+from gladad.features.extractor import DEFAULT_EXTRACTOR, Identity
 from gladad.models.settings import DenoisingSettings
 
 Product = Literal["object", "texture"]
@@ -82,7 +83,7 @@ class FeatureDiffusionSettings(DenoisingSettings):
     """Everything that may be chosen about a ``lite`` model; ``image_size`` None means 256."""
 
     product: Literal["auto", "object", "texture"] = "auto"  # which of RECIPES; "auto" = decided by the good images
-    features: str = "efficientnet-lite0"  # extractor: that one, or folder or Hub id of a transformers backbone
+    features: str = DEFAULT_EXTRACTOR  # extractor: that one, or folder or Hub id of a transformers backbone
     latent: LatentSettings = field(default_factory=LatentSettings)
     widths: tuple[int, ...] = (96, 128, 192)  # channels of the denoiser's levels
     training: FeatureTrainingSettings = field(default_factory=FeatureTrainingSettings)
@@ -100,6 +101,7 @@ class FeatureDiffusionConfig:
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to
     categories: tuple[str, ...] = ()  # products that share the denoiser, which is told which one it sees; none = it knows one only
     category: str = ""  # the product of this model, one of these
+    extractor: Identity | None = None  # whose features; set by training
 
     def __post_init__(self) -> None:
         if self.categories and self.category not in self.categories:

@@ -19,7 +19,8 @@ from gladad.core.errors import DataError, TrainingError
 from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.data.synthesis import Draw, Foreground, synthesise
-from gladad.features.efficientnet import EfficientNetLite0, pretrained
+from gladad.features.extractor import Extractor, load_extractor
+from gladad.features.stack import FeatureStack
 from gladad.models.feature_diffusion.model import FeatureDiffusion, pool
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
@@ -45,7 +46,7 @@ def train_models(
     textures: Sequence[Pixels] = (),
     foregrounds: Mapping[str, Foreground] | None = None,
     share: int = 1,
-    trunk: EfficientNetLite0 | None = None,
+    extractor: Extractor | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, FeatureDiffusion]:
     """Train one denoiser for one product or several, which it is told apart by their class; everything else is each product's own.
@@ -58,7 +59,7 @@ def train_models(
         textures: Images of the same size that synthetic anomalies take content from; generated textures when there are none.
         foregrounds: Product -> where synthetic anomalies may appear; None means everywhere.
         share: Number of trainings that the default budget is divided among.
-        trunk: The frozen feature network; None loads the ImageNet weights.
+        extractor: The frozen feature network; None loads that of the settings.
         progress: Told of every stage.
 
     Returns:
@@ -76,12 +77,13 @@ def train_models(
     settings = config.settings
     training, planned = settings.training, budget(settings.training, len(images), share)
     generator = torch.Generator().manual_seed(settings.seed)
-    trunk = pretrained() if trunk is None else trunk
+    extractor = load_extractor(settings.features) if extractor is None else extractor
+    config, stack = replace(config, extractor=extractor.identity), FeatureStack(extractor.fast(), config.image_size)
     parts = []
     for product, own in images.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = FeatureDiffusion(replace(config, category=product if config.categories else ""), trunk)
+            model = FeatureDiffusion(replace(config, category=product if config.categories else ""), stack)
         model.eval()
         normal = _fit_space(model, own, progress)
         model.config = resolved(model)
@@ -143,7 +145,7 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
         images: Those the model was trained on.
         progress: Told of every stage.
     """
-    memo = {id(network): network for network in (model.trunk, model.denoiser, model.decoder)}
+    memo = {id(network): network for network in (model.stack, model.denoiser, model.decoder)}
     other = copy.deepcopy(model, memo)
     other.config = replace(model.config, settings=settings)
     other.config = resolved(other)
