@@ -335,12 +335,16 @@ def test_a_model_of_other_images_is_not_used(data, tmp_path):
     assert finished([cell], tmp_path)[0]["results"][0]["fitted"] and json.loads(before)["results"][0]["fitted"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp_path, how):
     out = tmp_path / "out"
     config_file.write_text(TOML_LOOSE)
     command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out), "--seed", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+
+    def disposition() -> None:  # a shell in the background may have had Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL if how == signal.SIGINT else signal.SIG_IGN)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=disposition) as process:
         wait_for(lambda: list(out.glob("cells/*.json")), process)
         wait_for(lambda: children(process.pid), process)
         workers = children(process.pid)
@@ -349,6 +353,7 @@ def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp
         elif how == signal.SIGINT:
             os.killpg(process.pid, how)  # as a terminal does
         else:
+            process.send_signal(signal.SIGINT)  # ignored, as with nohup
             process.send_signal(how)
         message = process.communicate(timeout=60)[1]
         assert process.returncode in {130, -signal.SIGKILL}

@@ -328,7 +328,7 @@ def test_the_optimizer_of_eight_bits_says_what_it_needs() -> None:
     except ImportError:
         with pytest.raises(MissingExtraError, match=r"gladad\[adamw8bit\]"):
             make_optimizer("adamw8bit", [nn.Parameter(torch.zeros(2))], 1e-3, 0.0)
-    with pytest.raises(ConfigError, match="optimizer: .*'sgd'"):
+    with pytest.raises(ConfigError, match=r"optimizer: .*'sgd'"):
         replace(CONFIG, optimizer="sgd")
 
 
