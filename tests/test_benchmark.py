@@ -420,6 +420,7 @@ def explode(what: str) -> None:
 def test_what_goes_wrong_in_a_worker_is_said(what, said):
     with ThreadPoolExecutor(1) as executor:
         assert re.search(said, executor.submit(partial(Workers().run, explode, what, threads=1)).result())
+        assert signal.SIGINT not in executor.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
