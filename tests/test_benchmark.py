@@ -420,7 +420,25 @@ def explode(what: str) -> None:
 def test_what_goes_wrong_in_a_worker_is_said(what, said):
     with ThreadPoolExecutor(1) as executor:
         assert re.search(said, executor.submit(partial(Workers().run, explode, what, threads=1)).result())
-        assert signal.SIGINT not in executor.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+
+
+MASKS = """
+import signal, threading
+from gladad.benchmark.workers import Workers
+
+def run():
+    print(Workers().run(exec, "import signal; raise ValueError(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))", threads=1))
+
+for _ in range(2):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_worker_does_not_see_ctrl_c() -> None:
+    done = subprocess.run([sys.executable, "-c", MASKS], capture_output=True, text=True, check=True)
+    assert done.stdout == "ValueError: True\n" * 2  # the first one, too
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
