@@ -335,12 +335,16 @@ def test_a_model_of_other_images_is_not_used(data, tmp_path):
     assert finished([cell], tmp_path)[0]["results"][0]["fitted"] and json.loads(before)["results"][0]["fitted"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp_path, how):
     out = tmp_path / "out"
     config_file.write_text(TOML_LOOSE)
     command = [sys.executable, "-m", "gladad", "benchmark", str(config_file), "--data", str(data), "-o", str(out), "--seed", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+
+    def disposition() -> None:  # a shell in the background may have had Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL if how == signal.SIGINT else signal.SIG_IGN)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=disposition) as process:
         wait_for(lambda: list(out.glob("cells/*.json")), process)
         wait_for(lambda: children(process.pid), process)
         workers = children(process.pid)
@@ -349,6 +353,7 @@ def test_a_benchmark_that_is_stopped_goes_on_where_it_was(data, config_file, tmp
         elif how == signal.SIGINT:
             os.killpg(process.pid, how)  # as a terminal does
         else:
+            process.send_signal(signal.SIGINT)  # ignored, as with nohup
             process.send_signal(how)
         message = process.communicate(timeout=60)[1]
         assert process.returncode in {130, -signal.SIGKILL}
@@ -415,6 +420,25 @@ def explode(what: str) -> None:
 def test_what_goes_wrong_in_a_worker_is_said(what, said):
     with ThreadPoolExecutor(1) as executor:
         assert re.search(said, executor.submit(partial(Workers().run, explode, what, threads=1)).result())
+
+
+MASKS = """
+import signal, threading
+from gladad.benchmark.workers import Workers
+
+def run():
+    print(Workers().run(exec, "import signal; raise ValueError(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))", threads=1))
+
+for _ in range(2):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_worker_does_not_see_ctrl_c() -> None:
+    done = subprocess.run([sys.executable, "-c", MASKS], capture_output=True, text=True, check=True)
+    assert done.stdout == "ValueError: True\n" * 2  # the first one, too
 
 
 # ----------------------------------------------------------------------------------------------------------- tables

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -328,22 +327,23 @@ def test_the_optimizer_of_eight_bits_says_what_it_needs() -> None:
     except ImportError:
         with pytest.raises(MissingExtraError, match=r"gladad\[adamw8bit\]"):
             make_optimizer("adamw8bit", [nn.Parameter(torch.zeros(2))], 1e-3, 0.0)
-    with pytest.raises(ConfigError, match="optimizer: .*'sgd'"):
+    with pytest.raises(ConfigError, match=r"optimizer: .*'sgd'"):
         replace(CONFIG, optimizer="sgd")
 
 
 # ----------------------------------------------------------------------------------------- processes of their own
 
 
-def work(base: Path, folder: Path, output: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)] if processes > 1 else []
+def start(arguments: Sequence[object], processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     source = str(Path(training_loop.__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(WORKER.parent)])}
-    command = [sys.executable, *launcher, str(WORKER), str(base), str(folder), str(output), *options]
+    command = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def work(base: Path, folder: Path, output: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    return start([WORKER, base, folder, output, *options], processes)
 
 
 def result(output: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -353,6 +353,34 @@ def result(output: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
 def finish(worker: subprocess.Popen[str]) -> None:
     _, complaint = worker.communicate(timeout=300)
     assert worker.returncode == 0, complaint
+
+
+CANCELLED_BY_ONE = """
+import os, sys
+from pathlib import Path
+from test_training_loop import CONFIG, CancelToken, Interrupted, Regression, TrainingRun, train
+
+class Cancelling(Regression):
+    def loss(self, module, step, samples):
+        if step == 3 and os.environ["RANK"] == "1":
+            token.cancel()
+        return super().loss(module, step, samples)
+
+token = CancelToken()
+try:
+    train(Cancelling(), CONFIG, TrainingRun(folder=Path(sys.argv[1]), tracker="none", cancel=token), stage="line")
+except Interrupted as stop:
+    assert (str(stop).split(";")[0], stop.signal) == ("stopped after step 4 of 20", 0)
+    resumed = train(Regression(), CONFIG, TrainingRun(folder=Path(sys.argv[1]), tracker="none"), stage="line")
+    assert resumed == train(Regression(), CONFIG, stage="line")
+    Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text("agreed")
+"""
+
+
+def test_all_processes_stop_when_the_token_of_one_is_cancelled(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(CANCELLED_BY_ONE)
+    finish(start([tmp_path / "worker.py", tmp_path / "run"], 2))
+    assert (tmp_path / "run-0").read_text() == (tmp_path / "run-1").read_text() == "agreed"
 
 
 def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,9 +42,8 @@ class Workers:
         with self._lock:
             if self.stopped:
                 return KILLED
-            if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C is for this program, which stops its children
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            process.start()
+            with _without_ctrl_c():
+                process.start()
             self._running.add(process)
         sender.close()
         try:
@@ -61,6 +62,20 @@ class Workers:
             self.stopped = True
             for process in self._running:
                 process.kill()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Block SIGINT, which a process started meanwhile inherits: Ctrl-C is for this program, which stops its children."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks SIGINT when it starts, with the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(sender: Connection, threads: int, job: Callable[..., None], *arguments: Any) -> None:
