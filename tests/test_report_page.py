@@ -22,7 +22,7 @@ from gladad.core.storage import WriteError
 from gladad.data.samples import category_samples
 from gladad.evaluation.run import evaluate
 from gladad.report.charts import bin_counts, bin_edges, charts
-from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, item_bytes, most_wrong_first, outcome_of, small_pictures
+from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, chosen, item_bytes, outcome_of, small_pictures
 from gladad.report.page import write_page
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -362,4 +362,10 @@ def test_outcomes(truth, rejected, expected):
 
 def test_the_most_wrong_come_first():
     items = [item("a", 0.5), item("b", 0.9), item("c", 1.2, 0), item("d", 3.0, 0), item("e", 1.1), item("f", 9.0), item("g", 0.8, 0)]
-    assert "".join(one.name for one in most_wrong_first(items[::-1])) == "abdcegf"
+    assert "".join(one.name for one in chosen(items[::-1])) == "abdcegf"
+
+
+def test_of_more_wrong_decisions_than_are_shown_the_most_wrong_are():
+    scores = np.random.default_rng(0).permutation(np.linspace(0.1, 0.9, 1300)).tolist()
+    shown = chosen([item(f"{score}", score) for score in scores])
+    assert [one.pred_score for one in shown] == sorted(scores)[:1000]

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -180,24 +180,21 @@ def views(
         yield "ground truth", overlay(pixels, np.zeros_like(anomaly_map), gt_mask)
 
 
-def chosen(items: Sequence[GalleryItem]) -> list[GalleryItem]:
-    """At most `MAX_PICTURES` items: the wrong decisions, then an even choice over the scores of the others."""
-    if len(items) <= MAX_PICTURES:
-        return list(items)
-    wrong = [item for item in items if item.wrong][:MAX_PICTURES]
-    rest = sorted((item for item in items if not item.wrong), key=lambda item: item.pred_score)
-    places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
-    return [*wrong, *(rest[place] for place in places)]
+def chosen(items: Iterable[GalleryItem]) -> list[GalleryItem]:
+    """At most `MAX_PICTURES` items in order of display: the wrong decisions, then an even choice over the scores of the others.
 
-
-def most_wrong_first(items: Iterable[GalleryItem]) -> list[GalleryItem]:
-    """False accepts from the lowest score, false rejects from the highest, then the others from the threshold outwards."""
+    False accepts come from the lowest score, false rejects from the highest, then the others from the threshold outwards.
+    """
 
     def key(item: GalleryItem) -> tuple[int, float, str]:
         distance = abs(math.log(item.pred_score)) if item.pred_score > 0 else math.inf
         return (OUTCOMES.index(item.outcome), -distance, item.name) if item.wrong else (len(WRONG), distance, item.name)
 
-    return sorted(items, key=key)
+    ordered = sorted(items, key=key)
+    wrong = [item for item in ordered if item.wrong][:MAX_PICTURES]
+    rest = sorted((item for item in ordered if not item.wrong), key=lambda item: item.pred_score)
+    places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
+    return [*wrong, *sorted((rest[place] for place in places), key=key)]
 
 
 def _averaged(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from gladad.core.records import Report
 from gladad.core.storage import write_text
 from gladad.report.charts import charts
-from gladad.report.gallery import FOLDER, OUTCOMES, GalleryItem, chosen, most_wrong_first
+from gladad.report.gallery import FOLDER, OUTCOMES, GalleryItem, chosen
 from gladad.report.text import counted, headline, notes, numbers, type_table
 
 TILES = ("recall", "false_reject_rate", "image_auroc", "pixel_auroc", "pixel_aupro", "pixel_aupimo", "seconds_per_image")
@@ -33,7 +33,7 @@ def write_page(path: Path, report: Report, items: Sequence[GalleryItem], title: 
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(files("gladad.report").joinpath("page.html").read_text(encoding="utf-8"))
-    shown = most_wrong_first(chosen(items))
+    shown = chosen(items)
     good, bad = report.counts["normal"], report.counts["anomalous"]
     outcomes = Counter(item.outcome for item in shown)
     head, kinds = type_table(report)
