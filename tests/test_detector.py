@@ -15,7 +15,7 @@ from tiny_base import build_base
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError, NotFittedError
 from gladad.core.storage import WriteError
-from gladad.data.few_shot import views, with_copies
+from gladad.data.few_shot import moved_copies, with_copies
 from gladad.decision.regions import find_regions
 from gladad.detector.glad import Glad
 from gladad.models import registry as bases
@@ -293,7 +293,7 @@ def test_copies_are_close_to_their_image_and_never_the_same() -> None:
     image = np.asarray(draw_part(3)[0])
     copies = with_copies([image], seed=0)
     assert len(copies) == 24 and copies[0] is image and all(copy.shape == image.shape for copy in copies)
-    everything = [*copies, *views([image], seed=0)[1:]]
+    everything = [*copies, *moved_copies([image], seed=0)[1:]]
     assert len({copy.tobytes() for copy in everything}) == 24 + 3
     assert all(np.abs(copy.astype(float) - image).mean() < 30 for copy in everything)
     assert [copy.tobytes() for copy in with_copies([image], seed=0)] == [copy.tobytes() for copy in copies]

@@ -17,9 +17,9 @@ from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.records import Progress
 from gladad.core.settings import to_json
 from gladad.core.threads import in_order
-from gladad.data.few_shot import FEW, views, with_copies
+from gladad.data.few_shot import FEW, moved_copies, with_copies
+from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import fingerprint, good_images, split_held_out
-from gladad.data.synthesis import Foreground, choose_foreground
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate
 from gladad.features.whitening import size_for_aspect
 from gladad.models.feature_diffusion.model import LiteBase
@@ -101,14 +101,14 @@ class Fitter:
         if not cross_fitted:
             scores, peaks = judge(base, read_pixels(held_out, size, progress), progress)
         elif len(pixels) == 1:  # nothing but its own copies to be judged by
-            scores, peaks = judge(base, views(pixels, settings.seed), progress)
+            scores, peaks = judge(base, moved_copies(pixels, settings.seed), progress)
         else:
             scores, peaks = [], []
             for fold in range(FOLDS):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
-                fold_scores, fold_peaks = judge(other, views(out, settings.seed) if few else out, progress)
+                fold_scores, fold_peaks = judge(other, moved_copies(out, settings.seed) if few else out, progress)
                 del other  # two sets of networks are enough
                 scores += fold_scores
                 peaks += fold_peaks

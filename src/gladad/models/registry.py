@@ -18,7 +18,7 @@ from gladad.core.errors import ConfigError
 from gladad.core.processes import process_count
 from gladad.core.records import Inspection, Progress
 from gladad.core.settings import from_json, validated
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.decision.conformal import check_rate
 from gladad.models.baselines.anomalib import AnomalibBase, AnomalibConfig, fit_anomalib
 from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank

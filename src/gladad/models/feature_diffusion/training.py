@@ -19,7 +19,8 @@ from gladad.core.errors import DataError
 from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
-from gladad.data.synthesis import LITE, Draw, Foreground, SynthesisConfig, synthesise
+from gladad.data.foreground import Foreground
+from gladad.data.synthesis import LITE, Draw, SynthesisConfig, synthesise
 from gladad.features.efficientnet import EfficientNetLite0, pretrained
 from gladad.models.feature_diffusion.model import LiteBase, LiteConfig, pool
 
