@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import gladad
 from gladad.core.errors import DataError
 from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
 
@@ -204,7 +205,8 @@ def test_reading_leaves_the_warnings_filters_alone(tmp_path):
 
 def test_reading_does_not_change_the_limit_that_a_program_has_set():
     code = "from PIL import Image; Image.MAX_IMAGE_PIXELS = 5_000_000; import gladad.core.images; print(Image.MAX_IMAGE_PIXELS)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(gladad.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "5000000"
 
 
