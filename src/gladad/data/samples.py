@@ -39,7 +39,10 @@ TEST_FOLDERS = frozenset({"test", "test_public"})
 MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})
 """Names of folders (lower case) that hold masks, never images to learn from or to judge."""
 
-HELD_BACK = TEST_FOLDERS | {"validation", "test_private", "test_private_mixed"}
+PRIVATE = frozenset({"test_private", "test_private_mixed"})
+"""Names of folders (lower case) that hold test images without labels."""
+
+HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}
 """Names of folders (lower case) whose images are never learnt from."""
 
 EXPECTED = "a folder of good images, or a category with train/good/"
@@ -275,9 +278,14 @@ def mask_files(parents: Sequence[Path]) -> list[Path]:
     return [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
 
 
+def absolute(path: Path) -> Path:
+    """The whole path, without following links: what is named counts."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def product_name(path: Path) -> str:
     """The name of the product that a folder is of: its own, or where that is a split's or a label's, the one above."""
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - without following links: a link names its product
+    path = absolute(path)
     for folder in (path, *path.parents):
         if folder.name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}:
             return folder.name or path.name
