@@ -115,11 +115,12 @@ def check_dataset(dataset: Dataset, *, workers: int | None = None, progress: Pro
     workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
     looks = in_order(partial(_look, dataset), dataset.samples, workers)
     for done, (sample, line, look) in enumerate(zip(dataset.samples, dataset.lines, looks, strict=True), start=1):
-        for text, path, remark in look.problems:
+        size, content, seen = look
+        for text, path, remark in seen:
             problems[text].append((path, f"{remark}, line {line}" if line else remark))
-        if look.size is not None:
-            sizes[sample.category][look.size] += 1
-            by_content[look.content].append(sample)
+        if size is not None:
+            sizes[sample.category][size] += 1
+            by_content[content].append(sample)
         progress("reading files", done, len(dataset.samples))
     _check_copies(dataset, by_content.values(), problems)
     _check_labels_and_masks(dataset, problems)
@@ -145,23 +146,15 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
     return f"{len(sizes)} sizes, {min(widths)} to {max(widths)} wide and {min(heights)} to {max(heights)} high"
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What was seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
-
-    size: tuple[int, int] | None
-    content: bytes
-    problems: list[tuple[str, Path, str]]
-
-
-def _look(dataset: Dataset, sample: Sample) -> _Look:
+def _look(dataset: Dataset, sample: Sample) -> tuple[tuple[int, int] | None, bytes, list[tuple[str, Path, str]]]:
+    """What is seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
     try:
         pixels = load_image(sample.image_path)
     except DataError as error:
-        return _Look(None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))])
+        return None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))]
     height, width = pixels.shape[:2]
     content = hashlib.blake2b(pixels.data, digest_size=16, salt=f"{width}x{height}".encode()[:16]).digest()
-    return _Look((width, height), content, list(_look_at_mask(dataset, sample, (height, width))))
+    return (width, height), content, list(_look_at_mask(dataset, sample, (height, width)))
 
 
 def _look_at_mask(dataset: Dataset, sample: Sample, size: tuple[int, int]) -> Iterable[tuple[str, Path, str]]:

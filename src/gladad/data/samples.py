@@ -19,7 +19,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -80,15 +79,14 @@ def good_images(path: str | Path) -> list[Path]:
     return found
 
 
-def category_samples(path: str | Path, split: Literal["train", "validation", "test"] = "test") -> list[Sample]:
-    """The labelled images of a category, sorted by kind and name.
+def category_samples(path: str | Path) -> list[Sample]:
+    """The labelled test images of a category, sorted by kind and name.
 
     The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. Masks are paired as
     `labelled_images` says. An image without one has mask_path None.
 
     Args:
         path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
-        split: ``test``; ``train`` for what `good_images` finds; ``validation`` for the good images of that folder, if it is there.
 
     Raises:
         DataError: There is no such folder, it holds several categories, or no labelled images.
@@ -96,12 +94,6 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
     path = _folder(path, "a category with test/<kind>/ folders")
     if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
-    category = product_name(path)
-    if split == "train":
-        return [Sample(image, category=category, split="train") for image in good_images(path)]
-    if split == "validation":
-        good = [folder for parent in folders_named(path, {"validation"}) for folder in folders_named(parent, NORMAL_NAMES)]
-        return labelled_images(good, [], category, split)
     _refuse_several_categories(path)
     parents = [path]
     if test := folders_named(path, TEST_FOLDERS):
@@ -111,7 +103,7 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
         kinds = kind_folders(path)
     else:
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
-    samples = labelled_images(kinds, parents, category, split)
+    samples = labelled_images(kinds, parents, product_name(path), "test")
     if not samples:
         raise DataError(f"{path}: no labelled images; expected {EXPECTED_LABELS}")
     return samples
