@@ -236,6 +236,15 @@ def test_truncated_files(tmp_path, suffix, share):
         load_image(path)
 
 
+def test_a_damaged_directory_of_a_tiff_file(tmp_path):
+    data = saved(tmp_path / "a.tiff", Image.fromarray(RGB)).read_bytes()
+    offsets = struct.pack("<HH", 273, 4)  # where the strips are, as integers
+    assert data.count(offsets) == 1
+    (tmp_path / "a.tiff").write_bytes(data.replace(offsets, struct.pack("<HH", 273, 11)))  # as floating-point numbers
+    with pytest.raises(DataError, match=r"a\.tiff: cannot be read, the file is damaged"):
+        load_image(tmp_path / "a.tiff")
+
+
 def test_files_that_are_no_images(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
