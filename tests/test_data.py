@@ -167,12 +167,6 @@ def test_mask_of_another_size_is_fitted(category):
     assert fitted.all()
 
 
-def test_train_samples(category):
-    samples = category_samples(category, "train")
-    assert [s.image_path for s in samples] == good_images(category)
-    assert {(s.gt_label, s.split, s.defect_type, s.mask_path) for s in samples} == {(0, "train", "good", None)}
-
-
 def test_samples_of_plain_folders(tmp_path):
     root = tmp_path / "part"
     for name in (

@@ -22,7 +22,7 @@ from gladad.core.errors import ConfigError, DataError, Interrupted, ModelFormatE
 from gladad.core.settings import with_values
 from gladad.core.storage import WriteError
 from gladad.core.threads import CancelToken
-from gladad.data.few_shot import views, with_copies
+from gladad.data.few_shot import moved_copies, with_copies
 from gladad.data.samples import file_digest
 from gladad.decision.regions import find_regions
 from gladad.detector.glad import Glad
@@ -304,7 +304,7 @@ def test_copies_are_close_to_their_image_and_never_the_same() -> None:
     image = np.asarray(draw_part(3)[0])
     copies = with_copies([image], seed=0)
     assert len(copies) == 24 and copies[0] is image and all(copy.shape == image.shape for copy in copies)
-    everything = [*copies, *views([image], seed=0)[1:]]
+    everything = [*copies, *moved_copies([image], seed=0)[1:]]
     assert len({copy.tobytes() for copy in everything}) == 24 + 3
     assert all(np.abs(copy.astype(float) - image).mean() < 30 for copy in everything)
     assert [copy.tobytes() for copy in with_copies([image], seed=0)] == [copy.tobytes() for copy in copies]

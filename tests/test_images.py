@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import gladad
 from gladad.core.errors import DataError
 from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
 
@@ -204,7 +205,8 @@ def test_reading_leaves_the_warnings_filters_alone(tmp_path):
 
 def test_reading_does_not_change_the_limit_that_a_program_has_set():
     code = "from PIL import Image; Image.MAX_IMAGE_PIXELS = 5_000_000; import gladad.core.images; print(Image.MAX_IMAGE_PIXELS)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(gladad.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "5000000"
 
 
@@ -232,6 +234,15 @@ def test_truncated_files(tmp_path, suffix, share):
     path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * share)])
     with pytest.raises(DataError, match=f"a.{suffix}: (cannot be read|not an image)"):
         load_image(path)
+
+
+def test_a_damaged_directory_of_a_tiff_file(tmp_path):
+    data = saved(tmp_path / "a.tiff", Image.fromarray(RGB)).read_bytes()
+    offsets = struct.pack("<HH", 273, 4)  # where the strips are, as integers
+    assert data.count(offsets) == 1
+    (tmp_path / "a.tiff").write_bytes(data.replace(offsets, struct.pack("<HH", 273, 11)))  # as floating-point numbers
+    with pytest.raises(DataError, match=r"a\.tiff: cannot be read, the file is damaged"):
+        load_image(tmp_path / "a.tiff")
 
 
 def test_files_that_are_no_images(tmp_path):

@@ -10,16 +10,14 @@ import pytest
 from PIL import Image
 
 from gladad.core.errors import DataError
+from gladad.data.foreground import choose_foreground, foreground_mask
 from gladad.data.synthesis import (
     AUGMENTATIONS,
     LITE,
     Draw,
     SynthesisConfig,
     augment,
-    choose_foreground,
     flat_colour,
-    foreground_mask,
-    otsu_threshold,
     perlin_mask,
     perlin_noise,
     procedural_texture,
@@ -139,21 +137,28 @@ def test_beta_bounds_what_is_left_of_the_original():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_otsu_agrees_with_brute_force(seed):
+def test_the_part_is_above_the_threshold_that_separates_best(seed):
     rng = np.random.default_rng(seed)
     grey = np.concatenate([rng.normal(70, 12, 300), rng.normal(60 + 25 * seed, 20, 200)]).clip(0, 255).astype(np.uint8)
 
-    def between(threshold: int) -> float:
-        below, above = grey[grey <= threshold].astype(float), grey[grey > threshold].astype(float)
-        return 0.0 if not len(below) or not len(above) else len(below) * len(above) * (below.mean() - above.mean()) ** 2
+    def between(above: np.ndarray) -> float:
+        if above.all() or not above.any():
+            return 0.0
+        return above.sum() * (~above).sum() * (grey[above].mean() - grey[~above].mean()) ** 2
 
-    best = max(map(between, range(255)))
-    assert between(otsu_threshold(grey)) == pytest.approx(best, rel=1e-9)
+    mask = foreground_mask(np.repeat(grey.reshape(20, 25, 1), 3, axis=2), "bright")
+    assert mask is not None
+    assert between(mask.ravel()) == pytest.approx(max(between(grey > threshold) for threshold in range(255)), rel=1e-9)
 
 
-def test_otsu_of_two_levels_and_of_one():
-    assert 40 <= otsu_threshold(np.array([[40, 200], [40, 200]], np.uint8)) < 200
-    assert otsu_threshold(np.full((4, 4), 77, np.uint8)) == 0
+def test_the_foreground_of_two_levels_and_of_one():
+    two = np.array([[40, 200], [41, 200]], np.uint8)[..., None].repeat(3, axis=2)
+    for foreground, expected in (("bright", [[False, True]] * 2), ("dark", [[True, False]] * 2)):
+        mask = foreground_mask(two, foreground)
+        assert mask is not None
+        assert mask.tolist() == expected
+        for level in (0, 77, 255):
+            assert foreground_mask(np.full((4, 4, 3), level, np.uint8), foreground) is None
 
 
 @pytest.mark.parametrize("cells", [(1, 1), (4, 2), (32, 32)])
@@ -254,7 +259,8 @@ def test_a_part_before_a_ground_is_found(bright, noise, pieces):
 def test_separation_is_the_share_of_the_variance_between_the_classes():
     image, _ = scene(3, bright=True, noise=12)
     grey = np.asarray(Image.fromarray(image).convert("L"))
-    above = grey > otsu_threshold(grey)
+    above = foreground_mask(image, "bright")
+    assert above is not None
     means = np.where(above, grey[above].mean(), grey[~above].mean())
     choice = choose_foreground([image])
     assert choice.separation == pytest.approx(means.var() / grey.var(), rel=1e-9)

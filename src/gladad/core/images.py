@@ -43,6 +43,9 @@ MAX_PIXELS = 200_000_000
 if Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3:  # Pillow's own; one that a program has chosen stays, and holds here too
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
+DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, UserWarning, struct.error)
+"""What Pillow raises on a damaged file; warnings, where a program wants them to be raised."""
+
 UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
 """EXIF orientation -> what undoes it."""
 
@@ -159,7 +162,7 @@ def _named(name: object) -> Iterator[None]:
         raise DataError(f"{name}: not an image, or a format that is not supported (PNG, JPEG, BMP, TIFF, WebP are)") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: more than the {Image.MAX_IMAGE_PIXELS} pixels that are accepted; crop or shrink it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, UserWarning) as error:  # warnings are raised where a program wants them to be
+    except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{name}: cannot be read ({error.strerror})") from error
         raise DataError(f"{name}: cannot be read, the file is damaged or truncated ({error})") from error

@@ -20,6 +20,9 @@ from gladad.data.layouts import FOLDER_LAYOUTS, SPLITS, Dataset
 
 MAX_WORKERS = 8
 
+Problems = dict[str, list[tuple[Path, str]]]
+"""What is wrong -> the files, and what is to be said of each of them."""
+
 UNREADABLE = "images that cannot be read"
 BAD_MASK = "masks that cannot be read"
 CONTRADICTION = "images that are labelled normal and, pixel for pixel the same, anomalous"
@@ -34,22 +37,8 @@ EMPTY_MASK = "anomalous images whose mask is empty"
 ORPHANS = "masks that belong to no image"
 SHARED = "masks that belong to several images"
 COPIES = "images that are, pixel for pixel, another one of the same split"
-FINDINGS = {
-    UNREADABLE: True,
-    BAD_MASK: True,
-    CONTRADICTION: True,
-    LEAKED: True,
-    IN_TRAINING: True,
-    NO_MASK: True,
-    UNPAIRED: True,
-    OTHER_SIZE: True,
-    NORMAL_MASK: True,
-    SUPERVISED: False,
-    EMPTY_MASK: False,
-    ORPHANS: False,
-    SHARED: False,
-    COPIES: False,
-}
+SERIOUS = (UNREADABLE, BAD_MASK, CONTRADICTION, LEAKED, IN_TRAINING, NO_MASK, UNPAIRED, OTHER_SIZE, NORMAL_MASK)
+FINDINGS = dict.fromkeys(SERIOUS, True) | dict.fromkeys((SUPERVISED, EMPTY_MASK, ORPHANS, SHARED, COPIES), False)
 """What `check_dataset` looks for in files -> whether it is serious, in the order of the report."""
 
 
@@ -120,24 +109,25 @@ def check_dataset(dataset: Dataset, *, workers: int | None = None, progress: Pro
         workers: Threads; None takes as many as there are cores, at most 8.
         progress: Told of every image.
     """
-    problems = _Problems()
+    problems: Problems = {text: [] for text in FINDINGS}
     sizes: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
     by_content: dict[bytes, list[Sample]] = defaultdict(list)
-    lines = dataset.lines or [0] * len(dataset.samples)
     workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
     looks = in_order(partial(_look, dataset), dataset.samples, workers)
-    for done, (sample, line, look) in enumerate(zip(dataset.samples, lines, looks, strict=True), start=1):
-        for text, path, remark in look.problems:
-            problems.add(text, path, f"{remark}, line {line}" if line else remark)
-        if look.size is not None:
-            sizes[sample.category][look.size] += 1
-            by_content[look.content].append(sample)
+    for done, (sample, line, look) in enumerate(zip(dataset.samples, dataset.lines, looks, strict=True), start=1):
+        size, content, seen = look
+        for text, path, remark in seen:
+            problems[text].append((path, f"{remark}, line {line}" if line else remark))
+        if size is not None:
+            sizes[sample.category][size] += 1
+            by_content[content].append(sample)
         progress("reading files", done, len(dataset.samples))
     _check_copies(dataset, by_content.values(), problems)
     _check_labels_and_masks(dataset, problems)
     keys = [(sample.category, sample.split, sample.defect_type) for sample in dataset.samples]
     masks = Counter(key for key, sample in zip(keys, dataset.samples, strict=True) if sample.mask_path is not None)
-    findings = problems.findings() + list(_check_splits(dataset))
+    findings = [Finding(text, FINDINGS[text], *zip(*files, strict=True)) for text, files in problems.items() if files]
+    findings += _check_splits(dataset)
     findings.sort(key=lambda finding: not finding.serious)
     return Inventory(dict(Counter(keys)), {key: masks[key] for key in keys}, dict(sizes), findings)
 
@@ -156,37 +146,15 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
     return f"{len(sizes)} sizes, {min(widths)} to {max(widths)} wide and {min(heights)} to {max(heights)} high"
 
 
-class _Problems:
-    """Files by what is wrong with them."""
-
-    def __init__(self) -> None:
-        self._files: dict[str, list[tuple[Path, str]]] = defaultdict(list)
-
-    def add(self, text: str, path: Path, remark: str = "") -> None:
-        self._files[text].append((path, remark))
-
-    def findings(self) -> list[Finding]:
-        found = [(text, serious, self._files[text]) for text, serious in FINDINGS.items() if self._files[text]]
-        return [Finding(text, serious, tuple(p for p, _ in files), tuple(r for _, r in files)) for text, serious, files in found]
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What was seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
-
-    size: tuple[int, int] | None
-    content: bytes
-    problems: list[tuple[str, Path, str]]
-
-
-def _look(dataset: Dataset, sample: Sample) -> _Look:
+def _look(dataset: Dataset, sample: Sample) -> tuple[tuple[int, int] | None, bytes, list[tuple[str, Path, str]]]:
+    """What is seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
     try:
         pixels = load_image(sample.image_path)
     except DataError as error:
-        return _Look(None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))])
+        return None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))]
     height, width = pixels.shape[:2]
     content = hashlib.blake2b(pixels.data, digest_size=16, salt=f"{width}x{height}".encode()[:16]).digest()
-    return _Look((width, height), content, list(_look_at_mask(dataset, sample, (height, width))))
+    return (width, height), content, list(_look_at_mask(dataset, sample, (height, width)))
 
 
 def _look_at_mask(dataset: Dataset, sample: Sample, size: tuple[int, int]) -> Iterable[tuple[str, Path, str]]:
@@ -209,42 +177,42 @@ def _reason(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _check_copies(dataset: Dataset, groups: Iterable[list[Sample]], problems: _Problems) -> None:
+def _check_copies(dataset: Dataset, groups: Iterable[list[Sample]], problems: Problems) -> None:
     for group in groups:
         first, *others = sorted(group, key=lambda sample: SPLITS.index(sample.split))
         splits = {first.split}
         for sample in others:
             same = short_name(first.image_path, dataset)
             if sample.gt_label != first.gt_label:
-                problems.add(CONTRADICTION, sample.image_path, f"the same as {same}")
+                problems[CONTRADICTION].append((sample.image_path, f"the same as {same}"))
             if splits - {sample.split}:
-                problems.add(LEAKED, sample.image_path, f"in {sample.split}; in {first.split} as {same}")
+                problems[LEAKED].append((sample.image_path, f"in {sample.split}; in {first.split} as {same}"))
             elif sample.gt_label == first.gt_label:
-                problems.add(COPIES, sample.image_path, f"the same as {same}")
+                problems[COPIES].append((sample.image_path, f"the same as {same}"))
             splits.add(sample.split)
 
 
-def _check_labels_and_masks(dataset: Dataset, problems: _Problems) -> None:
+def _check_labels_and_masks(dataset: Dataset, problems: Problems) -> None:
     masked = {sample.category for sample in dataset.samples if sample.gt_label and sample.mask_path is not None} | set(dataset.orphans)
     unmasked: set[str] = set()
     users: dict[Path, list[Sample]] = defaultdict(list)
-    for sample, line in zip(dataset.samples, dataset.lines or [0] * len(dataset.samples), strict=True):
+    for sample, line in zip(dataset.samples, dataset.lines, strict=True):
         where = f"line {line}" if line else ""
         if sample.mask_path is not None:
             users[sample.mask_path].append(sample)
         if sample.gt_label and sample.split == "train":
             # VisA's tables for few and many shots are made for methods that learn from them.
-            problems.add(SUPERVISED if dataset.layout == "visa" else IN_TRAINING, sample.image_path, where)
+            problems[SUPERVISED if dataset.layout == "visa" else IN_TRAINING].append((sample.image_path, where))
         if sample.gt_label and sample.split == "test" and sample.mask_path is None:
             unmasked.add(sample.category)
             if sample.category in masked:
-                problems.add(NO_MASK, sample.image_path, where)
+                problems[NO_MASK].append((sample.image_path, where))
     for category, masks in dataset.orphans.items():
         for mask in masks:
-            problems.add(UNPAIRED if category in unmasked else ORPHANS, mask)
+            problems[UNPAIRED if category in unmasked else ORPHANS].append((mask, ""))
     for mask, samples in users.items():
         if len({sample.image_path for sample in samples}) > 1:
-            problems.add(SHARED, mask, "of " + ", ".join(short_name(sample.image_path, dataset) for sample in samples))
+            problems[SHARED].append((mask, "of " + ", ".join(short_name(sample.image_path, dataset) for sample in samples)))
 
 
 def _check_splits(dataset: Dataset) -> Iterable[Finding]:

@@ -28,7 +28,6 @@ from scipy import ndimage, signal  # type: ignore[import-untyped, unused-ignore]
 from gladad.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIDE = 224
 """Shorter side in pixels for which the published lengths are meant."""
@@ -36,11 +35,10 @@ REFERENCE_SIDE = 224
 
 @dataclass(frozen=True)
 class Shift:
-    """One kind of change: what it does to an image, how strongly in each severity, and how it moves a mask (None: not at all)."""
+    """One kind of change: what it does to an image, and how strongly in each severity."""
 
     apply: Callable[[Pixels, Any, np.random.Generator], Pixels]
     strengths: Sequence[Any]  # of severity 1...5, in the units of `apply`
-    move: Callable[[Mask, Any, np.random.Generator], Mask] | None = None
 
 
 def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
@@ -58,35 +56,11 @@ def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
     Raises:
         ConfigError: The name is unknown, or the severity is not 1...5.
     """
-    shift, strength = _find(name, severity)
-    return shift.apply(pixels, strength, np.random.default_rng(seed))
-
-
-def corrupt_mask(mask: Mask, name: str, severity: int, seed: int) -> Mask:
-    """The ground truth of the image that `corrupt` makes of the same arguments: moved as the image is, by nearest neighbour.
-
-    Args:
-        mask: ``[H, W]`` bool, at the size of the image.
-        name: As for `corrupt`.
-        severity: As for `corrupt`.
-        seed: As for `corrupt`.
-
-    Returns:
-        ``[H, W]`` bool; the mask itself under a shift that moves nothing.
-
-    Raises:
-        ConfigError: The name is unknown, or the severity is not 1...5.
-    """
-    shift, strength = _find(name, severity)
-    return mask if shift.move is None else shift.move(mask, strength, np.random.default_rng(seed))
-
-
-def _find(name: str, severity: int) -> tuple[Shift, Any]:
     if name not in SHIFTS:
         raise ConfigError(f"unknown shift {name!r}; known are {', '.join(SHIFTS)}")
     if severity not in SEVERITIES:
         raise ConfigError(f"severity {severity!r} of {name}: must be 1, 2, 3, 4 or 5")
-    return SHIFTS[name], SHIFTS[name].strengths[severity - 1]
+    return SHIFTS[name].apply(pixels, SHIFTS[name].strengths[severity - 1], np.random.default_rng(seed))
 
 
 def _to_pixels(levels: NDArray[np.floating[Any]]) -> Pixels:
@@ -178,16 +152,16 @@ def _convolve(pixels: Pixels, kernel: NDArray[np.float64]) -> Pixels:
 def rotation(pixels: Pixels, degrees: float, rng: np.random.Generator) -> Pixels:
     """Turn about the centre by ``degrees``, either way; bilinear, with mirrored borders."""
     degrees *= _sign(rng)
-    return _to_pixels(np.stack([_turn(channel, degrees, 1) for channel in np.moveaxis(pixels.astype(np.float64), 2, 0)], axis=2))
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = np.array([[cos, sin], [-sin, cos]])
+    centre = (np.array(pixels.shape[:2]) - 1) / 2
+    channels = np.moveaxis(pixels.astype(np.float64), 2, 0)
+    turned = [ndimage.affine_transform(channel, matrix, centre - matrix @ centre, order=1, mode="mirror") for channel in channels]
+    return _to_pixels(np.stack(turned, axis=2))
 
 
-def rotate_mask(mask: Mask, degrees: float, rng: np.random.Generator) -> Mask:
-    """As `rotation`, by nearest neighbour."""
-    return _turn(mask.astype(np.uint8), degrees * _sign(rng), 0).astype(bool)
-
-
-def translation(pixels: NDArray[Any], share: float, rng: np.random.Generator) -> NDArray[Any]:
-    """Move an image or a mask by ``share`` of each side, either way along each, with mirrored borders.
+def translation(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
+    """Move by ``share`` of each side, either way along each, with mirrored borders.
 
     Whole pixels and at least one, unless the share is 0: nothing is interpolated.
     """
@@ -195,7 +169,7 @@ def translation(pixels: NDArray[Any], share: float, rng: np.random.Generator) ->
     for axis in (0, 1):
         side, sign = pixels.shape[axis], _sign(rng)
         move = sign * max(1, round(share * side)) if share else 0
-        pad = [(abs(move), abs(move)) if a == axis else (0, 0) for a in range(pixels.ndim)]
+        pad = [(abs(move), abs(move)) if a == axis else (0, 0) for a in range(3)]
         start = abs(move) - move
         out = np.pad(out, pad, mode="reflect").take(range(start, start + side), axis=axis)
     return out
@@ -203,14 +177,6 @@ def translation(pixels: NDArray[Any], share: float, rng: np.random.Generator) ->
 
 def _sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
-
-
-def _turn(plane: NDArray[Any], degrees: float, order: int) -> NDArray[Any]:
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    matrix = np.array([[cos, sin], [-sin, cos]])
-    centre = (np.array(plane.shape) - 1) / 2
-    turned: NDArray[Any] = ndimage.affine_transform(plane, matrix, centre - matrix @ centre, order=order, mode="mirror")
-    return turned
 
 
 SHIFTS: dict[str, Shift] = {
@@ -222,7 +188,7 @@ SHIFTS: dict[str, Shift] = {
     "defocus_blur": Shift(defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
     "motion_blur": Shift(motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
     "jpeg_compression": Shift(jpeg_compression, (25, 18, 15, 10, 7)),
-    "rotation": Shift(rotation, (1, 2, 3, 5, 10), rotate_mask),
-    "translation": Shift(translation, (0.01, 0.02, 0.03, 0.05, 0.1), translation),
+    "rotation": Shift(rotation, (1, 2, 3, 5, 10)),
+    "translation": Shift(translation, (0.01, 0.02, 0.03, 0.05, 0.1)),
 }
 """Every shift by its name."""

@@ -21,7 +21,7 @@ FEW = 12
 TRAINED = 24
 """Images, copies included, that a training gets at least."""
 SCORED = 4
-"""Views of each image, itself included, that the calibration scores."""
+"""Pictures of each image, itself included, that the calibration scores."""
 MAX_ROTATION, MAX_SHIFT, MAX_LIGHT = 4.0, 0.03, 0.1
 """Of a copy: degrees, share of the side, and relative change of brightness and of contrast."""
 
@@ -36,9 +36,9 @@ def with_copies(images: Sequence[Pixels], seed: int) -> list[Pixels]:
     return [*images, *(_copy(images[i % len(images)], Draw((seed, 0, i))) for i in range(TRAINED - len(images)))]
 
 
-def views(images: Sequence[Pixels], seed: int) -> list[Pixels]:
+def moved_copies(images: Sequence[Pixels], seed: int) -> list[Pixels]:
     """Every image followed by `SCORED` - 1 copies that `with_copies` does not make."""
-    return [view for i, image in enumerate(images) for view in (image, *(_copy(image, Draw((seed, 1, i, k))) for k in range(1, SCORED)))]
+    return [copy for i, image in enumerate(images) for copy in (image, *(_copy(image, Draw((seed, 1, i, k))) for k in range(1, SCORED)))]
 
 
 def _copy(pixels: Pixels, draw: Draw) -> Pixels:

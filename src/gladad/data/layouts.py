@@ -18,7 +18,9 @@ from gladad.core.records import Sample
 from gladad.data.manifests import SUFFIXES, is_visa_table, read_manifest
 from gladad.data.samples import (
     NORMAL_NAMES,
+    PRIVATE,
     TEST_FOLDERS,
+    absolute,
     category_folders,
     category_samples,
     folders_named,
@@ -38,7 +40,6 @@ LAYOUTS = (*FOLDER_LAYOUTS, "visa", "manifest")
 """Names that `read_dataset` takes besides ``auto``."""
 
 SPLITS = ("train", "validation", "test")
-PRIVATE = frozenset({"test_private", "test_private_mixed"})
 HELD_OUT_EVERY = 10
 """Without VisA's table, one normal image in so many is for testing: the share that its ``1cls.csv`` takes."""
 
@@ -52,20 +53,20 @@ class Dataset:
         layout: One of `LAYOUTS`.
         samples: Every labelled image of every category, sorted by category, split, kind and path. Whether the files can be read is not
             known yet (`gladad.data.checks.check_dataset`).
+        lines: The line of each sample in the manifest; 0 for folders.
         unlabelled: Number of images without a label that were left out, such as those of private test splits.
         orphans: Category -> masks that belong to none of its images.
         notes: What was left out or assumed, a sentence each.
-        lines: For a manifest, the line of each sample; empty for folders.
         part: The only split that was read, if its folder was given instead of the category's.
     """
 
     root: Path
     layout: str
     samples: tuple[Sample, ...]
+    lines: tuple[int, ...]
     unlabelled: int = 0
     orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    lines: tuple[int, ...] = ()
     part: str | None = None
 
     @property
@@ -161,7 +162,7 @@ def read_dataset(path: str | Path, layout: str = "auto", category: str | None = 
         unlabelled=found.unlabelled,
         orphans={name: masks for name, masks in found.orphans.items() if masks and category in (None, name)},
         notes=tuple(found.notes),
-        lines=tuple(line for _, line in rows) if found.lines else (),
+        lines=tuple(line for _, line in rows),
         part=found.part,
     )
 
@@ -245,24 +246,17 @@ def _refuse_misfit(path: Path, layout: str) -> None:
         raise DataError(f"{path}: no train or test folder, so the layout is not {layout}; try --layout folders")
 
 
-# -- folders ----------------------------------------------------------------------------------------------------
-
-
 def _has_splits(folder: Path) -> bool:
     return bool(folders_named(folder, {"train", *TEST_FOLDERS}))
 
 
 def _above_split(path: Path) -> Path:
     """The category of a folder that is one of its splits; any other folder itself."""
-    return _absolute(path).parent if _own_name(path) in {"train", "validation", *TEST_FOLDERS} else path
+    return absolute(path).parent if _own_name(path) in {"train", "validation", *TEST_FOLDERS} else path
 
 
 def _own_name(path: Path) -> str:
-    return _absolute(path).name.lower()
-
-
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - without following links: what is named counts
+    return absolute(path).name.lower()
 
 
 def _read_folders(path: Path, layout: str, category: str | None) -> _Found:
@@ -333,9 +327,6 @@ def _has_image(folder: Path) -> bool:
     return any(is_image(Path(name)) for _, _, files in os.walk(folder) for name in files)
 
 
-# -- tables -----------------------------------------------------------------------------------------------------
-
-
 def _read_table(path: Path, folder: Path) -> _Found:
     manifest = read_manifest(path, folder)
     return _Found(samples=list(manifest.samples), lines=list(manifest.lines), unlabelled=manifest.unlabelled)
@@ -365,15 +356,14 @@ def _read_visa(path: Path) -> _Found:
 
 def _visa_table(path: Path) -> tuple[Path | None, Path, str | None]:
     """VisA's split table, the folder that its paths are relative to, and the only category that was asked for."""
-    absolute = _absolute(path)  # a link to a category may have the table beside it
-    if absolute.name.lower() == "split_csv":
-        path, absolute = path.parent, absolute.parent
+    whole = absolute(path)  # a link to a category may have the table beside it
+    if whole.name.lower() == "split_csv":
+        path, whole = path.parent, whole.parent
     if path.is_file():
-        root = absolute.parent.parent if absolute.parent.name.lower() == "split_csv" else absolute.parent
-        return path, root, None
+        return path, whole.parent.parent if whole.parent.name.lower() == "split_csv" else whole.parent, None
     places: list[tuple[Path, str | None]] = [(path, None)]
     if visa_images(path):
-        places += [(absolute.parent, absolute.name), (path.resolve().parent, path.resolve().name)]
+        places += [(whole.parent, whole.name), (path.resolve().parent, path.resolve().name)]
     for root, only in places:
         for folder in folders_named(root, {"split_csv"}):
             tables = sorted(file for file in folder.iterdir() if is_visa_table(file))

@@ -16,33 +16,19 @@ from typing import Any
 
 from gladad.core.errors import DataError
 from gladad.core.records import Sample
+from gladad.data.samples import ANOMALOUS_NAMES, NORMAL_NAMES
 
 SUFFIXES = frozenset({".csv", ".jsonl"})
 """File name endings (lower case) of manifests."""
 
-ALIASES = {
-    "image_path": "image",
-    "mask_path": "mask",
-    "gt_label": "label",
-    "object": "category",
-}
+ALIASES = {"image_path": "image", "mask_path": "mask", "gt_label": "label", "object": "category"}
 """Other names of columns -> ours."""
 
 REQUIRED = ("image", "label")
 
-NORMAL_LABELS = frozenset({"0", "0.0", "false", "good", "normal", "ok"})
-ANOMALOUS_LABELS = frozenset(
-    {"1", "1.0", "true", "abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "ko", "ng", "nok"}
-)  # fmt: skip
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+LABELS = dict.fromkeys({"0", "0.0", "false"} | NORMAL_NAMES, 0) | dict.fromkeys({"1", "1.0", "true"} | ANOMALOUS_NAMES, 1)
+SPLITS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
+SPLITS |= {name: name for name in ("train", "validation", "test")}
 
 Row = Mapping[str, Any]
 
@@ -196,10 +182,8 @@ def _label(row: Row, path: Path, line: int) -> int | None:
     text = _text(row, "label").lower()
     if not text:
         return None
-    if text in NORMAL_LABELS:
-        return 0
-    if text in ANOMALOUS_LABELS:
-        return 1
+    if text in LABELS:
+        return LABELS[text]
     raise DataError(
         f"{path}, line {line}: label {row['label']!r} is unknown; write 0 or normal, 1 or anomalous, and the kind in defect_type"
     )

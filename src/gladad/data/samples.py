@@ -19,7 +19,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -39,7 +38,10 @@ TEST_FOLDERS = frozenset({"test", "test_public"})
 MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})
 """Names of folders (lower case) that hold masks, never images to learn from or to judge."""
 
-HELD_BACK = TEST_FOLDERS | {"validation", "test_private", "test_private_mixed"}
+PRIVATE = frozenset({"test_private", "test_private_mixed"})
+"""Names of folders (lower case) that hold test images without labels."""
+
+HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}
 """Names of folders (lower case) whose images are never learnt from."""
 
 EXPECTED = "a folder of good images, or a category with train/good/"
@@ -77,15 +79,14 @@ def good_images(path: str | Path) -> list[Path]:
     return found
 
 
-def category_samples(path: str | Path, split: Literal["train", "validation", "test"] = "test") -> list[Sample]:
-    """The labelled images of a category, sorted by kind and name.
+def category_samples(path: str | Path) -> list[Sample]:
+    """The labelled test images of a category, sorted by kind and name.
 
     The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. Masks are paired as
     `labelled_images` says. An image without one has mask_path None.
 
     Args:
         path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
-        split: ``test``; ``train`` for what `good_images` finds; ``validation`` for the good images of that folder, if it is there.
 
     Raises:
         DataError: There is no such folder, it holds several categories, or no labelled images.
@@ -93,12 +94,6 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
     path = _folder(path, "a category with test/<kind>/ folders")
     if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
-    category = product_name(path)
-    if split == "train":
-        return [Sample(image, category=category, split="train") for image in good_images(path)]
-    if split == "validation":
-        good = [folder for parent in folders_named(path, {"validation"}) for folder in folders_named(parent, NORMAL_NAMES)]
-        return labelled_images(good, [], category, split)
     _refuse_several_categories(path)
     parents = [path]
     if test := folders_named(path, TEST_FOLDERS):
@@ -108,7 +103,7 @@ def category_samples(path: str | Path, split: Literal["train", "validation", "te
         kinds = kind_folders(path)
     else:
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
-    samples = labelled_images(kinds, parents, category, split)
+    samples = labelled_images(kinds, parents, product_name(path), "test")
     if not samples:
         raise DataError(f"{path}: no labelled images; expected {EXPECTED_LABELS}")
     return samples
@@ -275,9 +270,14 @@ def mask_files(parents: Sequence[Path]) -> list[Path]:
     return [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
 
 
+def absolute(path: Path) -> Path:
+    """The whole path, without following links: what is named counts."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def product_name(path: Path) -> str:
     """The name of the product that a folder is of: its own, or where that is a split's or a label's, the one above."""
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - without following links: a link names its product
+    path = absolute(path)
     for folder in (path, *path.parents):
         if folder.name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}:
             return folder.name or path.name

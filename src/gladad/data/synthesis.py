@@ -11,19 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
-from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-from gladad.core.errors import DataError
 from gladad.core.settings import validated
-
-Foreground = Literal["all", "bright", "dark"]
-Pixels = NDArray[np.uint8]
+from gladad.data.foreground import Foreground, Pixels, foreground_mask
 
 
 @validated
@@ -114,173 +108,6 @@ def local_mask(size: tuple[int, int], config: SynthesisConfig, draw: Draw, foreg
         cells = (2 ** draw.integer(3, 5), 2 ** draw.integer(3, 5))
         mask |= np.hypot(along, across) + 0.6 * perlin_noise(size, cells, draw) < 1
     return mask
-
-
-def foreground_mask(pixels: Pixels, foreground: Foreground) -> NDArray[np.bool_] | None:
-    """Where the part is: Otsu's threshold on the grey image. None means the whole image.
-
-    Args:
-        pixels: ``[H, W, 3]`` uint8.
-        foreground: ``bright`` part on dark ground, ``dark`` part on bright ground, or ``all``.
-    """
-    if foreground == "all":
-        return None
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    threshold = otsu_threshold(grey)
-    return grey > threshold if foreground == "bright" else grey <= threshold
-
-
-def otsu_threshold(grey: NDArray[np.uint8]) -> int:
-    """Otsu's threshold of an 8-bit image: the level that maximises the variance between the two classes."""
-    histogram = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
-    weight = np.cumsum(histogram)
-    total = np.cumsum(histogram * np.arange(256))
-    below, above = weight[:-1], weight[-1] - weight[:-1]
-    valid = (below > 0) & (above > 0)
-    means = np.zeros(255)
-    means[valid] = total[:-1][valid] / below[valid] - (total[-1] - total[:-1][valid]) / above[valid]
-    return int(np.argmax(below * above * means**2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForegroundChoice:
-    """Which part of the images is the part, and why.
-
-    Attributes:
-        foreground: What `foreground_mask` is to take.
-        reason: One sentence for people.
-        separation: Otsu's criterion, the median over images: the share of the grey levels' variance that lies between the two classes.
-        share: The share of the image that the part takes, the median over images; 1 with ``all``.
-    """
-
-    foreground: Foreground
-    reason: str
-    separation: float
-    share: float
-
-
-# An image shows a part before a ground when all of these hold. One Gaussian has a separation of 0.64, an even ramp of 0.75.
-MIN_SEPARATION = 0.8  # of Otsu's classes
-MIN_CONTRAST = 16.0  # grey levels between their means
-MIN_BORDER = 0.9  # share of the image's border that is ground
-MIN_SIDE = 0.75  # the same of each of its four sides: a thread or a clamp may cross it
-MAX_UNEVENNESS = 0.2  # standard deviation of the ground, as a share of the contrast
-PART_SHARE = (0.01, 0.85)  # of the image that is not ground
-PIECES, MIN_GATHERED = 8, 0.9  # this many pieces hold at least this share of the part
-# And the set does when this share of its images agrees, and parts are alike in size.
-MIN_AGREEMENT = 0.9
-MAX_SPREAD = 1.0  # 10 % to 90 % quantile of the part's share, relative to its median
-MASK_SIDE, BORDER = 128, 3  # the shape of a mask is judged at this side, and its border is this wide, pixels
-
-
-@dataclass(frozen=True)
-class _Split:
-    """How Otsu's threshold splits one image, the class that most of the border belongs to being the ground."""
-
-    bright: bool  # the part is the brighter class
-    separation: float
-    contrast: float
-    border: float
-    side: float
-    unevenness: float
-    share: float
-    gathered: float
-
-
-def choose_foreground(images: Sequence[Pixels]) -> ForegroundChoice:
-    """Decide from normal images whether a part stands before an even ground, and whether it is the brighter or the darker side.
-
-    When in doubt it is ``all``: textures, parts that fill the image, and uneven light. The order of the images does not matter.
-
-    Args:
-        images: ``[H, W, 3]`` uint8 normal images, of any sizes. What is judged are the masks that `foreground_mask` would give.
-
-    Raises:
-        DataError: There are no images.
-    """
-    if not len(images):
-        raise DataError("choosing a foreground needs at least one image")
-    splits = [_split(pixels) for pixels in images]
-
-    def median(field: str) -> float:
-        return float(np.median([getattr(split, field) for split in splits]))
-
-    def everything(why: str) -> ForegroundChoice:
-        reason = f"the whole image, as no part stands before an even ground: {why}"
-        return ForegroundChoice(foreground="all", reason=reason, separation=median("separation"), share=1.0)
-
-    share = median("share")
-    failures = {
-        f"there is no contrast (the classes of Otsu differ by {median('contrast'):.0f} of 255 levels)": [
-            split.contrast < MIN_CONTRAST for split in splits
-        ],
-        f"Otsu separates only {median('separation'):.0%} of the variance": [split.separation < MIN_SEPARATION for split in splits],
-        f"the ground would hold only {median('border'):.0%} of the border": [split.border < MIN_BORDER for split in splits],
-        f"on one side the ground would hold only {median('side'):.0%} of the border": [split.side < MIN_SIDE for split in splits],
-        f"the ground would vary by {median('unevenness'):.0%} of its contrast to the part": [
-            split.unevenness > MAX_UNEVENNESS for split in splits
-        ],
-        f"the part would take {share:.0%} of the image": [not PART_SHARE[0] <= split.share <= PART_SHARE[1] for split in splits],
-        f"only {median('gathered'):.0%} of the part would lie in its {PIECES} largest pieces": [
-            split.gathered < MIN_GATHERED for split in splits
-        ],
-    }
-    for why, failed in failures.items():
-        if np.mean(failed) > 0.5:
-            return everything(why)
-    fits = ~np.any(list(failures.values()), axis=0)
-    bright = np.array([split.bright for split in splits])
-    votes = {side: float(np.mean(fits & (bright == (side == "bright")))) for side in ("bright", "dark")}
-    foreground: Foreground = "bright" if votes["bright"] > votes["dark"] else "dark"
-    if votes[foreground] < MIN_AGREEMENT:
-        return everything(f"{votes['bright']:.0%} of the images show a bright part, {votes['dark']:.0%} a dark one")
-    low, high = np.quantile([split.share for split in splits], (0.1, 0.9))
-    if high - low > MAX_SPREAD * share:
-        return everything(f"the part would take {low:.0%} of some images and {high:.0%} of others")
-    reason = (
-        f"a {foreground} part on an even {'dark' if foreground == 'bright' else 'bright'} ground: Otsu separates "
-        f"{median('separation'):.0%} of the variance, the ground holds {median('border'):.0%} of the border"
-    )
-    return ForegroundChoice(foreground=foreground, reason=reason, separation=median("separation"), share=share)
-
-
-def _split(pixels: Pixels) -> _Split:
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    above = grey > otsu_threshold(grey)
-    if above.all() or not above.any():
-        return _Split(bright=False, separation=0, contrast=0, border=1, side=1, unevenness=0, share=0, gathered=0)
-    levels = np.bincount(grey[above], minlength=256), np.bincount(grey[~above], minlength=256)
-    (bright_mean, bright_std), (dark_mean, dark_std) = (_moments(histogram) for histogram in levels)
-    contrast, weight = bright_mean - dark_mean, float(above.mean())
-    between = weight * (1 - weight) * contrast**2
-    within = weight * bright_std**2 + (1 - weight) * dark_std**2
-
-    small = Image.fromarray(above).convert("L").resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BOX)
-    shape = np.asarray(small) > 127
-    ring = np.ones_like(shape)
-    ring[BORDER:-BORDER, BORDER:-BORDER] = False
-    bright = bool(shape[ring].mean() <= 0.5)  # the border is dark
-    ground = shape != bright
-    sides = (ground[:BORDER], ground[-BORDER:], ground[:, :BORDER], ground[:, -BORDER:])
-    pieces, count = ndimage.label(~ground)
-    areas = np.sort(np.bincount(pieces.ravel(), minlength=count + 1)[1:])[::-1]
-    return _Split(
-        bright=bright,
-        separation=between / (between + within),
-        contrast=contrast,
-        border=float(ground[ring].mean()),
-        side=float(min(side.mean() for side in sides)),
-        unevenness=(dark_std if bright else bright_std) / contrast,
-        share=weight if bright else 1 - weight,
-        gathered=float(areas[:PIECES].sum() / max(1, areas.sum())),
-    )
-
-
-def _moments(histogram: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation of the levels counted in a histogram."""
-    levels = np.arange(len(histogram))
-    mean = float(np.average(levels, weights=histogram))
-    return mean, math.sqrt(float(np.average((levels - mean) ** 2, weights=histogram)))
 
 
 # Colour and geometry changes of a source image; each draws its own strength. The list is the published one.

@@ -17,9 +17,9 @@ from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.processes import process_count
 from gladad.core.records import Progress
 from gladad.core.threads import in_order
-from gladad.data.few_shot import FEW, views, with_copies
+from gladad.data.few_shot import FEW, moved_copies, with_copies
+from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
-from gladad.data.synthesis import Foreground, choose_foreground
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate
 from gladad.models.family import Family, Model, Training
 from gladad.models.registry import family_of, family_of_kind
@@ -116,14 +116,14 @@ class Fitter:
         if not cross_fitted:
             scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress), progress)
         elif not folds:  # one image: nothing but its own copies to be judged by
-            scores, peaks = held_out_scores(model, views(pixels, self.settings.seed), progress)
+            scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), progress)
         else:
             scores, peaks = [], []
             for fold in range(folds):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
-                found = held_out_scores(other, views(out, self.settings.seed) if few else out, progress)
+                found = held_out_scores(other, moved_copies(out, self.settings.seed) if few else out, progress)
                 del other  # two sets of networks are enough
                 scores, peaks = scores + found[0], peaks + found[1]
         judged = len(paths) if cross_fitted else len(held_out)

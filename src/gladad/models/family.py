@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.records import Inspection, Progress, no_progress
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.models.settings import FitSettings
 
 if TYPE_CHECKING:

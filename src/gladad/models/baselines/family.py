@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import to_json, with_values
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.features.extractor import DEFAULT_EXTRACTOR, load_extractor
 from gladad.features.stack import size_for_aspect
 from gladad.models.baselines.anomalib import AnomalibConfig, AnomalibModel, AnomalibSettings, fit_anomalib

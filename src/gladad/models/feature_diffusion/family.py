@@ -9,7 +9,7 @@ from typing import Any
 from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import METHOD, to_json, with_values
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.features.extractor import load_extractor
 from gladad.features.stack import size_for_aspect
 from gladad.models.family import Model, Pixels, Training

@@ -18,7 +18,8 @@ from torch import Tensor
 from gladad.core.errors import DataError, TrainingError
 from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress
-from gladad.data.synthesis import Draw, Foreground, synthesise
+from gladad.data.foreground import Foreground
+from gladad.data.synthesis import Draw, synthesise
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import FeatureStack
 from gladad.models.feature_diffusion.model import FeatureDiffusion, pool

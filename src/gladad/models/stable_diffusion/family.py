@@ -16,7 +16,7 @@ from gladad.core.images import to_tensor
 from gladad.core.processes import process_count
 from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.stable_diffusion.components import choose_device, locate_base
 from gladad.models.stable_diffusion.memory_fit import available_memory, check_fits

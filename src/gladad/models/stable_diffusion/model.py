@@ -23,7 +23,7 @@ from gladad.core.images import resize_pixels, to_pixels, to_tensor
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
 from gladad.core.storage import content_digest, read_json, write_json
-from gladad.data.synthesis import foreground_mask
+from gladad.data.foreground import foreground_mask
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
 from gladad.models.stable_diffusion.components import Located, Networks, Origin, choose_device, load_networks, locate_base, shared_networks
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds

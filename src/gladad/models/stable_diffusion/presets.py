@@ -15,7 +15,7 @@ from typing import Any, Literal
 from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.errors import ConfigError
 from gladad.core.settings import from_json, validated
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 
 FOLDER = Path(__file__).with_name("presets_data")
 MULTI_CLASS = "multi_class"

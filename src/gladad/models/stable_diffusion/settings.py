@@ -9,7 +9,7 @@ from pydantic import Field
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.settings import validated
-from gladad.data.synthesis import Foreground
+from gladad.data.foreground import Foreground
 from gladad.models.settings import DenoisingSettings
 from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset

@@ -22,7 +22,8 @@ from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
-from gladad.data.synthesis import Draw, Foreground, SynthesisConfig, synthesise
+from gladad.data.foreground import Foreground
+from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.training.loop import DTYPES, LoopConfig, Precision, TrainingRun, divided, draw_generator, train
