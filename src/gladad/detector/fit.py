@@ -119,9 +119,10 @@ class Fitter:
             scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), progress)
         else:
             scores, peaks = [], []
+            own = _folds(paths)
             for fold in range(folds):
-                rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
-                out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
+                rest = [p for place, p in zip(own, pixels, strict=True) if place != fold]
+                out = [p for place, p in zip(own, pixels, strict=True) if place == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
                 found = held_out_scores(other, moved_copies(out, self.settings.seed) if few else out, progress)
                 del other  # two sets of networks are enough
@@ -309,6 +310,19 @@ class Fitter:
 def seen(trained: Sequence[Path], held_out: Sequence[Path]) -> SeenImages:
     """The record of a fit's files."""
     return SeenImages(frozenset(map(file_digest, trained)), frozenset(map(file_digest, held_out)))
+
+
+def _folds(paths: Sequence[Path]) -> list[int]:
+    """The fold of each file: in turns, but files of the same bytes are in the same one.
+
+    Raises:
+        DataError: All files are the same.
+    """
+    digests = [file_digest(path) for path in paths]
+    turn = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
+    if len(turn) < FOLDS:
+        raise DataError(f"{paths[0].parent}: all {len(paths)} good images are copies of one; add others")
+    return [turn[digest] % FOLDS for digest in digests]
 
 
 def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
