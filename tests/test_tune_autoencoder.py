@@ -25,12 +25,12 @@ from gladad.models.stable_diffusion.autoencoder_tuning import (
     AutoencoderTask,
     AutoencoderTuningConfig,
     check_autoencoder_target,
-    image_of_sample,
     save_autoencoder,
     tune_autoencoder,
 )
 from gladad.models.stable_diffusion.components import locate_base
 from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, draw_generator
 
 SIDE = 32

@@ -20,11 +20,11 @@ from torch import Tensor
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import resize_pixels, to_tensor
-from gladad.models.stable_diffusion.autoencoder_tuning import image_of_sample
 from gladad.models.stable_diffusion.extractor_tuning import FeatureTask, FeatureTuningConfig, features_distance, tune_features
 from gladad.models.stable_diffusion.model import PaperBase, PaperConfig, fit_paper
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, train
 
 SIDE = 32

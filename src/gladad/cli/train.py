@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -408,28 +409,19 @@ def plan(
     """Show how much memory training and inspection need; exit status 1 if the training does not fit."""
     with waiting("starting", quiet):
         from gladad.core.errors import ModelFormatError
-        from gladad.models.registry import plan_request
-        from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
-        from gladad.models.stable_diffusion.components import NAMED_BASES, choose_device, locate_base
-        from gladad.models.stable_diffusion.memory_fit import available_memory, bytes_text, check_fits
-        from gladad.models.stable_diffusion.memory_plan import (
-            BaseConfigs,
-            MemoryPlan,
-            PlanRequest,
-            plan_inspection,
-            plan_training,
-            read_configs,
-        )
+        from gladad.models.stable_diffusion.architectures import SD14, read_configs
+        from gladad.models.stable_diffusion.components import NAMED_BASES, locate_base
+        from gladad.models.stable_diffusion.device import available_memory, bytes_text, choose_device
+        from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_inspection, plan_training
         from gladad.models.stable_diffusion.training import FinetuneConfig
 
         hush()
     try:
-        places = locate_base(base, features, vae, revision=revision, local_files_only=offline or base in NAMED_BASES)
-        configs = read_configs(places[0].folder, places[1].folder, None if places[2] is None else places[2].folder)
+        configs = read_configs(*locate_base(base, features, vae, revision=revision, local_files_only=offline or base in NAMED_BASES))
     except ModelFormatError:
         if base not in NAMED_BASES or features or vae or revision:
             raise
-        configs = BaseConfigs(UNET_CONFIG, VAE_CONFIG, DINO_CONFIG)  # what it is made of is known without downloading it
+        configs = SD14  # what it is made of is known without downloading it
     chosen = {
         "method": training,
         "rank": rank,
@@ -444,22 +436,22 @@ def plan(
     config = _denoiser(None, chosen) or FinetuneConfig()
     device = choose_device()
 
-    def needed(request: PlanRequest) -> MemoryPlan:
-        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+    @functools.cache
+    def planned(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
+        return plan_training(configs, training, size, device_type=device.type)
 
     size = (image_size, image_size)
-    request = plan_request(config, size)
     with waiting("taking one step without content", quiet):
-        train = needed(request)
-        inspect = plan_inspection(configs.unet, configs.vae, configs.features, size, config.precision, guidance)
-    table = Table("", f"{config.method} training, {request.batch_size} at a time", "inspection", box=None)
-    inspection = dict(inspect.rows())
-    for name, count in train.rows():
+        train = planned(config, size)
+        inspection = plan_inspection(configs, size, config.precision, guidance=guidance)
+    at_a_time = min(config.micro_batch or config.batch_size, config.batch_size)
+    table = Table("", f"{config.method} training, {at_a_time} at a time", "inspection", box=None)
+    for name, count in train.items():
         table.add_row(name, bytes_text(count), bytes_text(inspection[name]) if name in inspection else "")
     Console().print(table)
     available = available_memory(device) if memory_limit is None else memory_limit
     print(f"{bytes_text(available)} are {'available' if memory_limit is None else 'allowed'} on {device}")
-    check_fits(train, available, request, needed, device.type)
+    check_fits(planned, config, size, available, device.type)
 
 
 @guarded
@@ -543,7 +535,8 @@ def tune_vae(
                 save_autoencoder,
                 tune_autoencoder,
             )
-            from gladad.models.stable_diffusion.components import choose_device, load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.device import choose_device
             from gladad.training.checkpoints import discard
 
             hush(downloads=not silent)

@@ -24,9 +24,10 @@ from gladad.models.baselines.anomalib import AnomalibBase, AnomalibConfig, fit_a
 from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
 from gladad.models.feature_diffusion.model import LiteBase, LiteConfig
 from gladad.models.feature_diffusion.training import LiteTrainingConfig, adjust_lite, fit_lite, fit_lite_multi_class
-from gladad.models.stable_diffusion.components import choose_device, locate_base
-from gladad.models.stable_diffusion.memory_fit import available_memory, check_fits
-from gladad.models.stable_diffusion.memory_plan import MemoryPlan, PlanRequest, plan_training, read_configs
+from gladad.models.stable_diffusion.architectures import read_configs
+from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.device import available_memory, choose_device
+from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_training
 from gladad.models.stable_diffusion.model import PaperBase, PaperConfig, fit_paper
 from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT, GladPipeline
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
@@ -259,24 +260,6 @@ def _fit_diffusers(
     )
 
 
-def plan_request(training: FinetuneConfig, size: tuple[int, int], processes: int = 1) -> PlanRequest:
-    """What one of so many processes asks of its memory."""
-    share = math.ceil(training.batch_size / processes)
-    at_once = min(training.micro_batch or share, share)
-    return PlanRequest(
-        image_size=size,
-        training=training.method,
-        batch_size=at_once,
-        accumulation=math.ceil(share / at_once),
-        lora_rank=training.rank,
-        lora_layers=training.layers,
-        gradient_checkpointing=training.gradient_checkpointing,
-        precision=training.precision,
-        optimizer=training.optimizer,
-        ema=training.ema > 0,
-    )
-
-
 def check_memory(name: str, size: tuple[int, int], settings: FitSettings, training: FinetuneConfig, limit: int | None) -> None:
     """Refuse a training of a diffusers base that does not fit into memory, before its weights are loaded.
 
@@ -290,19 +273,16 @@ def check_memory(name: str, size: tuple[int, int], settings: FitSettings, traini
     Raises:
         ConfigError: It does not fit; the message says what would.
     """
-    base, extractor, vae = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
-    configs = read_configs(base.folder, extractor.folder, None if vae is None else vae.folder)
-    device = choose_device()
+    found = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
+    configs, device, processes = read_configs(*found), choose_device(), process_count()
 
-    def plan(request: PlanRequest) -> MemoryPlan:
-        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+    def plan(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
+        return plan_training(configs, training, size, processes, device.type)
 
-    processes = process_count()
-    request = plan_request(training, size, processes)
     available = available_memory(device) if limit is None else limit
     if device.type == "cpu":
         available //= processes
-    check_fits(plan(request), available, request, plan, device.type)
+    check_fits(plan, training, size, available, device.type)
 
 
 def _prompt(prompt: str, category: str) -> str:

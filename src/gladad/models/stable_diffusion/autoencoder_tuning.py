@@ -7,32 +7,35 @@ detector compares images with, instead of LPIPS.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
 from gladad.features.vit import DinoFeatures
-from gladad.models.stable_diffusion.components import choose_device, latent_factor
-from gladad.models.stable_diffusion.training import digest
+from gladad.models.stable_diffusion.components import latent_size
+from gladad.models.stable_diffusion.device import choose_device
+from gladad.models.stable_diffusion.training_inputs import (
+    Pixels,
+    check_training_images,
+    image_of_sample,
+    sha256_of_images,
+    sha256_of_weights,
+)
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
 
-Pixels = NDArray[np.uint8]
 AUTOENCODER_FORMAT = "gladad-autoencoder"
 AUTOENCODER_VERSION = 1
-SAMPLED = 4096
 FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 
 
@@ -103,14 +106,11 @@ def tune_autoencoder(
         The loss of every step; with a discriminator its own is in it.
 
     Raises:
-        ConfigError: The autoencoder is in half precision.
-        DataError: There are no images, they differ in size, or their sides are no multiples of the autoencoder's stride.
+        ConfigError: The autoencoder is in half precision, or the images' sides are no multiples of its stride.
+        DataError: There are no images, or they differ in size.
     """
-    check_images(images)
-    stride = latent_factor(vae)
-    height, width = images[0].shape[:2]
-    if height % stride or width % stride:
-        raise DataError(f"the autoencoder needs image sides that are multiples of {stride}, got {height}x{width} (height x width)")
+    check_training_images(images)
+    latent_size(vae, images[0].shape[:2])
     if vae.dtype != torch.float32:
         raise ConfigError(f"training needs the autoencoder in float32, not {vae.dtype}; its arithmetic is set by precision")
     device = choose_device()
@@ -213,13 +213,12 @@ class AutoencoderTask:
         settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
         self.identity: dict[str, Any] = {
             "tuning": settings,
-            "images": digest(images),
-            "vae": weights_digest(vae.state_dict()),
-            "features": weights_digest(self.features.state_dict()),
+            "images": sha256_of_images(images),
+            "vae": sha256_of_weights(vae.state_dict()),
+            "features": sha256_of_weights(self.features.state_dict()),
         }
         self.module: nn.Module = TrainedAutoencoder(vae, patch_discriminator(config.seed) if config.discriminator else None)
-        factor = latent_factor(vae)
-        self.latent_shape = (vae.config.latent_channels, images[0].shape[0] // factor, images[0].shape[1] // factor)
+        self.latent_shape = (vae.config.latent_channels, *latent_size(vae, images[0].shape[:2]))
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Difference, perceptual distance and divergence, means over samples; with a discriminator, what it says and its own loss."""
@@ -259,46 +258,6 @@ class AutoencoderTask:
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device
-
-
-# ---------------------------------------------------------------------------------------------- what both tunings need
-
-
-def check_images(images: Sequence[Pixels]) -> None:
-    """Refuse what is no set of images to train on.
-
-    Raises:
-        DataError: There are none, one is not ``[H, W, 3]`` uint8, or they differ in size.
-    """
-    if not images:
-        raise DataError("there are no images to train on; give normal images of the product")
-    for number, image in enumerate(images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"image {number} must be [H, W, 3] uint8, not {list(image.shape)} {image.dtype}")
-    if len({image.shape for image in images}) > 1:
-        raise DataError("images to train on must all be of the same size; resize them")
-
-
-def image_of_sample(seed: int, number: int, count: int) -> int:
-    """Which of ``count`` images a sample shows: each one once per epoch, in an order drawn for that epoch.
-
-    Args:
-        seed: Of the orders.
-        number: Of the sample, counted through the whole training.
-        count: Images.
-    """
-    epoch, place = divmod(number, count)
-    return int(np.random.default_rng([seed, epoch]).permutation(count)[place])
-
-
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """What weights are known again by: names, shapes and evenly spaced values, which are soon read even of a large network."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        values = tensor.detach().flatten()
-        found.update(f"{name}:{tuple(tensor.shape)}".encode())
-        found.update(values[:: max(1, len(values) // SAMPLED)].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:32]
 
 
 # --------------------------------------------------------------------------------------------------------------- files

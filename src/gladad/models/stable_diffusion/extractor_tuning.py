@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gladad.algorithm import ReconstructionConfig
@@ -22,13 +21,16 @@ from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
-from gladad.models.stable_diffusion.autoencoder_tuning import check_images, image_of_sample, weights_digest
-from gladad.models.stable_diffusion.components import choose_device
+from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.model import PaperBase
-from gladad.models.stable_diffusion.training import digest
+from gladad.models.stable_diffusion.training_inputs import (
+    Pixels,
+    check_training_images,
+    image_of_sample,
+    sha256_of_images,
+    sha256_of_weights,
+)
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
-
-Pixels = NDArray[np.uint8]
 
 
 @validated
@@ -111,7 +113,7 @@ def tune_features(
     """
     if base.kind != PaperBase.kind:
         raise ConfigError(f"only the extractor of a {PaperBase.kind} base can be tuned; this detector's base is {base.kind}")
-    check_images(images)
+    check_training_images(images)
     if images[0].shape[:2] != base.config.image_size:
         (height, width), (wanted_height, wanted_width) = images[0].shape[:2], base.config.image_size
         raise DataError(f"images of {height}x{width} pixels for a base of {wanted_height}x{wanted_width} (height x width); resize them")
@@ -197,12 +199,12 @@ class FeatureTask:
             "feature_size": list(self.size),
             "reconstruction": [self.reconstruction.max_step, self.reconstruction.num_steps],
             "inspection": [list(base.config.image_size), base.config.guidance_scale, base.config.seed],
-            "images": digest(self.images),
-            "features": weights_digest(self.frozen.state_dict()),
-            "vae": weights_digest(pipeline.vae.state_dict()),
-            "unet": weights_digest(_without_adapters(pipeline.unet.state_dict())),
-            "adapter": weights_digest({} if base.adapter is None else base.adapter.weights),
-            "prompt": weights_digest({"embeds": pipeline.prompt_embeds}),
+            "images": sha256_of_images(self.images),
+            "features": sha256_of_weights(self.frozen.state_dict()),
+            "vae": sha256_of_weights(pipeline.vae.state_dict()),
+            "unet": sha256_of_weights(_without_adapters(pipeline.unet.state_dict())),
+            "adapter": sha256_of_weights({} if base.adapter is None else base.adapter.weights),
+            "prompt": sha256_of_weights({"embeds": pipeline.prompt_embeds}),
         }
 
 

@@ -26,9 +26,12 @@ from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import read_json, write_json
 from gladad.data.synthesis import Foreground, foreground_mask
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, attach_adapter, detach_adapter, merge_adapter, switched_on
-from gladad.models.stable_diffusion.components import Located, Networks, Origin, choose_device, load_networks, locate_base, shared_networks
+from gladad.models.stable_diffusion.components import Components as Networks
+from gladad.models.stable_diffusion.components import Located, Origin, load_networks, locate_base, shared_networks
+from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds
-from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import FinetuneConfig, finetune_denoiser
+from gladad.models.stable_diffusion.training import TrainedProduct as Product
 from gladad.training.loop import DTYPES, Precision, TrainingRun, divided
 
 Pixels = NDArray[np.uint8]

@@ -6,7 +6,6 @@ that a step is the denoiser's work alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gladad.algorithm import add_noise, denoising_target, image_noise, mix_anomaly, predict_x0
@@ -25,10 +23,10 @@ from gladad.core.settings import to_json, validated
 from gladad.data.synthesis import Draw, Foreground, SynthesisConfig, synthesise
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training_inputs import Pixels, sha256_of_images
 from gladad.training.loop import DTYPES, LoopConfig, Precision, TrainingRun, divided, draw_generator, train
 from gladad.training.optimizers import OptimizerName
 
-Pixels = NDArray[np.uint8]
 LEARNING_RATES = {"lora": 1e-4, "full": 5e-6}
 EXAMPLE_TIMESTEP = 400
 
@@ -78,7 +76,7 @@ PAPER = FinetuneConfig(method="full", batch_size=32)
 
 
 @dataclass(frozen=True)
-class Product:
+class TrainedProduct:
     """What the denoiser learns of one product.
 
     Attributes:
@@ -109,7 +107,7 @@ class Trained:
 
 def finetune_denoiser(
     pipeline: GladPipeline,
-    products: Mapping[str, Product],
+    products: Mapping[str, TrainedProduct],
     config: FinetuneConfig,
     steps: int,
     *,
@@ -174,7 +172,7 @@ class DenoiserTask:
     def __init__(
         self,
         pipeline: GladPipeline,
-        products: Mapping[str, Product],
+        products: Mapping[str, TrainedProduct],
         config: FinetuneConfig,
         seed: int,
         synthesis: SynthesisConfig,
@@ -185,8 +183,8 @@ class DenoiserTask:
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
-            "images": digest([image for product in products.values() for image in product.images]),
-            "textures": digest(textures),
+            "images": sha256_of_images([image for product in products.values() for image in product.images]),
+            "textures": sha256_of_images(textures),
             "products": {name: product.foreground for name, product in products.items()},
         }
         self.prompts = torch.cat([product.prompt_embeds for product in products.values()]).to(pipeline.device)
@@ -256,12 +254,3 @@ class DenoiserTask:
     def _encode(self, pixels: Pixels) -> Tensor:
         """Latent ``[C, h, w]`` on the CPU."""
         return self.pipeline.encode(to_tensor(pixels)[None].to(self.pipeline.device))[0].cpu()
-
-
-def digest(images: Sequence[Pixels]) -> str:
-    """What images are known again by."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(str(image.shape).encode())
-        found.update(np.ascontiguousarray(image).data)
-    return found.hexdigest()[:32]
