@@ -231,11 +231,12 @@ def test_what_cannot_be_trained_on(vae: Any, features: Any) -> None:
     for images, message in (
         ([], "no images to train on"),
         ([IMAGES[0], IMAGES[1][:16]], "same size"),
-        ([IMAGES[0][:20]], r"multiples of 8, got 20x32 \(height x width\)"),
         ([IMAGES[0][..., 0]], r"image 0 must be \[H, W, 3\] uint8, not \[32, 32\] uint8"),
     ):
         with pytest.raises(DataError, match=message):
             tune_autoencoder(vae, features, images, QUICK)
+    with pytest.raises(ConfigError, match=r"multiples of 8, got 20x32 \(height x width\)"):
+        tune_autoencoder(vae, features, [IMAGES[0][:20]], QUICK)
     with pytest.raises(ConfigError, match=r"in float32, not torch\.bfloat16"):
         tune_autoencoder(vae.to(torch.bfloat16), features, IMAGES, QUICK)
 
@@ -243,11 +244,13 @@ def test_what_cannot_be_trained_on(vae: Any, features: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_weight": -1.0}, "must not be negative"),
-        ({"perceptual_weight": float("nan")}, "must not be negative"),
-        ({"discriminator_start": -1}, "discriminator_start must not be negative"),
-        ({"batch_size": 0}, "batch_size and micro_batch must be at least 1"),
-        ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        ({"kl_weight": -1.0}, "^kl_weight: input should be greater than or equal to 0"),
+        ({"perceptual_weight": float("nan")}, "^perceptual_weight: input should be a finite number"),
+        ({"discriminator_start": -1}, "^discriminator_start: input should be greater than or equal to 0"),
+        ({"batch_size": 0}, "^batch_size: input should be greater than or equal to 1"),
+        ({"micro_batch": 0}, "^micro_batch: input should be greater than or equal to 1"),
+        ({"ema": 1.0}, "^ema: input should be less than 1"),
+        ({"seed": -1}, "^seed: input should be greater than or equal to 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -243,12 +243,13 @@ def test_bases_that_cannot_be_tuned(base: PaperBase) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
-        ({"anchor_weight": -0.1}, "anchor_weight must not be negative"),
-        ({"anchor_weight": float("nan")}, "anchor_weight must not be negative"),
-        ({"start_timestep": 0}, "start_timestep must be at least 1"),
+        ({"epochs": 0}, "^epochs: input should be greater than or equal to 1, not 0"),
+        ({"anchor_weight": -0.1}, "^anchor_weight: input should be greater than or equal to 0"),
+        ({"anchor_weight": float("nan")}, "^anchor_weight: input should be a finite number"),
+        ({"start_timestep": 0}, "^start_timestep: input should be greater than or equal to 1"),
         ({"num_steps": 201}, r"num_steps must lie in 1\.\.\.200"),
-        ({"feature_size": (0, 8)}, "feature_size must be at least 1 pixel"),
+        ({"batch_size": 0}, "^batch_size: input should be greater than or equal to 1"),
+        ({"feature_size": (0, 8)}, r"^feature_size\.0: input should be greater than or equal to 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], message: str) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_genera
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
 AUTOENCODER_VERSION = 1
+Weight = Annotated[float, Field(ge=0)]
 FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 
 
@@ -43,28 +45,20 @@ FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 class AutoencoderTuningConfig:
     """How the autoencoder is fine-tuned."""
 
-    steps: int = 2000  # optimiser steps
-    batch_size: int = 4  # images per step, of all processes together
-    micro_batch: int | None = None  # images at a time; None = all of a process's share
-    learning_rate: float = 1e-5  # of Adam; latent diffusion trains from nothing with 4.5e-6 per image of a batch, 1.8e-5 for four
-    kl_weight: float = 1e-6  # of the latents' divergence from a standard normal, its sum in nats divided by the image's number of values
-    perceptual_weight: float = 1.0  # of the distance between patch features
+    steps: Annotated[int, Field(ge=0)] = 2000  # optimiser steps
+    batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # of Adam; latent diffusion's, from nothing, is 4.5e-6 per image of a batch
+    kl_weight: Weight = 1e-6  # of the latents' divergence from a standard normal, in nats over the image's number of values
+    perceptual_weight: Weight = 1.0  # of the distance between patch features
     discriminator: bool = False  # train a discriminator of patches, too, and against it
-    discriminator_weight: float = 0.1  # of what the discriminator says of reconstructions
-    discriminator_start: int = 500  # step from which it guides the autoencoder; it learns from the first
+    discriminator_weight: Weight = 0.1  # of what the discriminator says of reconstructions
+    discriminator_start: Annotated[int, Field(ge=0)] = 500  # step from which it guides the autoencoder; it learns from the first
     gradient_checkpointing: bool = True  # compute activations twice instead of keeping them
-    gradient_clip: float = 1.0  # largest gradient norm
-    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
     precision: Precision = "float32"  # of the networks' arithmetic; fine detail is what this training is for
-    seed: int = 0  # of everything random
-
-    def __post_init__(self) -> None:
-        weights = (self.kl_weight, self.perceptual_weight, self.discriminator_weight)
-        if not all(weight >= 0 for weight in weights):  # false of NaN, too
-            raise ConfigError("kl_weight, perceptual_weight and discriminator_weight must not be negative")
-        if self.discriminator_start < 0:
-            raise ConfigError(f"discriminator_start must not be negative, not {self.discriminator_start}")
-        self.loop()
+    seed: Annotated[int, Field(ge=0)] = 0  # of everything random
 
     def loop(self) -> LoopConfig:
         """The loop's settings."""

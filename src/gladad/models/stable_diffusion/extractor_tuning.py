@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.algorithm import ReconstructionConfig
@@ -32,38 +33,32 @@ from gladad.models.stable_diffusion.training_inputs import (
 )
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
 
+Side = Annotated[int, Field(ge=1)]  # in pixels
+
 
 @validated
 class FeatureTuningConfig:
     """How the extractor is fine-tuned. The defaults are the paper's, but for the number of denoising steps."""
 
-    epochs: int = 15  # times that every image is shown; the budget is fixed, no epoch is chosen by results
-    steps: int | None = None  # optimiser steps instead of epochs
-    batch_size: int = 32  # images per step, of all processes together
-    micro_batch: int | None = None  # images at a time; None = all of a process's share
-    learning_rate: float = 3e-4  # of Adam
-    anchor_weight: float = 0.01  # lambda: pull towards the frozen features; the paper's 0 for cashew and macaroni2
-    start_timestep: int = 200  # that reconstructions start from, of 1000
-    num_steps: int | None = None  # denoiser calls of a reconstruction; None = as densely spaced as the base's own
-    feature_size: tuple[int, int] = (256, 256)  # (H, W) pixels that features are compared at
-    seed: int = 0  # of the order of the images
+    epochs: Annotated[int, Field(ge=1)] = 15  # times that every image is shown; the budget is fixed, no epoch is chosen by results
+    steps: Annotated[int, Field(ge=0)] | None = None  # optimiser steps instead of epochs
+    batch_size: Annotated[int, Field(ge=1)] = 32  # images per step, of all processes together
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # of Adam
+    anchor_weight: Annotated[float, Field(ge=0)] = 0.01  # lambda: pull to the frozen features; the paper's 0 for cashew and macaroni2
+    start_timestep: Annotated[int, Field(ge=1)] = 200  # that reconstructions start from, of 1000
+    num_steps: Annotated[int, Field(ge=1)] | None = None  # denoiser calls of a reconstruction; None = as densely spaced as the base's own
+    feature_size: tuple[Side, Side] = (256, 256)  # (H, W) pixels that features are compared at
+    seed: Annotated[int, Field(ge=0)] = 0  # of the order of the images
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1, not {self.epochs}")
-        if not self.anchor_weight >= 0:
-            raise ConfigError(f"anchor_weight must not be negative, not {self.anchor_weight}")
-        if self.start_timestep < 1:
-            raise ConfigError(f"start_timestep must be at least 1, not {self.start_timestep}")
-        if self.num_steps is not None and not 1 <= self.num_steps <= self.start_timestep:
+        if self.num_steps is not None and self.num_steps > self.start_timestep:
             raise ConfigError(f"num_steps must lie in 1...{self.start_timestep}, the start_timestep, not {self.num_steps}")
-        if min(self.feature_size) < 1:
-            raise ConfigError(f"feature_size must be at least 1 pixel, not {list(self.feature_size)}")
 
     def loop(self, images: int, precision: Precision) -> LoopConfig:
         """The loop's settings for so many images."""
         return LoopConfig(
-            steps=math.ceil(self.epochs * images / max(1, self.batch_size)) if self.steps is None else self.steps,
+            steps=math.ceil(self.epochs * images / self.batch_size) if self.steps is None else self.steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             learning_rate=self.learning_rate,

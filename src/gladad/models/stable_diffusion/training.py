@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.algorithm import add_noise, denoising_target, image_noise, mix_anomaly, predict_x0
@@ -36,25 +37,18 @@ class FinetuneConfig:
     """How the denoiser is trained."""
 
     method: Literal["lora", "full"] = "lora"  # low-rank adapters, or all of its weights as in the paper
-    rank: int = 16  # of the adapters
+    rank: Annotated[int, Field(ge=1)] = 16  # of the adapters
     layers: Layers = "attention"  # that are adapted; "all" learns more per step, and its file is five times as large
-    batch_size: int = 4  # images per step, of all processes together; the paper's is 32
-    micro_batch: int | None = None  # images at a time; gradients are accumulated over them; None = all
-    learning_rate: float | None = None  # of AdamW, constant; None = 1e-4 for adapters, the paper's 5e-6 for all weights
+    batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together; the paper's is 32
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; gradients are accumulated over them; None = all
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # of AdamW, constant; None = 1e-4 for adapters, else the paper's 5e-6
     optimizer: OptimizerName = "adamw"  # adamw8bit needs bitsandbytes
     gradient_checkpointing: bool = True  # compute activations twice instead of keeping them: much less memory, a third more time
     precision: Precision = "bfloat16"  # of the networks' arithmetic, in training and at inspection
-    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
-    anomaly_share: float = 0.5  # probability that a sample gets a synthetic anomaly
-    pool: int = 1000  # synthetic anomalies made in advance
-    gradient_clip: float = 1.0  # largest gradient norm
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.pool < 0:
-            raise ConfigError("rank must be at least 1 and pool must not be negative")
-        if not 0 <= self.anomaly_share <= 1:
-            raise ConfigError(f"anomaly_share must lie in [0, 1], not {self.anomaly_share}")
-        self.loop(0, 0)  # checks the others
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    anomaly_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability that a sample gets a synthetic anomaly
+    pool: Annotated[int, Field(ge=0)] = 1000  # synthetic anomalies made in advance
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
 
     def loop(self, steps: int, seed: int) -> LoopConfig:
         """The loop's settings for a training of so many steps."""
