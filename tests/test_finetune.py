@@ -161,7 +161,15 @@ def test_what_cannot_be_trained(pipeline: GladPipeline) -> None:
         finetune_denoiser(pipeline, product(pipeline, [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 72, 3), np.uint8)]), QUICK, 1)
     with pytest.raises(ConfigError, match="float32"):
         finetune_denoiser(pipeline.to(torch.bfloat16), product(pipeline), QUICK, 1)
-    for bad in ({"rank": 0}, {"pool": -1}, {"anomaly_share": 1.5}, {"batch_size": 0}, {"learning_rate": 0.0}, {"ema": 1.5}, {"gradient_clip": 0.0}):
+    for bad in (
+        {"rank": 0},
+        {"pool": -1},
+        {"anomaly_share": 1.5},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"ema": 1.5},
+        {"gradient_clip": 0.0},
+    ):
         with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: input should be"):
             replace(QUICK, **bad)
 
