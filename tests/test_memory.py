@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from tiny_base import tiny_base as tiny_base
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_part
 from diffusers import AutoencoderKL
-from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
@@ -22,13 +21,14 @@ from gladad.core.images import resize_pixels, to_tensor
 from gladad.core.storage import FORMAT, WriteError, write_json
 from gladad.features.vit import DinoFeatures
 from gladad.models.stable_diffusion.autoencoder_tuning import (
+    AUTOENCODER_FORMAT,
     AutoencoderTask,
     AutoencoderTuningConfig,
-    check_autoencoder_target,
     save_autoencoder,
     tune_autoencoder,
 )
 from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.folders import check_replaceable
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, draw_generator
@@ -40,12 +40,12 @@ GAN = replace(QUICK, discriminator=True, discriminator_start=2, discriminator_we
 
 
 @pytest.fixture
-def vae(tiny_base: Path) -> AutoencoderKL:  # noqa: F811
+def vae(tiny_base: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(tiny_base / "sd" / "vae").eval()
 
 
 @pytest.fixture
-def features(tiny_base: Path) -> DinoFeatures:  # noqa: F811
+def features(tiny_base: Path) -> DinoFeatures:
     return DinoFeatures.from_pretrained(tiny_base / "dino")
 
 
@@ -191,13 +191,13 @@ def test_an_interrupted_tuning_goes_on_bit_for_bit(vae: Any, features: Any, tmp_
         tuned(vae, features, config, run=run)
 
 
-def test_the_saved_folder_serves_as_an_autoencoder(vae: Any, tiny_base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_saved_folder_serves_as_an_autoencoder(vae: Any, tiny_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tuned"
     before = copy.deepcopy(vae.state_dict())
     for shift in (1, 2):  # a second one replaces the first
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(shift)
-        check_autoencoder_target(folder)
+        check_replaceable(folder, AUTOENCODER_FORMAT)
         save_autoencoder(vae, folder)
         assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors", "model.json"}
         assert same(vae.state_dict(), AutoencoderKL.from_pretrained(folder).state_dict())
@@ -216,12 +216,12 @@ def test_other_folders_are_not_overwritten(vae: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "detector" / "model.json", {"format": FORMAT})
     for folder in (tmp_path / "plain", tmp_path / "damaged", tmp_path / "detector"):
         held = sorted(folder.iterdir())
-        with pytest.raises(WriteError, match="is no earlier tuned autoencoder"):
+        with pytest.raises(WriteError, match="is no earlier gladad-autoencoder"):
             save_autoencoder(vae, folder)
         assert sorted(folder.iterdir()) == held
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="is not a folder"):
-        check_autoencoder_target(tmp_path / "file")
+        check_replaceable(tmp_path / "file", AUTOENCODER_FORMAT)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

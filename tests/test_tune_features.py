@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_part
 from numpy.typing import NDArray
-from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
@@ -44,7 +43,7 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> PaperBase:
 
 
 @pytest.fixture
-def base(tiny_base: Path) -> PaperBase:  # noqa: F811
+def base(tiny_base: Path) -> PaperBase:
     return make_base(tiny_base)
 
 
@@ -137,7 +136,7 @@ def test_micro_batches_change_nothing(base: PaperBase) -> None:
     assert pieces == pytest.approx(whole, rel=1e-4)
 
 
-def test_a_base_in_half_precision(tiny_base: Path) -> None:  # noqa: F811
+def test_a_base_in_half_precision(tiny_base: Path) -> None:
     base = make_base(tiny_base, torch.bfloat16)
     task = FeatureTask(base, IMAGES, QUICK)
     assert task.frozen.dtype == task.tuned.dtype == torch.float32
@@ -172,7 +171,7 @@ def test_the_budget() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_saved_model_scores_the_same(tiny_base: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+def test_a_saved_model_scores_the_same(tiny_base: Path, tmp_path: Path, method: str) -> None:
     base = make_base(tiny_base)
     if method == "lora":
         training = FinetuneConfig(method="lora", rank=2, batch_size=2, precision="float32", pool=2)

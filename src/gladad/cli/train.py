@@ -530,17 +530,18 @@ def tune_vae(
             from gladad.detector.fit import Fitter, read_pixels
             from gladad.models.registry import FitSettings
             from gladad.models.stable_diffusion.autoencoder_tuning import (
+                AUTOENCODER_FORMAT,
                 AutoencoderTuningConfig,
-                check_autoencoder_target,
                 save_autoencoder,
                 tune_autoencoder,
             )
             from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
             from gladad.models.stable_diffusion.device import choose_device
+            from gladad.models.stable_diffusion.folders import check_replaceable
             from gladad.training.checkpoints import discard
 
             hush(downloads=not silent)
-        check_autoencoder_target(output)
+        check_replaceable(output, AUTOENCODER_FORMAT)
         fitter = Fitter(base, FitSettings(seed=seed))
         paths = fitter.chosen(paths)
         if not fitter.cross_fits(paths):

@@ -15,17 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.errors import ConfigError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
-from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
 from gladad.features.vit import DinoFeatures
 from gladad.models.stable_diffusion.components import latent_size
 from gladad.models.stable_diffusion.device import choose_device
+from gladad.models.stable_diffusion.folders import save_folder
 from gladad.models.stable_diffusion.training_inputs import (
     Pixels,
     check_training_images,
@@ -36,7 +35,6 @@ from gladad.models.stable_diffusion.training_inputs import (
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
-AUTOENCODER_VERSION = 1
 Weight = Annotated[float, Field(ge=0)]
 FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 
@@ -254,44 +252,10 @@ class AutoencoderTask:
         return next(self.module.parameters()).device
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def is_autoencoder(folder: Path) -> bool:
-    """Whether `save_autoencoder` wrote a folder."""
-    try:
-        return (folder / MODEL_FILE).is_file() and read_json(folder / MODEL_FILE).get("format") == AUTOENCODER_FORMAT
-    except ModelFormatError:
-        return False
-
-
-def check_autoencoder_target(folder: Path) -> None:
-    """Refuse before a long training what `save_autoencoder` would refuse after it.
-
-    Raises:
-        WriteError: The folder holds something else, or its place cannot be written to.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not is_autoencoder(folder):
-        raise WriteError(f"{folder}: exists and is no earlier tuned autoencoder; it will not be overwritten, choose another folder")
-    check_target(folder)
-
-
 def save_autoencoder(vae: Any, folder: Path) -> None:
-    """Write a plain diffusers folder, whole or not at all, which ``gladad fit --vae`` takes; an earlier one is replaced.
-
-    Beside ``config.json`` and the safetensors it holds a ``model.json``, by which it is known again.
-
-    Args:
-        vae: A diffusers ``AutoencoderKL``.
-        folder: To write.
+    """Write an ``AutoencoderKL`` as a folder that ``gladad fit --vae`` takes; an earlier one is replaced.
 
     Raises:
         WriteError: The folder holds something else, or the disk refuses.
     """
-    check_autoencoder_target(folder)
-    with atomic_folder(folder) as temporary:
-        try:
-            vae.save_pretrained(temporary)
-        except SafetensorError as error:  # a full disk, in safetensors' own class
-            raise OSError(f"writing the weights failed: {error}") from error
-        write_json(temporary / MODEL_FILE, {"format": AUTOENCODER_FORMAT, "format_version": AUTOENCODER_VERSION})
+    save_folder(folder, vae.save_pretrained, AUTOENCODER_FORMAT)
