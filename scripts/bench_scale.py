@@ -17,11 +17,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
-from gladad.models.stable_diffusion.memory_plan import PlanRequest, plan_inspection, plan_training, read_configs
+from gladad.models.stable_diffusion.memory import plan_inspection, plan_training
 from gladad.models.stable_diffusion.model import UNREACHABLE, PaperBase, PaperConfig
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import FinetuneConfig, TrainedProduct, finetune_denoiser
 from gladad.training.loop import DTYPES
 
 CASES = {
@@ -66,21 +67,19 @@ def train(base: str, size: int) -> float:
         if stage == "denoiser":
             stamps.append(time.perf_counter())
 
-    finetune_denoiser(pipeline, {"": Product([picture(size)], pipeline.prompt_embeds[:1])}, config, STEPS, progress=tell)
+    finetune_denoiser(pipeline, {"": TrainedProduct([picture(size)], pipeline.prompt_embeds[:1])}, config, STEPS, progress=tell)
     return stamps[-1] - stamps[-2]
 
 
 def planned(base: str, name: str) -> float:
     """GiB that the plan says the case needs."""
     kind, size, guidance, _ = CASES[name]
-    found, features, _ = locate_base(base)
-    configs = read_configs(found.folder, features.folder)
+    configs = read_configs(*locate_base(base))
     if kind == "train":
-        request = PlanRequest(image_size=(size, size), batch_size=1, precision=PRECISION)
-        plan = plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features)
+        plan = plan_training(configs, FinetuneConfig(batch_size=1, precision=PRECISION), (size, size))
     else:
-        plan = plan_inspection(configs.unet, configs.vae, configs.features, (size, size), PRECISION, guidance > 1)
-    return plan.total / 2**30
+        plan = plan_inspection(configs, (size, size), PRECISION, guidance=guidance > 1)
+    return plan["total"] / 2**30
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ the measured number. glibc is told to take every block of 64 KiB or more from th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import itertools
 import json
@@ -30,15 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.algorithm import Schedule, add_noise, denoising_target, mix_anomaly
+from gladad.core.settings import from_json, to_json
 from gladad.models.stable_diffusion.adapters import add_adapter
-from gladad.models.stable_diffusion.architectures import UNET_CONFIG
-from gladad.models.stable_diffusion.faked import build_unet, cast
-from gladad.models.stable_diffusion.memory_plan import TOKENS, PlanRequest, plan_training
-from gladad.training.loop import DTYPES, LoopConfig, train
+from gladad.models.stable_diffusion.architectures import SD14, BaseConfigs, build_without_weights
+from gladad.models.stable_diffusion.memory import TOKENS, plan_training
+from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.training.loop import DTYPES, train
 
-MIDDLE = UNET_CONFIG | {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256}  # 35 million parameters
-SMALL = UNET_CONFIG | {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32}
-UNETS = {"small": SMALL, "middle": MIDDLE, "sd14": UNET_CONFIG}
+MIDDLE = SD14.unet | {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256}  # 35 million parameters
+SMALL = SD14.unet | {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32}
+UNETS = {"small": SMALL, "middle": MIDDLE, "sd14": SD14.unet}
+LITTLE_VAE = SD14.vae | {"block_out_channels": [4] * 4, "norm_num_groups": 4}
+LITTLE_VIT = {"model_type": "vit", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 FACTOR = 8  # pixels per latent cell
 MIB = 2**20
@@ -74,43 +76,40 @@ class RandomTask:
         return {}
 
 
-def measure(name: str, request: PlanRequest) -> int:
+def measure(name: str, size: int, training: FinetuneConfig) -> int:
     """Bytes that a training needs in this process, for which there should be nothing else in it."""
-    run("small", dataclasses.replace(request, image_size=(64, 64)), steps=1)  # code is loaded at its first use
+    run("small", 64, training, steps=1)  # code is loaded at its first use
     gc.collect()
     before = psutil.Process().memory_info().rss
-    run(name, request, steps=2)
+    run(name, size, training, steps=2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def run(name: str, request: PlanRequest, steps: int) -> None:
+def run(name: str, size: int, training: FinetuneConfig, steps: int) -> None:
     """Train a network with random weights."""
-    unet = build_unet(UNETS[name])
-    if request.training == "lora":
-        cast(unet, DTYPES[request.precision])
-        add_adapter(unet, request.lora_rank, request.lora_layers)
+    frozen = torch.float32 if training.method == "full" else DTYPES[training.precision]
+    unet, _, _ = build_without_weights(configs(name), frozen, frozen)
+    if training.method == "lora":
+        add_adapter(unet, training.rank, training.layers)
     unet.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
             tensor.normal_(0, 0.02)
-    if request.gradient_checkpointing:
+    if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    config = LoopConfig(
-        steps=steps,
-        batch_size=request.batch_size * request.accumulation,
-        micro_batch=request.batch_size,
-        learning_rate=1e-5,
-        precision=request.precision,
-        ema=0.99 if request.ema else 0.0,
-    )
-    train(RandomTask(unet, [side // FACTOR for side in request.image_size]), config, stage="check")
+    train(RandomTask(unet, (size // FACTOR, size // FACTOR)), training.loop(steps, 0), stage="check")
 
 
-def cases() -> list[PlanRequest]:
+def configs(name: str) -> BaseConfigs:
+    """The denoiser with next to nothing beside it."""
+    return BaseConfigs(UNETS[name], LITTLE_VAE, LITTLE_VIT)
+
+
+def cases() -> list[tuple[int, FinetuneConfig]]:
     """Both kinds of training at two sizes, with and without gradient checkpointing, in two precisions."""
     return [
-        PlanRequest(image_size=(side, side), training=training, batch_size=2, gradient_checkpointing=checkpointing, precision=precision)
-        for side, training, checkpointing, precision in itertools.product(
+        (size, FinetuneConfig(method=method, batch_size=2, gradient_checkpointing=checkpointing, precision=precision, learning_rate=1e-5))
+        for size, method, checkpointing, precision in itertools.product(
             (256, 512), ("lora", "full"), (True, False), ("bfloat16", "float32")
         )
     ]
@@ -123,23 +122,23 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        name, values = json.loads(arguments.case)
-        print(measure(name, PlanRequest(**values | {"image_size": tuple(values["image_size"])})))
+        name, size, values = json.loads(arguments.case)
+        print(measure(name, size, from_json(FinetuneConfig, values)))
         return
-    name, requests = "middle", cases()
+    name, trainings = "middle", cases()
     if arguments.sd14:
-        name, requests = "sd14", [PlanRequest(image_size=(256, 256), batch_size=1)]
+        name, trainings = "sd14", [(256, FinetuneConfig(batch_size=1))]
     print(f"{name}, on {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     print("| size | training | checkpointing | precision | computed, MiB | measured, MiB | measured / computed | s |")
     print("|---|---|---|---|---|---|---|---|")
-    for request in requests:
+    for size, training in trainings:
         begin = time.monotonic()
-        case = json.dumps([name, dataclasses.asdict(request)])
+        case = json.dumps([name, size, to_json(training)])
         command = [sys.executable, __file__, "--case", case]
         done = subprocess.run(command, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=True)
         measured = int(done.stdout.split()[-1])
-        computed = plan_training(UNETS[name], request).total
-        row = [f"{request.image_size[0]} px", request.training, "on" if request.gradient_checkpointing else "off", request.precision]
+        computed = plan_training(configs(name), training, (size, size))["total"]
+        row = [f"{size} px", training.method, "on" if training.gradient_checkpointing else "off", training.precision]
         row += [f"{computed / MIB:.0f}", f"{measured / MIB:.0f}", f"{measured / computed:.2f}", f"{time.monotonic() - begin:.0f}"]
         print(f"| {' | '.join(row)} |", flush=True)
 

@@ -21,7 +21,7 @@ from tiny_base import build_base
 
 from gladad.core.images import resize_pixels
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import FinetuneConfig, TrainedProduct, finetune_denoiser
 
 BEFORE, STEPS, LAST, MOST = 300, 120, 20, 600
 NEAR = 1.1
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         base = build_base(Path(name) / "base")
         first = GladPipeline.from_base(base)
-        trained = finetune_denoiser(first, {"": Product(known, first.prompt_embeds[:1])}, replace(PLAIN, learning_rate=1e-3), BEFORE)
+        trained = finetune_denoiser(first, {"": TrainedProduct(known, first.prompt_embeds[:1])}, replace(PLAIN, learning_rate=1e-3), BEFORE)
         weights = {key: value.clone() for key, value in first.unet.state_dict().items()}
         print(f"the stand-in's loss: {np.mean(trained.losses[-LAST:]):.4f}\n")
         print("| method | learning rate | loss | of all weights' | steps to come within 10 % |\n|---|---|---|---|---|")
@@ -54,7 +54,7 @@ def main() -> None:
                 pipeline = GladPipeline.from_base(base)
                 pipeline.unet.load_state_dict(weights)
                 config = replace(PLAIN, learning_rate=rate, **changes)
-                return finetune_denoiser(pipeline, {"": Product(other, pipeline.prompt_embeds[:1])}, config, steps).losses
+                return finetune_denoiser(pipeline, {"": TrainedProduct(other, pipeline.prompt_embeds[:1])}, config, steps).losses
 
             loss, rate = min((float(np.mean(adapt(rate, STEPS)[-LAST:])), rate) for rate in rates)
             reference = reference or loss

@@ -13,15 +13,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
 
-from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
+from gladad.models.stable_diffusion.architectures import SD14
 
 
 def main(folder: Path) -> None:
     """Write ``folder/sd`` and ``folder/dino``."""
     torch.manual_seed(0)
     sd = folder / "sd"
-    UNet2DConditionModel.from_config(UNET_CONFIG).save_pretrained(sd / "unet")
-    AutoencoderKL.from_config(VAE_CONFIG).save_pretrained(sd / "vae")
+    UNet2DConditionModel.from_config(SD14.unet).save_pretrained(sd / "unet")
+    AutoencoderKL.from_config(SD14.vae).save_pretrained(sd / "vae")
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408)
     CLIPTextModel(text).save_pretrained(sd / "text_encoder")
     words = ["<|startoftext|>", "<|endoftext|>", *(chr(97 + n) + end for n in range(26) for end in ("", "</w>"))]
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     ).save_pretrained(sd / "scheduler")
-    ViTModel(ViTConfig(**DINO_CONFIG), add_pooling_layer=False).save_pretrained(folder / "dino")
+    ViTModel(ViTConfig(**SD14.features), add_pooling_layer=False).save_pretrained(folder / "dino")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from gladad.models.stable_diffusion.adapters import (
     switched_on,
 )
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig, TrainedProduct, finetune_denoiser
 
 SIDE = 32
 QUICK = FinetuneConfig(method="full", batch_size=4, learning_rate=3e-3, precision="float32", pool=8, gradient_checkpointing=False)
@@ -41,8 +41,8 @@ def pixels(count: int = 4, seed: int = 0) -> list[np.ndarray]:
     return [resize_pixels(np.asarray(draw_part(seed + number)[0]), (SIDE, SIDE)) for number in range(count)]
 
 
-def product(pipeline: GladPipeline, images: list[np.ndarray] | None = None) -> dict[str, Product]:
-    return {"": Product(pixels() if images is None else images, pipeline.prompt_embeds[:1])}
+def product(pipeline: GladPipeline, images: list[np.ndarray] | None = None) -> dict[str, TrainedProduct]:
+    return {"": TrainedProduct(pixels() if images is None else images, pipeline.prompt_embeds[:1])}
 
 
 def weights(pipeline: GladPipeline) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def test_several_products_are_told_apart_by_their_prompts(tiny_base: Path) -> No
     pipelines = GladPipeline.for_prompts(tiny_base, {"nut": "a nut", "bolt": "a bolt"})
     first = pipelines["nut"]
     assert first.unet is pipelines["bolt"].unet and not torch.equal(first.prompt_embeds, pipelines["bolt"].prompt_embeds)
-    products = {name: Product(pixels(3, seed), own.prompt_embeds[:1]) for seed, (name, own) in enumerate(pipelines.items())}
+    products = {name: TrainedProduct(pixels(3, seed), own.prompt_embeds[:1]) for seed, (name, own) in enumerate(pipelines.items())}
     task = DenoiserTask(first, products, QUICK, 0, SynthesisConfig(), (), no_progress)
     told: list[torch.Tensor] = []
     denoise = first.denoise
@@ -161,8 +161,16 @@ def test_what_cannot_be_trained(pipeline: GladPipeline) -> None:
         finetune_denoiser(pipeline, product(pipeline, [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 72, 3), np.uint8)]), QUICK, 1)
     with pytest.raises(ConfigError, match="float32"):
         finetune_denoiser(pipeline.to(torch.bfloat16), product(pipeline), QUICK, 1)
-    for bad in ({"rank": 0}, {"pool": -1}, {"anomaly_share": 1.5}, {"batch_size": 0}, {"learning_rate": 0.0}, {"ema": 1.5}):
-        with pytest.raises(ConfigError):
+    for bad in (
+        {"rank": 0},
+        {"pool": -1},
+        {"anomaly_share": 1.5},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"ema": 1.5},
+        {"gradient_clip": 0.0},
+    ):
+        with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: input should be"):
             replace(QUICK, **bad)
 
 

@@ -22,7 +22,7 @@ from gladad.detector.glad import Glad
 from gladad.models.registry import FitSettings, check_memory
 from gladad.models.stable_diffusion import components
 from gladad.models.stable_diffusion import model as paper
-from gladad.models.stable_diffusion.components import licence, locate
+from gladad.models.stable_diffusion.components import find_repository, licence
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig
 from gladad.training.loop import TrainingRun
@@ -287,7 +287,7 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path, monkey
         return str(snapshot)
 
     monkeypatch.setattr(components, "snapshot_download", download)
-    found = locate("sd14", ("unet",), "fp16", True)
+    found = find_repository("sd14", ("unet",), "fp16", True)
     assert asked["name"] == "CompVis/stable-diffusion-v1-4" and asked["revision"] == "fp16" and asked["local_files_only"] is True
     assert all(not str(pattern).endswith((".bin", ".ckpt", ".pth")) for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
     assert (found.part.source, found.part.revision, found.part.licence) == (
@@ -299,7 +299,7 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path, monkey
 
 def test_nothing_within_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelFormatError, match=r"CompVis/stable-diffusion-v1-4 at revision v2 is neither a folder nor in the local cache"):
-        locate("sd14", (), "v2", True)
+        find_repository("sd14", (), "v2", True)
 
 
 def test_settings_survive_json() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_part
 from diffusers import AutoencoderKL
-from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
@@ -22,15 +21,16 @@ from gladad.core.images import resize_pixels, to_tensor
 from gladad.core.storage import FORMAT, WriteError, write_json
 from gladad.features.vit import DinoFeatures
 from gladad.models.stable_diffusion.autoencoder_tuning import (
+    AUTOENCODER_FORMAT,
     AutoencoderTask,
     AutoencoderTuningConfig,
-    check_autoencoder_target,
-    image_of_sample,
     save_autoencoder,
     tune_autoencoder,
 )
 from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.folders import check_replaceable
 from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, draw_generator
 
 SIDE = 32
@@ -40,12 +40,12 @@ GAN = replace(QUICK, discriminator=True, discriminator_start=2, discriminator_we
 
 
 @pytest.fixture
-def vae(tiny_base: Path) -> AutoencoderKL:  # noqa: F811
+def vae(tiny_base: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(tiny_base / "sd" / "vae").eval()
 
 
 @pytest.fixture
-def features(tiny_base: Path) -> DinoFeatures:  # noqa: F811
+def features(tiny_base: Path) -> DinoFeatures:
     return DinoFeatures.from_pretrained(tiny_base / "dino")
 
 
@@ -191,13 +191,13 @@ def test_an_interrupted_tuning_goes_on_bit_for_bit(vae: Any, features: Any, tmp_
         tuned(vae, features, config, run=run)
 
 
-def test_the_saved_folder_serves_as_an_autoencoder(vae: Any, tiny_base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_saved_folder_serves_as_an_autoencoder(vae: Any, tiny_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tuned"
     before = copy.deepcopy(vae.state_dict())
     for shift in (1, 2):  # a second one replaces the first
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(shift)
-        check_autoencoder_target(folder)
+        check_replaceable(folder, AUTOENCODER_FORMAT)
         save_autoencoder(vae, folder)
         assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors", "model.json"}
         assert same(vae.state_dict(), AutoencoderKL.from_pretrained(folder).state_dict())
@@ -216,12 +216,12 @@ def test_other_folders_are_not_overwritten(vae: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "detector" / "model.json", {"format": FORMAT})
     for folder in (tmp_path / "plain", tmp_path / "damaged", tmp_path / "detector"):
         held = sorted(folder.iterdir())
-        with pytest.raises(WriteError, match="is no earlier tuned autoencoder"):
+        with pytest.raises(WriteError, match="is no earlier gladad-autoencoder"):
             save_autoencoder(vae, folder)
         assert sorted(folder.iterdir()) == held
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="is not a folder"):
-        check_autoencoder_target(tmp_path / "file")
+        check_replaceable(tmp_path / "file", AUTOENCODER_FORMAT)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -231,11 +231,12 @@ def test_what_cannot_be_trained_on(vae: Any, features: Any) -> None:
     for images, message in (
         ([], "no images to train on"),
         ([IMAGES[0], IMAGES[1][:16]], "same size"),
-        ([IMAGES[0][:20]], r"multiples of 8, got 20x32 \(height x width\)"),
         ([IMAGES[0][..., 0]], r"image 0 must be \[H, W, 3\] uint8, not \[32, 32\] uint8"),
     ):
         with pytest.raises(DataError, match=message):
             tune_autoencoder(vae, features, images, QUICK)
+    with pytest.raises(ConfigError, match=r"multiples of 8, got 20x32 \(height x width\)"):
+        tune_autoencoder(vae, features, [IMAGES[0][:20]], QUICK)
     with pytest.raises(ConfigError, match=r"in float32, not torch\.bfloat16"):
         tune_autoencoder(vae.to(torch.bfloat16), features, IMAGES, QUICK)
 
@@ -243,11 +244,13 @@ def test_what_cannot_be_trained_on(vae: Any, features: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_weight": -1.0}, "must not be negative"),
-        ({"perceptual_weight": float("nan")}, "must not be negative"),
-        ({"discriminator_start": -1}, "discriminator_start must not be negative"),
-        ({"batch_size": 0}, "batch_size and micro_batch must be at least 1"),
-        ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        ({"kl_weight": -1.0}, "^kl_weight: input should be greater than or equal to 0"),
+        ({"perceptual_weight": float("nan")}, "^perceptual_weight: input should be a finite number"),
+        ({"discriminator_start": -1}, "^discriminator_start: input should be greater than or equal to 0"),
+        ({"batch_size": 0}, "^batch_size: input should be greater than or equal to 1"),
+        ({"micro_batch": 0}, "^micro_batch: input should be greater than or equal to 1"),
+        ({"ema": 1.0}, "^ema: input should be less than 1"),
+        ({"seed": -1}, "^seed: input should be greater than or equal to 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -14,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_part
 from numpy.typing import NDArray
-from tiny_base import tiny_base  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import resize_pixels, to_tensor
-from gladad.models.stable_diffusion.autoencoder_tuning import image_of_sample
 from gladad.models.stable_diffusion.extractor_tuning import FeatureTask, FeatureTuningConfig, features_distance, tune_features
 from gladad.models.stable_diffusion.model import PaperBase, PaperConfig, fit_paper
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, train
 
 SIDE = 32
@@ -44,7 +43,7 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> PaperBase:
 
 
 @pytest.fixture
-def base(tiny_base: Path) -> PaperBase:  # noqa: F811
+def base(tiny_base: Path) -> PaperBase:
     return make_base(tiny_base)
 
 
@@ -137,7 +136,7 @@ def test_micro_batches_change_nothing(base: PaperBase) -> None:
     assert pieces == pytest.approx(whole, rel=1e-4)
 
 
-def test_a_base_in_half_precision(tiny_base: Path) -> None:  # noqa: F811
+def test_a_base_in_half_precision(tiny_base: Path) -> None:
     base = make_base(tiny_base, torch.bfloat16)
     task = FeatureTask(base, IMAGES, QUICK)
     assert task.frozen.dtype == task.tuned.dtype == torch.float32
@@ -172,7 +171,7 @@ def test_the_budget() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_saved_model_scores_the_same(tiny_base: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+def test_a_saved_model_scores_the_same(tiny_base: Path, tmp_path: Path, method: str) -> None:
     base = make_base(tiny_base)
     if method == "lora":
         training = FinetuneConfig(method="lora", rank=2, batch_size=2, precision="float32", pool=2)
@@ -243,12 +242,13 @@ def test_bases_that_cannot_be_tuned(base: PaperBase) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
-        ({"anchor_weight": -0.1}, "anchor_weight must not be negative"),
-        ({"anchor_weight": float("nan")}, "anchor_weight must not be negative"),
-        ({"start_timestep": 0}, "start_timestep must be at least 1"),
+        ({"epochs": 0}, "^epochs: input should be greater than or equal to 1, not 0"),
+        ({"anchor_weight": -0.1}, "^anchor_weight: input should be greater than or equal to 0"),
+        ({"anchor_weight": float("nan")}, "^anchor_weight: input should be a finite number"),
+        ({"start_timestep": 0}, "^start_timestep: input should be greater than or equal to 1"),
         ({"num_steps": 201}, r"num_steps must lie in 1\.\.\.200"),
-        ({"feature_size": (0, 8)}, "feature_size must be at least 1 pixel"),
+        ({"batch_size": 0}, "^batch_size: input should be greater than or equal to 1"),
+        ({"feature_size": (0, 8)}, r"^feature_size\.0: input should be greater than or equal to 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], message: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from gladad.core.errors import Interrupted
 from gladad.core.images import resize_pixels
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import FinetuneConfig, TrainedProduct, finetune_denoiser
 from gladad.training.loop import TrainingRun
 
 SIDE = 32
@@ -44,7 +44,7 @@ def main() -> int:
             print(f"step {done}", flush=True)
 
     try:
-        products = {"": Product(images, pipeline.prompt_embeds[:1])}
+        products = {"": TrainedProduct(images, pipeline.prompt_embeds[:1])}
         trained = finetune_denoiser(pipeline, products, config, arguments.steps, run=run, progress=tell)
     except Interrupted as stop:
         print(stop, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,47 +33,40 @@ def plan(
     with waiting("starting", quiet):
         from gladad.core.errors import ModelFormatError
         from gladad.models.registry import make_settings
-        from gladad.models.stable_diffusion.architectures import DINO_CONFIG, UNET_CONFIG, VAE_CONFIG
-        from gladad.models.stable_diffusion.components import NAMED_BASES, choose_device, locate_base
-        from gladad.models.stable_diffusion.family import plan_request
-        from gladad.models.stable_diffusion.memory_fit import available_memory, bytes_text, check_fits
-        from gladad.models.stable_diffusion.memory_plan import (
-            BaseConfigs,
-            MemoryPlan,
-            PlanRequest,
-            plan_inspection,
-            plan_training,
-            read_configs,
-        )
+        from gladad.models.stable_diffusion.architectures import SD14, read_configs
+        from gladad.models.stable_diffusion.components import NAMED_BASES, locate_base
+        from gladad.models.stable_diffusion.device import available_memory, bytes_text, choose_device
+        from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_inspection, plan_training
+        from gladad.models.stable_diffusion.training import FinetuneConfig
 
         hush()
-    config: Any = make_settings(base, weights | values)
+    chosen: Any = make_settings(base, weights | values)
+    config: FinetuneConfig = chosen.training
     try:
-        local = config.offline or base in NAMED_BASES
-        places = locate_base(base, config.features, config.vae, revision=config.revision, local_files_only=local)
-        configs = read_configs(places[0].folder, places[1].folder, None if places[2] is None else places[2].folder)
+        local = chosen.offline or base in NAMED_BASES
+        configs = read_configs(*locate_base(base, chosen.features, chosen.vae, revision=chosen.revision, local_files_only=local))
     except ModelFormatError:
         if base not in NAMED_BASES or weights.keys() - {"offline"}:
             raise
-        configs = BaseConfigs(UNET_CONFIG, VAE_CONFIG, DINO_CONFIG)  # what it is made of is known without downloading it
+        configs = SD14  # what it is made of is known without downloading it
     device = choose_device()
 
-    def needed(request: PlanRequest) -> MemoryPlan:
-        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+    @functools.cache
+    def planned(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
+        return plan_training(configs, training, size, device_type=device.type)
 
     size = (image_size, image_size)
-    request = plan_request(config.training, size)
-    with waiting("taking one step without content", quiet):
-        train = needed(request)
-        inspect = plan_inspection(configs.unet, configs.vae, configs.features, size, config.training.precision, guidance)
-    table = Table("", f"{config.training.method} training, {request.batch_size} at a time", "inspection", box=None)
-    inspection = dict(inspect.rows())
-    for name, count in train.rows():
+    with waiting("computing", quiet):
+        train = planned(config, size)
+        inspection = plan_inspection(configs, size, config.precision, guidance=guidance)
+    at_a_time = min(config.micro_batch or config.batch_size, config.batch_size)
+    table = Table("", f"{config.method} training, {at_a_time} at a time", "inspection", box=None)
+    for name, count in train.items():
         table.add_row(name, bytes_text(count), bytes_text(inspection[name]) if name in inspection else "")
     Console().print(table)
     available = limit.get("memory_limit") or available_memory(device)
     print(f"{bytes_text(available)} are {'allowed' if limit else 'available'} on {device}")
-    check_fits(train, available, request, needed, device.type)
+    check_fits(planned, config, size, available, device.type)
 
 
 @guarded
@@ -134,16 +128,18 @@ def tune_vae(
             from gladad.detector.fit import Fitter, read_pixels
             from gladad.models.registry import make_settings
             from gladad.models.stable_diffusion.autoencoder_tuning import (
+                AUTOENCODER_FORMAT,
                 AutoencoderTuningConfig,
-                check_autoencoder_target,
                 save_autoencoder,
                 tune_autoencoder,
             )
-            from gladad.models.stable_diffusion.components import choose_device, load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.device import choose_device
+            from gladad.models.stable_diffusion.folders import check_replaceable
             from gladad.training.checkpoints import discard
 
             hush(downloads=not silent)
-        check_autoencoder_target(output)
+        check_replaceable(output, AUTOENCODER_FORMAT)
         config = from_json(AutoencoderTuningConfig, values)
         fitter = Fitter(base, make_settings(base, {"seed": config.seed}))
         paths = fitter.chosen(paths)

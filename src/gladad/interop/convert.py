@@ -10,22 +10,20 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
-from gladad.interop.checkpoint_files import StateDict, read_state_dict, shown
+from gladad.interop.checkpoint_files import read_state_dict, shown
+from gladad.models.stable_diffusion.folders import check_replaceable, save_folder
 from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT, GladPipeline
 
 CONVERSION_FORMAT = "gladad-conversion"
-CONVERSION_VERSION = 1
 
 # Names of our networks (patterns), and the same tensors' names in the checkpoints.
 DINO_NAMES = (
@@ -124,54 +122,16 @@ def convert(
     output = Path(output)
     if not sources:
         raise ConfigError("nothing to convert; give a checkpoint of the unet, of the features or of the vae")
-    _check_output(output, list(sources.values()))
-    checkpoints = {name: read_state_dict(source) for name, source in sources.items()}
-    pipeline = GladPipeline.from_base(base, extractor, prompt=prompt, revision=revision, local_files_only=local_files_only)
-    components = {name: _fill(pipeline, name, checkpoint) for name, checkpoint in checkpoints.items()}
-    report = ConversionReport(output, str(base), components)
-    with atomic_folder(output) as temporary:
-        try:
-            pipeline.save_pretrained(temporary)
-        except SafetensorError as error:  # a full disk, in safetensors' own class
-            raise OSError(f"writing the weights failed: {error}") from error
-        write_json(temporary / MODEL_FILE, _description(report, pipeline.prompt))
-    return report
-
-
-def is_conversion(folder: str | os.PathLike[str]) -> bool:
-    """Whether `convert` wrote a folder."""
-    path = Path(folder) / MODEL_FILE
-    try:
-        return path.is_file() and read_json(path).get("format") == CONVERSION_FORMAT
-    except ModelFormatError:
-        return False
-
-
-def _check_output(output: Path, sources: Sequence[Path]) -> None:
-    """Refuse before anything is loaded what must not be replaced; a detector, too, which `atomic_folder` alone would replace."""
-    if output.is_dir() and any(output.iterdir()) and not is_conversion(output):
-        raise WriteError(f"{output}: exists and is no earlier conversion; it will not be overwritten, choose another folder")
-    check_target(output)
-    for source in sources:
+    check_replaceable(output, CONVERSION_FORMAT)
+    for source in sources.values():
         if source.resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"{source}: lies in the folder that the conversion would replace; choose another output")
-
-
-def _description(report: ConversionReport, prompt: str) -> dict[str, Any]:
-    components = {
-        name: {"source": part.source.name, "tensors": part.tensors, "ignored": dict(part.ignored)}
-        for name, part in report.components.items()
-    }
-    return {
-        "format": CONVERSION_FORMAT,
-        "format_version": CONVERSION_VERSION,
-        "base": report.base,
-        "prompt": prompt,
-        "components": components,
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- the names
+    checkpoints = {name: read_state_dict(source) for name, source in sources.items()}
+    pipeline = GladPipeline.from_base(base, extractor, prompt=prompt, revision=revision, local_files_only=local_files_only)
+    components = {name: _fill(pipeline, name, sources[name], checkpoint) for name, checkpoint in checkpoints.items()}
+    described = {name: {**asdict(part), "source": part.source.name} for name, part in components.items()}
+    save_folder(output, pipeline.save_pretrained, CONVERSION_FORMAT, base=str(base), prompt=pipeline.prompt, components=described)
+    return ConversionReport(output, str(base), components)
 
 
 class Place(NamedTuple):
@@ -183,41 +143,33 @@ class Place(NamedTuple):
 
 
 Tensors = Mapping[str, Tensor]
-Places = dict[str, Place]
+Names = Sequence[tuple[str, str]]
 
 
-def _same_names(state: Tensors, checkpoint: Tensors) -> Places:
-    return {name: Place(name, tuple(tensor.shape)) for name, tensor in state.items()}
+def _places(state: Tensors, checkpoint: Tensors, names: Names) -> dict[str, Place]:
+    """Name in our network -> where the tensor lies in a checkpoint.
 
-
-def _dino_names(state: Tensors, checkpoint: Tensors) -> Places:
-    """DINO fuses query, key and value, in this order, into one matrix of three times the rows."""
-    places = {}
-    for name, tensor in state.items():
-        key, shape = _renamed(name, DINO_NAMES), tuple(tensor.shape)
-        fused = re.search(r"\.([qkv])_proj\.", name)
-        places[name] = Place(key, (3 * shape[0], *shape[1:]), "qkv".index(fused[1])) if fused else Place(key, shape)
-    return places
-
-
-def _vae_names(state: Tensors, checkpoint: Tensors) -> Places:
-    """Latent diffusion counts the decoder's levels from the output, and its attention is of 1x1 convolutions.
-
-    diffusers has a converter, too, but it passes over what it does not know instead of naming it.
+    DINO fuses query, key and value, in this order, into one matrix of three times the rows. Latent diffusion counts the decoder's levels
+    from the output, and its attention is of 1x1 convolutions. (diffusers has a converter for it, too, but it passes over what it does not
+    know instead of naming it.)
     """
     if any(key.startswith("encoder.down_blocks.") for key in checkpoint):
-        return _same_names(state, checkpoint)
-    levels = {int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
+        names = ()  # an autoencoder under diffusers' own names
+    last = max((int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))), default=0)
     places = {}
     for name, tensor in state.items():
-        key = _renamed(name, LDM_NAMES).replace(".conv_shortcut.", ".nin_shortcut.")
-        key = re.sub(r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{max(levels) - int(found[1])}", key)
-        convolution = ".mid.attn_1." in key and tensor.ndim == 2
-        places[name] = Place(key, (*tensor.shape, 1, 1) if convolution else tuple(tensor.shape))
+        key, shape, third = _renamed(name, names), tuple(tensor.shape), None
+        if names is DINO_NAMES and (fused := re.search(r"\.([qkv])_proj\.", name)):
+            shape, third = (3 * shape[0], *shape[1:]), "qkv".index(fused[1])
+        if names is LDM_NAMES:
+            key = key.replace(".conv_shortcut.", ".nin_shortcut.")
+            key = re.sub(r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", key)
+            shape = (*shape, 1, 1) if ".mid.attn_1." in key and tensor.ndim == 2 else shape
+        places[name] = Place(key, shape, third)
     return places
 
 
-def _renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
+def _renamed(name: str, names: Names) -> str:
     for ours, theirs in names:
         if found := re.fullmatch(ours, name):
             return found.expand(theirs)
@@ -226,42 +178,36 @@ def _renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class _Format:
-    names: Callable[[Tensors, Tensors], Places]  # of (state of our network, checkpoint)
-    hint: str  # what to do when they do not fit
+    names: Names = ()
+    hint: str = "give the base that it was trained from"  # what to do when they do not fit
     prefixes: tuple[str, ...] = ("module.",)  # taken off every name, in this order
     useless: tuple[str, ...] = ()  # first parts of names that are ignored
     part: str | None = None  # where names start with this, the others are ignored
 
 
 _DINO = _Format(
-    _dino_names,
+    DINO_NAMES,
     "give the ViT that it was trained from as the extractor, with the same grid of patches (the authors': facebook/dino-vitb8)",
     prefixes=("module.", "backbone."),
     useless=("head",),
 )
 _FORMATS = {
-    "unet": _Format(_same_names, "give the base that it was trained from"),
+    "unet": _Format(),
     "features": _DINO,
     "tuned_features": _DINO,
-    "vae": _Format(
-        _vae_names,
-        "give the base that it was trained from",
-        prefixes=("module.", "first_stage_model."),
-        useless=("loss",),
-        part="first_stage_model.",
-    ),
+    "vae": _Format(LDM_NAMES, prefixes=("module.", "first_stage_model."), useless=("loss",), part="first_stage_model."),
 }
 
 
 # -------------------------------------------------------------------------------------------------------------- accounting
 
 
-def _sorted(checkpoint: StateDict, form: _Format) -> tuple[dict[str, Tensor], Counter[str]]:
+def _sorted(path: Path, checkpoint: Tensors, form: _Format) -> tuple[dict[str, Tensor], Counter[str]]:
     """Tensors that the network must take, by their names without prefixes, and how many others there are by group."""
     tensors: dict[str, Tensor] = {}
-    ignored = Counter(checkpoint.others)
-    only = form.part if form.part and any(key.startswith(form.part) for key in checkpoint.tensors) else ""
-    for key, tensor in checkpoint.tensors.items():
+    ignored: Counter[str] = Counter()
+    only = form.part if form.part and any(key.startswith(form.part) for key in checkpoint) else ""
+    for key, tensor in checkpoint.items():
         name = key
         for prefix in form.prefixes:
             name = name.removeprefix(prefix)
@@ -270,13 +216,13 @@ def _sorted(checkpoint: StateDict, form: _Format) -> tuple[dict[str, Tensor], Co
         elif (group := name.partition(".")[0]) in form.useless:
             ignored[group] += 1
         elif name in tensors:
-            raise ModelFormatError(f"{checkpoint.path}: holds {shown(name)} twice, with and without a prefix; keep one of the two")
+            raise ModelFormatError(f"{path}: holds {shown(name)} twice, with and without a prefix; keep one of the two")
         else:
             tensors[name] = tensor
     return tensors, ignored
 
 
-def _fill(pipeline: GladPipeline, component: str, checkpoint: StateDict) -> ConvertedComponent:
+def _fill(pipeline: GladPipeline, component: str, path: Path, checkpoint: Tensors) -> ConvertedComponent:
     """Give a network the tensors of a checkpoint, all or none.
 
     Raises:
@@ -285,9 +231,9 @@ def _fill(pipeline: GladPipeline, component: str, checkpoint: StateDict) -> Conv
     tuned = copy.deepcopy(pipeline.features) if component == "tuned_features" else None
     network = (tuned or pipeline.features).vit if component in {"features", "tuned_features"} else getattr(pipeline, component)
     form = _FORMATS[component]
-    tensors, ignored = _sorted(checkpoint, form)
+    tensors, ignored = _sorted(path, checkpoint, form)
     state = network.state_dict()
-    places = form.names(state, tensors)
+    places = _places(state, tensors, form.names)
     expected = {place.key: place.shape for place in places.values()}
     plain = {key: tensor for key, tensor in tensors.items() if _is_plain(tensor)}
     shapes = {key: tuple(plain[key].shape) for key in expected if key in plain}
@@ -299,13 +245,13 @@ def _fill(pipeline: GladPipeline, component: str, checkpoint: StateDict) -> Conv
     }
     found = [f"{len(names)} {problem} ({_several(names)})" for problem, names in problems.items() if names]
     if found:
-        raise ModelFormatError(f"{checkpoint.path}: does not fit the {component}: {', '.join(found)}; {form.hint}")
+        raise ModelFormatError(f"{path}: does not fit the {component}: {', '.join(found)}; {form.hint}")
     weights = {name: _take(plain[place.key], place).reshape(state[name].shape) for name, place in places.items()}
     network.load_state_dict(weights)  # copied into the network's own tensors, which are float32
     if tuned is not None:
         frozen = dict(pipeline.features.named_parameters())
         pipeline.tune_scoring({name: own for name, own in tuned.named_parameters() if not torch.equal(own, frozen[name])})
-    return ConvertedComponent(checkpoint.path, len(expected), dict(ignored))
+    return ConvertedComponent(path, len(expected), dict(ignored))
 
 
 def _take(tensor: Tensor, place: Place) -> Tensor:

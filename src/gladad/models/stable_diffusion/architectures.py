@@ -1,63 +1,85 @@
-"""The shapes of the paper's base, Stable Diffusion v1-4 with DINO ViT-B/8, as their configuration files give them.
+"""What the networks of a base look like, without their weights: their configuration files, and networks built of these that hold nothing.
 
-With them, whoever has not downloaded the base can still compute what it needs. They are data, in the form that diffusers and
-transformers read; `gladad.models.stable_diffusion.memory_plan` is their user.
+Those of the paper's base are here as data, in the form that diffusers and transformers read: whoever has not downloaded it can still
+compute what it needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-UNET_CONFIG: dict[str, Any] = {  # 859,520,964 parameters
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_head_dim": 8,  # means 8 heads: diffusers keeps an old name
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import AutoConfig
 
-VAE_CONFIG: dict[str, Any] = {  # 83,653,863 parameters
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
+from gladad.core.errors import ModelFormatError
+from gladad.core.storage import read_json
+from gladad.features.vit import TRANSFORMERS, DinoFeatures
+from gladad.models.stable_diffusion.components import Located, first_line
 
-DINO_CONFIG: dict[str, Any] = {  # 85,807,872 parameters, without a pooling layer
-    "model_type": "vit",
-    "attention_probs_dropout_prob": 0.0,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "hidden_size": 768,
-    "image_size": 224,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "num_hidden_layers": 12,
-    "patch_size": 8,
-    "qkv_bias": True,
-}
+
+@dataclass(frozen=True)
+class BaseConfigs:
+    """The ``config.json`` of each network of a base."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    features: dict[str, Any]
+
+
+SD14 = BaseConfigs(
+    unet={"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64},  # 859,520,964 parameters
+    vae={  # 83,653,863 parameters
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+    },
+    features={"model_type": "vit", "patch_size": 8},  # 85,807,872 parameters, without a pooling layer
+)
+"""The paper's base, Stable Diffusion v1-4 with DINO ViT-B/8: where it differs from its classes' defaults."""
+
+
+def read_configs(base: Located, features: Located, vae: Located | None) -> BaseConfigs:
+    """The configurations of a base that `gladad.models.stable_diffusion.components.locate_base` found; its weights need not be there.
+
+    Raises:
+        ModelFormatError: One is missing or damaged.
+    """
+    return BaseConfigs(
+        unet=read_json(base.folder / "unet" / "config.json"),
+        vae=read_json((base.folder / "vae" if vae is None else vae.folder) / "config.json"),
+        features=read_json(features.folder / "config.json"),
+    )
+
+
+def build_without_weights(configs: BaseConfigs, dtype: torch.dtype, unet_dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Denoiser, autoencoder and extractor on torch's meta device, where tensors have a shape and no content.
+
+    Raises:
+        ModelFormatError: A configuration describes no network.
+    """
+
+    def features() -> DinoFeatures:
+        kind = TRANSFORMERS[configs.features["model_type"]]
+        options = {"add_pooling_layer": False} if configs.features["model_type"] == "vit" else {}
+        return DinoFeatures(kind(AutoConfig.for_model(**configs.features), **options))
+
+    return (
+        _built("denoiser", lambda: UNet2DConditionModel.from_config(configs.unet), unet_dtype),  # type: ignore[no-untyped-call]
+        _built("autoencoder", lambda: AutoencoderKL.from_config(configs.vae), dtype),  # type: ignore[no-untyped-call]
+        _built("feature extractor", features, dtype),
+    )
+
+
+def _built(name: str, build: Callable[[], Any], dtype: torch.dtype) -> Any:
+    try:
+        with torch.device("meta"):
+            return nn.Module.to(build(), dtype)  # diffusers' own warns of modules to be kept in float32, though there are none
+    except Exception as error:  # whatever a constructor stumbles over, the cause is the configuration
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelFormatError(f"the {name}'s config.json describes no network that can be built: {reason}") from error

@@ -7,32 +7,35 @@ detector compares images with, instead of LPIPS.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor, nn
 
-from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.errors import ConfigError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
-from gladad.core.storage import MODEL_FILE, WriteError, atomic_folder, check_target, read_json, write_json
 from gladad.features.vit import DinoFeatures
-from gladad.models.stable_diffusion.components import choose_device, latent_factor
-from gladad.models.stable_diffusion.training import digest
+from gladad.models.stable_diffusion.components import latent_size
+from gladad.models.stable_diffusion.device import choose_device
+from gladad.models.stable_diffusion.folders import save_folder
+from gladad.models.stable_diffusion.training_inputs import (
+    Pixels,
+    check_training_images,
+    image_of_sample,
+    sha256_of_images,
+    sha256_of_weights,
+)
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
 
-Pixels = NDArray[np.uint8]
 AUTOENCODER_FORMAT = "gladad-autoencoder"
-AUTOENCODER_VERSION = 1
-SAMPLED = 4096
+Weight = Annotated[float, Field(ge=0)]
 FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 
 
@@ -40,28 +43,20 @@ FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
 class AutoencoderTuningConfig:
     """How the autoencoder is fine-tuned."""
 
-    steps: int = 2000  # optimiser steps
-    batch_size: int = 4  # images per step, of all processes together
-    micro_batch: int | None = None  # images at a time; None = all of a process's share
-    learning_rate: float = 1e-5  # of Adam; latent diffusion trains from nothing with 4.5e-6 per image of a batch, 1.8e-5 for four
-    kl_weight: float = 1e-6  # of the latents' divergence from a standard normal, its sum in nats divided by the image's number of values
-    perceptual_weight: float = 1.0  # of the distance between patch features
+    steps: Annotated[int, Field(ge=0)] = 2000  # optimiser steps
+    batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # of Adam; latent diffusion's, from nothing, is 4.5e-6 per image of a batch
+    kl_weight: Weight = 1e-6  # of the latents' divergence from a standard normal, in nats over the image's number of values
+    perceptual_weight: Weight = 1.0  # of the distance between patch features
     discriminator: bool = False  # train a discriminator of patches, too, and against it
-    discriminator_weight: float = 0.1  # of what the discriminator says of reconstructions
-    discriminator_start: int = 500  # step from which it guides the autoencoder; it learns from the first
+    discriminator_weight: Weight = 0.1  # of what the discriminator says of reconstructions
+    discriminator_start: Annotated[int, Field(ge=0)] = 500  # step from which it guides the autoencoder; it learns from the first
     gradient_checkpointing: bool = True  # compute activations twice instead of keeping them
-    gradient_clip: float = 1.0  # largest gradient norm
-    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
     precision: Precision = "float32"  # of the networks' arithmetic; fine detail is what this training is for
-    seed: int = 0  # of everything random
-
-    def __post_init__(self) -> None:
-        weights = (self.kl_weight, self.perceptual_weight, self.discriminator_weight)
-        if not all(weight >= 0 for weight in weights):  # false of NaN, too
-            raise ConfigError("kl_weight, perceptual_weight and discriminator_weight must not be negative")
-        if self.discriminator_start < 0:
-            raise ConfigError(f"discriminator_start must not be negative, not {self.discriminator_start}")
-        self.loop()
+    seed: Annotated[int, Field(ge=0)] = 0  # of everything random
 
     def loop(self) -> LoopConfig:
         """The loop's settings."""
@@ -103,14 +98,11 @@ def tune_autoencoder(
         The loss of every step; with a discriminator its own is in it.
 
     Raises:
-        ConfigError: The autoencoder is in half precision.
-        DataError: There are no images, they differ in size, or their sides are no multiples of the autoencoder's stride.
+        ConfigError: The autoencoder is in half precision, or the images' sides are no multiples of its stride.
+        DataError: There are no images, or they differ in size.
     """
-    check_images(images)
-    stride = latent_factor(vae)
-    height, width = images[0].shape[:2]
-    if height % stride or width % stride:
-        raise DataError(f"the autoencoder needs image sides that are multiples of {stride}, got {height}x{width} (height x width)")
+    check_training_images(images)
+    latent_size(vae, images[0].shape[:2])
     if vae.dtype != torch.float32:
         raise ConfigError(f"training needs the autoencoder in float32, not {vae.dtype}; its arithmetic is set by precision")
     device = choose_device()
@@ -213,13 +205,12 @@ class AutoencoderTask:
         settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
         self.identity: dict[str, Any] = {
             "tuning": settings,
-            "images": digest(images),
-            "vae": weights_digest(vae.state_dict()),
-            "features": weights_digest(self.features.state_dict()),
+            "images": sha256_of_images(images),
+            "vae": sha256_of_weights(vae.state_dict()),
+            "features": sha256_of_weights(self.features.state_dict()),
         }
         self.module: nn.Module = TrainedAutoencoder(vae, patch_discriminator(config.seed) if config.discriminator else None)
-        factor = latent_factor(vae)
-        self.latent_shape = (vae.config.latent_channels, images[0].shape[0] // factor, images[0].shape[1] // factor)
+        self.latent_shape = (vae.config.latent_channels, *latent_size(vae, images[0].shape[:2]))
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Difference, perceptual distance and divergence, means over samples; with a discriminator, what it says and its own loss."""
@@ -261,84 +252,10 @@ class AutoencoderTask:
         return next(self.module.parameters()).device
 
 
-# ---------------------------------------------------------------------------------------------- what both tunings need
-
-
-def check_images(images: Sequence[Pixels]) -> None:
-    """Refuse what is no set of images to train on.
-
-    Raises:
-        DataError: There are none, one is not ``[H, W, 3]`` uint8, or they differ in size.
-    """
-    if not images:
-        raise DataError("there are no images to train on; give normal images of the product")
-    for number, image in enumerate(images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"image {number} must be [H, W, 3] uint8, not {list(image.shape)} {image.dtype}")
-    if len({image.shape for image in images}) > 1:
-        raise DataError("images to train on must all be of the same size; resize them")
-
-
-def image_of_sample(seed: int, number: int, count: int) -> int:
-    """Which of ``count`` images a sample shows: each one once per epoch, in an order drawn for that epoch.
-
-    Args:
-        seed: Of the orders.
-        number: Of the sample, counted through the whole training.
-        count: Images.
-    """
-    epoch, place = divmod(number, count)
-    return int(np.random.default_rng([seed, epoch]).permutation(count)[place])
-
-
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """What weights are known again by: names, shapes and evenly spaced values, which are soon read even of a large network."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        values = tensor.detach().flatten()
-        found.update(f"{name}:{tuple(tensor.shape)}".encode())
-        found.update(values[:: max(1, len(values) // SAMPLED)].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:32]
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def is_autoencoder(folder: Path) -> bool:
-    """Whether `save_autoencoder` wrote a folder."""
-    try:
-        return (folder / MODEL_FILE).is_file() and read_json(folder / MODEL_FILE).get("format") == AUTOENCODER_FORMAT
-    except ModelFormatError:
-        return False
-
-
-def check_autoencoder_target(folder: Path) -> None:
-    """Refuse before a long training what `save_autoencoder` would refuse after it.
-
-    Raises:
-        WriteError: The folder holds something else, or its place cannot be written to.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not is_autoencoder(folder):
-        raise WriteError(f"{folder}: exists and is no earlier tuned autoencoder; it will not be overwritten, choose another folder")
-    check_target(folder)
-
-
 def save_autoencoder(vae: Any, folder: Path) -> None:
-    """Write a plain diffusers folder, whole or not at all, which ``gladad fit --vae`` takes; an earlier one is replaced.
-
-    Beside ``config.json`` and the safetensors it holds a ``model.json``, by which it is known again.
-
-    Args:
-        vae: A diffusers ``AutoencoderKL``.
-        folder: To write.
+    """Write an ``AutoencoderKL`` as a folder that ``gladad fit --vae`` takes; an earlier one is replaced.
 
     Raises:
         WriteError: The folder holds something else, or the disk refuses.
     """
-    check_autoencoder_target(folder)
-    with atomic_folder(folder) as temporary:
-        try:
-            vae.save_pretrained(temporary)
-        except SafetensorError as error:  # a full disk, in safetensors' own class
-            raise OSError(f"writing the weights failed: {error}") from error
-        write_json(temporary / MODEL_FILE, {"format": AUTOENCODER_FORMAT, "format_version": AUTOENCODER_VERSION})
+    save_folder(folder, vae.save_pretrained, AUTOENCODER_FORMAT)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from gladad.core.errors import ModelFormatError
+from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import validated
 from gladad.features.vit import DinoFeatures
 
@@ -76,7 +76,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Networks:
+class Components:
     """The networks of a base and the noise schedule, without the text encoder."""
 
     vae: Any
@@ -93,7 +93,9 @@ class Located:
     part: Part
 
 
-def locate(source: str | os.PathLike[str], parts: Sequence[str], revision: str | None = None, local_files_only: bool = False) -> Located:
+def find_repository(
+    source: str | os.PathLike[str], parts: Sequence[str], revision: str | None = None, local_files_only: bool = False
+) -> Located:
     """Find a repository: a folder, or a snapshot of the Hub's, downloaded if it must be.
 
     Args:
@@ -201,17 +203,17 @@ def locate_base(
     if (root / "model_index.json").is_file() and (root / "features").is_dir():  # a saved GLAD model
         features = features or root / "features"
     parts = BASE_COMPONENTS if vae is None else tuple(part for part in BASE_COMPONENTS if part != "vae")
-    found = locate(root if root.is_dir() else base, parts, revision, local_files_only)
-    extractor = locate(features or DEFAULT_FEATURES, (), features_revision, local_files_only)
+    found = find_repository(root if root.is_dir() else base, parts, revision, local_files_only)
+    extractor = find_repository(features or DEFAULT_FEATURES, (), features_revision, local_files_only)
     if vae is None:
         return found, extractor, None
     inner = Path(vae) / "vae"
-    return found, extractor, locate(inner if inner.is_dir() else vae, (), vae_revision, local_files_only)
+    return found, extractor, find_repository(inner if inner.is_dir() else vae, (), vae_revision, local_files_only)
 
 
 def load_networks(
     base: Located, features: Located, vae: Located | None, dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None
-) -> Networks:
+) -> Components:
     """Load networks from their folders, from safetensors only.
 
     Args:
@@ -224,7 +226,7 @@ def load_networks(
     Raises:
         ModelFormatError: A component is missing or damaged.
     """
-    return Networks(
+    return Components(
         vae=load_component(AutoencoderKL, base.folder / "vae" if vae is None else vae.folder, use_safetensors=True, dtype=dtype),
         unet=load_component(UNet2DConditionModel, base.folder / "unet", use_safetensors=True, dtype=unet_dtype or dtype),
         scheduler=load_component(DDIMScheduler, base.folder / "scheduler"),
@@ -241,11 +243,11 @@ def load_autoencoder(base: Located, features: Located) -> tuple[Any, Any]:
     return load_component(AutoencoderKL, base.folder / "vae", use_safetensors=True), load_component(DinoFeatures, features.folder)
 
 
-_shared: weakref.WeakValueDictionary[tuple[str, ...], Networks] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple[str, ...], Components] = weakref.WeakValueDictionary()
 _sharing = threading.Lock()
 
 
-def shared_networks(base: Located, features: Located, vae: Located | None, dtype: torch.dtype, device: torch.device) -> Networks:
+def shared_networks(base: Located, features: Located, vae: Located | None, dtype: torch.dtype, device: torch.device) -> Components:
     """Networks that are in memory once, however many models ask for them; they go with the last of these.
 
     Args:
@@ -267,16 +269,21 @@ def shared_networks(base: Located, features: Located, vae: Located | None, dtype
         return networks
 
 
-def choose_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
 def latent_factor(vae: Any) -> int:
     """Pixels per latent cell of an autoencoder, along each side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def latent_size(vae: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the latents of images ``(H, W)``.
+
+    Raises:
+        ConfigError: A side is not a multiple of `latent_factor`.
+    """
+    factor, (height, width) = latent_factor(vae), image_size
+    if min(image_size) < factor or height % factor or width % factor:
+        raise ConfigError(f"the autoencoder needs image sides that are multiples of {factor}, got {height}x{width} (height x width)")
+    return height // factor, width // factor
 
 
 def embed_prompts(folder: Path, prompts: Sequence[str]) -> Tensor:

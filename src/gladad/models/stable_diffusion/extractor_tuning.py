@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.algorithm import ReconstructionConfig
@@ -22,46 +22,43 @@ from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
-from gladad.models.stable_diffusion.autoencoder_tuning import check_images, image_of_sample, weights_digest
-from gladad.models.stable_diffusion.components import choose_device
+from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.model import StableDiffusion
-from gladad.models.stable_diffusion.training import digest
+from gladad.models.stable_diffusion.training_inputs import (
+    Pixels,
+    check_training_images,
+    image_of_sample,
+    sha256_of_images,
+    sha256_of_weights,
+)
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
 
-Pixels = NDArray[np.uint8]
+Side = Annotated[int, Field(ge=1)]  # in pixels
 
 
 @validated
 class FeatureTuningConfig:
     """How the extractor is fine-tuned. The defaults are the paper's, but for the number of denoising steps."""
 
-    epochs: int = 15  # times that every image is shown; the budget is fixed, no epoch is chosen by results
-    steps: int | None = None  # optimiser steps instead of epochs
-    batch_size: int = 32  # images per step, of all processes together
-    micro_batch: int | None = None  # images at a time; None = all of a process's share
-    learning_rate: float = 3e-4  # of Adam
-    anchor_weight: float = 0.01  # lambda: pull towards the frozen features; the paper's 0 for cashew and macaroni2
-    start_timestep: int = 200  # that reconstructions start from, of 1000
-    num_steps: int | None = None  # denoiser calls of a reconstruction; None = as densely spaced as the base's own
-    feature_size: tuple[int, int] = (256, 256)  # (H, W) pixels that features are compared at
-    seed: int = 0  # of the order of the images
+    epochs: Annotated[int, Field(ge=1)] = 15  # times that every image is shown; the budget is fixed, no epoch is chosen by results
+    steps: Annotated[int, Field(ge=0)] | None = None  # optimiser steps instead of epochs
+    batch_size: Annotated[int, Field(ge=1)] = 32  # images per step, of all processes together
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # of Adam
+    anchor_weight: Annotated[float, Field(ge=0)] = 0.01  # lambda: pull to the frozen features; the paper's 0 for cashew and macaroni2
+    start_timestep: Annotated[int, Field(ge=1)] = 200  # that reconstructions start from, of 1000
+    num_steps: Annotated[int, Field(ge=1)] | None = None  # denoiser calls of a reconstruction; None = as densely spaced as the base's own
+    feature_size: tuple[Side, Side] = (256, 256)  # (H, W) pixels that features are compared at
+    seed: Annotated[int, Field(ge=0)] = 0  # of the order of the images
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1, not {self.epochs}")
-        if not self.anchor_weight >= 0:
-            raise ConfigError(f"anchor_weight must not be negative, not {self.anchor_weight}")
-        if self.start_timestep < 1:
-            raise ConfigError(f"start_timestep must be at least 1, not {self.start_timestep}")
-        if self.num_steps is not None and not 1 <= self.num_steps <= self.start_timestep:
+        if self.num_steps is not None and self.num_steps > self.start_timestep:
             raise ConfigError(f"num_steps must lie in 1...{self.start_timestep}, the start_timestep, not {self.num_steps}")
-        if min(self.feature_size) < 1:
-            raise ConfigError(f"feature_size must be at least 1 pixel, not {list(self.feature_size)}")
 
     def loop(self, images: int, precision: Precision) -> LoopConfig:
         """The loop's settings for so many images."""
         return LoopConfig(
-            steps=math.ceil(self.epochs * images / max(1, self.batch_size)) if self.steps is None else self.steps,
+            steps=math.ceil(self.epochs * images / self.batch_size) if self.steps is None else self.steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             learning_rate=self.learning_rate,
@@ -111,7 +108,7 @@ def tune_features(
     """
     if base.kind != StableDiffusion.kind:
         raise ConfigError(f"only the extractor of a {StableDiffusion.kind} base can be tuned; this detector's base is {base.kind}")
-    check_images(images)
+    check_training_images(images)
     if images[0].shape[:2] != base.config.image_size:
         (height, width), (wanted_height, wanted_width) = images[0].shape[:2], base.config.image_size
         raise DataError(f"images of {height}x{width} pixels for a base of {wanted_height}x{wanted_width} (height x width); resize them")
@@ -197,12 +194,12 @@ class FeatureTask:
             "feature_size": list(self.size),
             "reconstruction": [self.reconstruction.max_step, self.reconstruction.num_steps],
             "inspection": [list(base.config.image_size), base.config.settings.guidance_scale, base.config.settings.seed],
-            "images": digest(self.images),
-            "features": weights_digest(self.frozen.state_dict()),
-            "vae": weights_digest(pipeline.vae.state_dict()),
-            "unet": weights_digest(_without_adapters(pipeline.unet.state_dict())),
-            "adapter": weights_digest({} if base.adapter is None else base.adapter.weights),
-            "prompt": weights_digest({"embeds": pipeline.prompt_embeds}),
+            "images": sha256_of_images(self.images),
+            "features": sha256_of_weights(self.frozen.state_dict()),
+            "vae": sha256_of_weights(pipeline.vae.state_dict()),
+            "unet": sha256_of_weights(_without_adapters(pipeline.unet.state_dict())),
+            "adapter": sha256_of_weights({} if base.adapter is None else base.adapter.weights),
+            "prompt": sha256_of_weights({"embeds": pipeline.prompt_embeds}),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,14 +17,15 @@ from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
 from gladad.data.foreground import Foreground
 from gladad.models.family import Model, Pixels, Training
-from gladad.models.stable_diffusion.components import choose_device, locate_base
-from gladad.models.stable_diffusion.memory_fit import available_memory, check_fits
-from gladad.models.stable_diffusion.memory_plan import MemoryPlan, PlanRequest, plan_training, read_configs
+from gladad.models.stable_diffusion.architectures import read_configs
+from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.device import available_memory, choose_device
+from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_training
 from gladad.models.stable_diffusion.model import StableDiffusion, origin_fingerprints
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
 from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
-from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, Product, finetune_denoiser
+from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, TrainedProduct, finetune_denoiser
 from gladad.training.loop import DTYPES, divided
 
 LONG, SHARED = True, True
@@ -121,7 +121,7 @@ def _fit(
         pipeline.to(choose_device())
     adapter, name = None, None
     if steps:
-        products = {key: Product(own, pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key, own in images.items()}
+        products = {key: TrainedProduct(own, pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key, own in images.items()}
         known = {"origin": {} if first.origin is None else origin_fingerprints(first.origin)}
         trained = finetune_denoiser(
             first,
@@ -176,24 +176,6 @@ def adjust(model: Model, images: Sequence[Pixels], settings: StableDiffusionSett
 # -- memory -----------------------------------------------------------------------------------------------------
 
 
-def plan_request(training: FinetuneConfig, size: tuple[int, int], processes: int = 1) -> PlanRequest:
-    """What one of so many processes asks of its memory."""
-    share = math.ceil(training.batch_size / processes)
-    at_once = min(training.micro_batch or share, share)
-    return PlanRequest(
-        image_size=size,
-        training=training.method,
-        batch_size=at_once,
-        accumulation=math.ceil(share / at_once),
-        lora_rank=training.rank,
-        lora_layers=training.layers,
-        gradient_checkpointing=training.gradient_checkpointing,
-        precision=training.precision,
-        optimizer=training.optimizer,
-        ema=training.ema > 0,
-    )
-
-
 def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSettings, limit: int | None) -> None:
     """Refuse a training that does not fit into memory, before its weights are loaded.
 
@@ -206,16 +188,13 @@ def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSett
     Raises:
         ConfigError: It does not fit; the message says what would.
     """
-    base, extractor, vae = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
-    configs = read_configs(base.folder, extractor.folder, None if vae is None else vae.folder)
-    device = choose_device()
+    found = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
+    configs, device, processes = read_configs(*found), choose_device(), process_count()
 
-    def plan(request: PlanRequest) -> MemoryPlan:
-        return plan_training(configs.unet, request, vae_config=configs.vae, vit_config=configs.features, device_type=device.type)
+    def plan(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
+        return plan_training(configs, training, size, processes, device.type)
 
-    processes = process_count()
-    request = plan_request(settings.training, size, processes)
     available = available_memory(device) if limit is None else limit
     if device.type == "cpu":
         available //= processes
-    check_fits(plan(request), available, request, plan, device.type)
+    check_fits(plan, settings.training, size, available, device.type)

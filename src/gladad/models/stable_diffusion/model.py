@@ -25,7 +25,8 @@ from gladad.core.settings import from_json, to_json
 from gladad.core.storage import content_digest, read_json, write_json
 from gladad.data.foreground import foreground_mask
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
-from gladad.models.stable_diffusion.components import Located, Networks, Origin, choose_device, load_networks, locate_base, shared_networks
+from gladad.models.stable_diffusion.components import Components, Located, Origin, load_networks, locate_base, shared_networks
+from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.models.stable_diffusion.settings import StableDiffusionConfig
@@ -57,7 +58,7 @@ class StableDiffusion:
         pipeline: GladPipeline,
         adapter: Adapter | None = None,
         adapter_name: str | None = None,
-        networks: Networks | None = None,
+        networks: Components | None = None,
     ):
         self.config, self.pipeline = config, pipeline
         self.adapter, self.adapter_name, self.networks = adapter, adapter_name, networks

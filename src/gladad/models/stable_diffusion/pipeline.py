@@ -24,13 +24,13 @@ from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.storage import load_tensors, read_json, save_tensors
 from gladad.features.vit import DinoFeatures, imagenet_normalise
 from gladad.models.stable_diffusion.components import (
-    Networks,
+    Components,
     Origin,
     embed_prompts,
+    find_repository,
     first_line,
-    latent_factor,
+    latent_size,
     load_networks,
-    locate,
     locate_base,
 )
 
@@ -172,7 +172,7 @@ class GladPipeline(DiffusionPipeline):
         return pipelines
 
     @classmethod
-    def of(cls, networks: Networks, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT, guidance_scale: float = 1.0) -> Self:
+    def of(cls, networks: Components, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT, guidance_scale: float = 1.0) -> Self:
         """A pipeline over networks that others may use, too; it owns nothing but its prompt embeddings ``[2, L, D]``."""
         return cls(networks.vae, networks.unet, networks.scheduler, networks.features, prompt_embeds, prompt, guidance_scale)
 
@@ -183,7 +183,7 @@ class GladPipeline(DiffusionPipeline):
         Raises:
             ModelFormatError: The folder is missing or is not a GLAD model.
         """
-        resolved = locate(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False)).folder
+        resolved = find_repository(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False)).folder
         if not (resolved / CONDITIONING).is_file():
             raise ModelFormatError(f"{folder} is not a saved GLAD model: it has no {CONDITIONING}; a plain base is read by from_base")
         try:
@@ -256,29 +256,20 @@ class GladPipeline(DiffusionPipeline):
         """The denoiser's noise schedule, on the pipeline's device."""
         return Schedule(self.scheduler.alphas_cumprod.to(self.device, torch.float32))
 
-    @property
-    def latent_factor(self) -> int:
-        """Pixels per latent cell, along each side."""
-        return latent_factor(self.vae)
-
     def encode(self, image: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Latents of images.
 
         Args:
-            image: ``[B, 3, H, W]`` in [0, 1]; sides are multiples of `latent_factor`.
+            image: ``[B, 3, H, W]`` in [0, 1]; sides are multiples of the autoencoder's `latent_factor`.
             generators: One CPU generator per image: sample the posterior. None takes its mean.
 
         Returns:
             ``[B, C, H / f, W / f]`` float32, scaled to about unit variance.
 
         Raises:
-            ConfigError: A side is not a multiple of `latent_factor`.
+            ConfigError: A side is not such a multiple.
         """
-        height, width = image.shape[-2:]
-        if height % self.latent_factor or width % self.latent_factor:
-            raise ConfigError(
-                f"the autoencoder needs image sides that are multiples of {self.latent_factor}, got {height}x{width} (height x width)"
-            )
+        latent_size(self.vae, (image.shape[-2], image.shape[-1]))
         posterior = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist
         latent: Tensor = posterior.mean.float()
         if generators is not None:

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.errors import ConfigError
@@ -20,6 +22,7 @@ from gladad.data.foreground import Foreground
 FOLDER = Path(__file__).with_name("presets_data")
 MULTI_CLASS = "multi_class"
 """The category name of the preset for one model of all categories of a data set."""
+Side = Annotated[int, Field(ge=1)]  # in pixels
 
 
 @validated
@@ -29,17 +32,17 @@ class Preset:
     name: str  # DATA_SET/CATEGORY
     tuned_on: Literal["test", "normal"]  # the images that the constants were chosen on
     source: str  # where they were published
-    image_size: tuple[int, int]  # (H, W) pixels that images are read at
-    encode_size: tuple[int, int]  # (H, W) pixels that they are then enlarged to for the autoencoder
-    feature_size: tuple[int, int]  # (H, W) at which input and reconstruction are compared
+    image_size: tuple[Side, Side]  # (H, W) pixels that images are read at
+    encode_size: tuple[Side, Side]  # (H, W) pixels that they are then enlarged to for the autoencoder
+    feature_size: tuple[Side, Side]  # (H, W) at which input and reconstruction are compared
     prompt: str  # of training and inspection; "{category}" stands for the category's name
     guidance_scale: float  # classifier-free guidance at inspection
     reconstruction: ReconstructionConfig
     scoring: ScoringConfig
     scoring_foreground: Foreground  # where the map counts
     synthesis_foreground: Foreground  # where synthetic anomalies may appear
-    train_steps: int  # optimiser steps of the checkpoint that the results are of
-    extractor_epoch: int | None = None  # which epoch's fine-tuned extractor scores, counted from 0; None = the pre-trained one
+    train_steps: Annotated[int, Field(ge=0)]  # optimiser steps of the checkpoint that the results are of
+    extractor_epoch: Annotated[int, Field(ge=0)] | None = None  # whose fine-tuned extractor scores, from 0; None = pre-trained one
     tuned_autoencoder: bool = False  # whether the authors fine-tuned the autoencoder too
     step_threshold_calibrated: bool = False  # False: delta is the published number, and no calibration replaces it
 
@@ -121,8 +124,10 @@ def read_presets(path: Path) -> dict[str, Preset]:
         values = _merge(_table(path, tables, "defaults"), _table(path, tables["category"], category))
         name = f"{path.stem}/{category}"
         try:
-            presets[name] = _preset(name, values)
-        except ConfigError as error:
+            if "name" in values:
+                raise ConfigError("name: is the file's and the category's, and cannot be set")
+            presets[name] = from_json(Preset, {"name": name, **values})
+        except (ConfigError, TypeError) as error:  # a date of TOML is nothing that JSON knows
             raise ConfigError(f"{path.name}, category {category}: {error}") from error
     return presets
 
@@ -140,20 +145,6 @@ def _merge(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _preset(name: str, values: dict[str, Any]) -> Preset:
-    if "name" in values:
-        raise ConfigError("name: is the file's and the category's, and cannot be set")
-    missing = [f.name for f in dataclasses.fields(Preset) if f.default is dataclasses.MISSING and f.name not in {"name", *values}]
-    if missing:
-        raise ConfigError(f"{missing[0]}: is missing")
-    for key, value in values.items():
-        if key in {"reconstruction", "scoring"} and not isinstance(value, dict):
-            raise ConfigError(f"{key}: must be a table, not {value!r}")
-        if key.endswith("_size") and not (isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)):
-            raise ConfigError(f"{key}: must be [height, width] in pixels, not {value!r}")
-    return from_json(Preset, {"name": name, **values})
 
 
 def _near(name: str) -> str:

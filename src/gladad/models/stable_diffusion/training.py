@@ -6,15 +6,14 @@ that a step is the denoiser's work alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.algorithm import add_noise, denoising_target, image_noise, mix_anomaly, predict_x0
@@ -26,10 +25,10 @@ from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.training_inputs import Pixels, sha256_of_images
 from gladad.training.loop import DTYPES, LoopConfig, Precision, TrainingRun, divided, draw_generator, train
 from gladad.training.optimizers import OptimizerName
 
-Pixels = NDArray[np.uint8]
 LEARNING_RATES = {"lora": 1e-4, "full": 5e-6}
 EXAMPLE_TIMESTEP = 400
 
@@ -39,25 +38,18 @@ class FinetuneConfig:
     """How the denoiser is trained."""
 
     method: Literal["lora", "full"] = "lora"  # low-rank adapters, or all of its weights as in the paper
-    rank: int = 16  # of the adapters
+    rank: Annotated[int, Field(ge=1)] = 16  # of the adapters
     layers: Layers = "attention"  # that are adapted; "all" learns more per step, and its file is five times as large
-    batch_size: int = 4  # images per step, of all processes together; the paper's is 32
-    micro_batch: int | None = None  # images at a time; gradients are accumulated over them; None = all
-    learning_rate: float | None = None  # of AdamW, constant; None = 1e-4 for adapters, the paper's 5e-6 for all weights
+    batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together; the paper's is 32
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; gradients are accumulated over them; None = all
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # of AdamW, constant; None = 1e-4 for adapters, else the paper's 5e-6
     optimizer: OptimizerName = "adamw"  # adamw8bit needs bitsandbytes
     gradient_checkpointing: bool = True  # compute activations twice instead of keeping them: much less memory, a third more time
     precision: Precision = "bfloat16"  # of the networks' arithmetic, in training and at inspection
-    ema: float = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
-    anomaly_share: float = 0.5  # probability that a sample gets a synthetic anomaly
-    pool: int = 1000  # synthetic anomalies made in advance
-    gradient_clip: float = 1.0  # largest gradient norm
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.pool < 0:
-            raise ConfigError("rank must be at least 1 and pool must not be negative")
-        if not 0 <= self.anomaly_share <= 1:
-            raise ConfigError(f"anomaly_share must lie in [0, 1], not {self.anomaly_share}")
-        self.loop(0, 0)  # checks the others
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the averaged weights, which are then the ones kept; 0 = none
+    anomaly_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability that a sample gets a synthetic anomaly
+    pool: Annotated[int, Field(ge=0)] = 1000  # synthetic anomalies made in advance
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
 
     def loop(self, steps: int, seed: int) -> LoopConfig:
         """The loop's settings for a training of so many steps."""
@@ -79,7 +71,7 @@ PAPER = FinetuneConfig(method="full", batch_size=32)
 
 
 @dataclass(frozen=True)
-class Product:
+class TrainedProduct:
     """What the denoiser learns of one product.
 
     Attributes:
@@ -110,7 +102,7 @@ class Trained:
 
 def finetune_denoiser(
     pipeline: GladPipeline,
-    products: Mapping[str, Product],
+    products: Mapping[str, TrainedProduct],
     config: FinetuneConfig,
     steps: int,
     *,
@@ -175,7 +167,7 @@ class DenoiserTask:
     def __init__(
         self,
         pipeline: GladPipeline,
-        products: Mapping[str, Product],
+        products: Mapping[str, TrainedProduct],
         config: FinetuneConfig,
         seed: int,
         synthesis: SynthesisConfig,
@@ -186,8 +178,8 @@ class DenoiserTask:
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
-            "images": digest([image for product in products.values() for image in product.images]),
-            "textures": digest(textures),
+            "images": sha256_of_images([image for product in products.values() for image in product.images]),
+            "textures": sha256_of_images(textures),
             "products": {name: product.foreground for name, product in products.items()},
         }
         self.prompts = torch.cat([product.prompt_embeds for product in products.values()]).to(pipeline.device)
@@ -257,12 +249,3 @@ class DenoiserTask:
     def _encode(self, pixels: Pixels) -> Tensor:
         """Latent ``[C, h, w]`` on the CPU."""
         return self.pipeline.encode(to_tensor(pixels)[None].to(self.pipeline.device))[0].cpu()
-
-
-def digest(images: Sequence[Pixels]) -> str:
-    """What images are known again by."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(str(image.shape).encode())
-        found.update(np.ascontiguousarray(image).data)
-    return found.hexdigest()[:32]
