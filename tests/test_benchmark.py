@@ -28,7 +28,7 @@ from gladad.benchmark import tables as benchmark_tables
 from gladad.benchmark.cell import run_cell
 from gladad.benchmark.config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
 from gladad.benchmark.identity import DECIDING, SOURCE
-from gladad.benchmark.plan import Cell, Outcome, finished, plan, run, runnable, select
+from gladad.benchmark.plan import Cell, finished, plan, run, runnable, select
 from gladad.benchmark.tables import to_csv, to_markdown, write_tables
 from gladad.benchmark.workers import KILLED, Workers
 from gladad.cli.main import main
@@ -535,7 +535,7 @@ RECORDS = [
 
 
 def test_tables_in_the_fields_format():
-    text = to_markdown("T", Outcome(RECORDS, [], ["PaDiM: left out"]))
+    text = to_markdown("T", RECORDS, notes=["PaDiM: left out"])
     lines = text.splitlines()
     assert "* PaDiM: left out" in lines
     assert "Not all have the same number of seeds: one 2, two 1." in lines
@@ -558,12 +558,12 @@ def test_tables_in_the_fields_format():
 def test_tables_of_failures_and_of_nothing():
     places = dict.fromkeys(("base", "root", "layout", "code", "trained", "images"), "")
     cell = Cell(dataset="D", category="a", configuration="bank", settings=FitSettings(), **places)
-    assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", Outcome([], [(cell, "no memory")], []))
+    assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", [], [(cell, "no memory")])
     assert to_csv([]).startswith("dataset,category,configuration,seed,kind")
 
 
 def test_files_of_tables(tmp_path):
-    page = write_tables(tmp_path, "T", Outcome(RECORDS, [], []))
+    page = write_tables(tmp_path, "T", RECORDS, [], [])
     assert page.read_text().startswith("# T\n")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
     assert len(rows) == len(RECORDS) and rows[5]["severity"] == "3" and rows[6]["share"] == "0.05"

@@ -8,13 +8,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gladad import __version__
 from gladad.benchmark.identity import file_name
@@ -26,7 +25,6 @@ from gladad.core.settings import to_json
 from gladad.core.storage import MODEL_FILE, read_json, write_json
 from gladad.data.corruptions import corrupt
 from gladad.data.layouts import read_dataset
-from gladad.decision.conformal import Calibration
 from gladad.detector.glad import Glad
 from gladad.evaluation.run import evaluate
 
@@ -113,29 +111,18 @@ def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, *
     return facts | {"metrics": report.metrics, "counts": report.counts, "per_type": report.details["per_type"]}
 
 
-@dataclass(frozen=True)
 class Corrupted:
-    """A detector that is shown every image through one corruption, whose random draws depend on the image alone."""
+    """A detector that is shown every image through one corruption, whose random draws depend on the image alone; the threshold stays."""
 
-    detector: Glad
-    corruption: str
-    severity: int
-
-    @property
-    def calibration_(self) -> Calibration:
-        """That of the detector: the threshold stays."""
-        return self.detector.calibration_
-
-    @property
-    def workers(self) -> int:
-        """As the detector's."""
-        return self.detector.workers
+    def __init__(self, detector: Glad, corruption: str, severity: int):
+        self._detector, self._corruption, self._severity = detector, corruption, severity
+        self.calibration_, self.workers = detector.calibration_, detector.workers
 
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect the corrupted image."""
-        pixels: NDArray[np.uint8] = as_pixels(image)
+        pixels = as_pixels(image)
         seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:4], "big")
-        return self.detector.inspect(corrupt(pixels, self.corruption, self.severity, seed), reconstruct=reconstruct)
+        return self._detector.inspect(corrupt(pixels, self._corruption, self._severity, seed), reconstruct=reconstruct)
 
 
 def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequence[Sample]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -162,12 +149,9 @@ def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequenc
 
 def _peak_memory() -> float | None:
     """Largest resident memory of this process so far, in GiB; None where the system does not tell."""
-    try:  # unlike the resource module's number, not inherited from the process that started this one
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return int(found[1]) / 2**20  # unlike the resource module's number, not inherited from the process that started this one
     try:
         import resource
     except ImportError:

@@ -8,12 +8,14 @@ depends on changes: settings, defaults, the code, or what is in the images. What
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,21 +112,6 @@ class Cell:
         return folder / CELLS / f"{self.key}.json"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        finished: Records of the cells that are there now, in the order of the plan.
-        failed: ``(cell, reason)`` of those that are not.
-        notes: What was left out, and why.
-    """
-
-    finished: list[dict[str, Any]]
-    failed: list[tuple[Cell, str]]
-    notes: list[str]
-
-
 # -- the plan ---------------------------------------------------------------------------------------------------
 
 
@@ -146,18 +133,15 @@ def plan(config: BenchmarkConfig, data: str | Path, *, seeds: Sequence[int] = ()
     """
     if unknown := sorted(set(config.shift.corruptions) - set(SHIFTS)):
         raise ConfigError(f"{config.source}: unknown corruption {unknown[0]!r}; known are {', '.join(sorted(SHIFTS))}")
-    places, notes = _places(config, Path(data))
-    code = source_fingerprint(source)
-    cells = [
-        variant
-        for seed in dict.fromkeys([*config.seeds, *seeds])
-        for place in places
-        for configuration in config.configuration
-        for variant in _variants(place.cell(configuration, seed, code, config.source), config.shift)
-    ]
-    if any(cell.together and _shifted(cell, config.shift) for cell in cells) and config.shift.contamination:
+    places, notes = _places(config, Path(data), source_fingerprint(source))
+    cells: dict[Cell, None] = {}  # an ordered set
+    for seed, place, configuration in itertools.product([*config.seeds, *seeds], places, config.configuration):
+        cells |= dict.fromkeys(_variants(place.cell(configuration, seed, config.source), config.shift))
+    if config.shift.contamination and any(
+        c.multi_class and c.name in (config.shift.configurations or [c.name]) for c in config.configuration
+    ):
         notes.append("contamination is measured on models of one category only")
-    return list(dict.fromkeys(cells)), notes
+    return list(cells), notes
 
 
 def select(
@@ -194,41 +178,27 @@ def select(
 
 @dataclass(frozen=True)
 class _Place:
-    """A category of a data set that is there; of all that are wanted with it, what is learnt from."""
+    """A category of a data set that is there, and of all categories that are wanted with it the digest of what is learnt from."""
 
-    dataset: str
-    root: str
-    layout: str
     category: str
-    images: str
     training: Mapping[str, str]
+    make: Callable[..., Cell]
 
-    def cell(self, configuration: Configuration, seed: int, code: str, source: str) -> Cell:
+    def cell(self, configuration: Configuration, seed: int, source: str) -> Cell:
         base, together = configuration.base, configuration.multi_class
         try:  # now what every cell would refuse later
             settings = make_settings(base, new_names(base, configuration.values(self.category)) | {"seed": seed})
             family_of(base).check(base, settings, together)
         except ConfigError as error:
             raise ConfigError(f"{source}: configuration {configuration.name!r}: {error}") from error
-        learnt: list[Any] = [self.training if together else self.training[self.category]]
+        trained = digest(self.training) if together else self.training[self.category]
         if isinstance(settings, DenoisingSettings) and settings.textures is not None:
-            learnt += [content(path) for path in list_images(Path(settings.textures))]
-        return Cell(
-            dataset=self.dataset,
-            category=self.category,
-            configuration=configuration.name,
-            base=base,
-            settings=settings,
-            root=self.root,
-            layout=self.layout,
-            code=code,
-            trained=digest(learnt),
-            images=self.images,
-            together=tuple(self.training) if together else (),
-        )
+            trained = digest([trained, *map(content, list_images(Path(settings.textures)))])
+        names = tuple(self.training) if together else ()
+        return self.make(configuration=configuration.name, base=base, settings=settings, trained=trained, together=names)
 
 
-def _places(config: BenchmarkConfig, data: Path) -> tuple[list[_Place], list[str]]:
+def _places(config: BenchmarkConfig, data: Path, code: str) -> tuple[list[_Place], list[str]]:
     places: list[_Place] = []
     notes: list[str] = []
     for entry in config.dataset:
@@ -241,9 +211,10 @@ def _places(config: BenchmarkConfig, data: Path) -> tuple[list[_Place], list[str
             notes.append(f"{entry.name}: left out {', '.join(missing)}, not in {root}")
         wanted = [name for name in dict.fromkeys(entry.categories or dataset.categories) if name in dataset.categories]
         training = {name: images_digest(split_of(dataset, name)[0], dataset.root) for name in wanted}
+        make = partial(Cell, dataset=entry.name, root=str(root), layout=dataset.layout, code=code)
         for name in wanted:
             images = samples_digest((sample for sample in dataset.samples if sample.category == name), dataset.root)
-            places.append(_Place(entry.name, str(root), dataset.layout, name, images, training))
+            places.append(_Place(name, training, partial(make, category=name, images=images)))
     if not places:
         raise DataError(f"{data}: none of the benchmark's data sets is there ({'; '.join(notes)})")
     return places, notes
@@ -265,14 +236,10 @@ def split_of(dataset: Dataset, category: str) -> tuple[list[Path], list[Sample]]
     return train, test
 
 
-def _shifted(cell: Cell, shift: ShiftEntry) -> bool:
-    return not shift.configurations or cell.configuration in shift.configurations
-
-
 def _variants(cell: Cell, shift: ShiftEntry) -> Iterator[Cell]:
     """The cell and its shifts."""
     yield cell
-    if _shifted(cell, shift):
+    if not shift.configurations or cell.configuration in shift.configurations:
         for name in shift.corruptions:
             yield replace(cell, kind=CORRUPTION, corruption=name, severities=shift.severities)
         if shift.contamination and not cell.together:
@@ -326,7 +293,10 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
                 return
             if problem:
                 failed.append((cell, problem))
-            gist = f"FAILED: {problem}" if problem else _gist(read_json(cell.file(folder)))
+            found = (
+                [] if problem else [result["metrics"].get("image_auroc", math.nan) for result in read_json(cell.file(folder))["results"]]
+            )
+            gist = f"FAILED: {problem}" if problem else f"image AUROC {' '.join(f'{value:.4f}' for value in found)}"
             tell(f"[{next(count)}/{len(waiting)}] {cell.label}: {gist}, {time.monotonic() - started:.0f} s")
 
     with _alone(folder), interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as executor:
@@ -334,7 +304,10 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
         waiting = [cell for cell in once.values() if not cell.file(folder).is_file()]
         if len(waiting) < len(once):
             tell(f"{len(once) - len(waiting)} of {len(once)} cells were finished before")
-        futures = [executor.submit(work, group) for group in _by_training(waiting)]
+        groups: dict[str, list[Cell]] = {}  # those of one training together: the first trains for the others
+        for cell in waiting:
+            groups.setdefault(cell.model_key(), []).append(cell)
+        futures = [executor.submit(work, group) for group in groups.values()]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -350,14 +323,6 @@ def finished(cells: Iterable[Cell], folder: str | Path) -> list[dict[str, Any]]:
     return [read_json(cell.file(Path(folder))) | {"cell": cell.names} for cell in cells if cell.file(Path(folder)).is_file()]
 
 
-def _by_training(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that share a training together, so that the first trains for the others."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.model_key(), []).append(cell)
-    return list(groups.values())
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other benchmarks out of the folder, and remove what one that was killed left half-written."""
@@ -368,8 +333,3 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise WriteError(f"{folder}: another benchmark is writing into this folder; wait for it, or choose another one") from error
-
-
-def _gist(record: dict[str, Any]) -> str:
-    """The first number of a cell for its line."""
-    return "image AUROC " + " ".join(f"{result['metrics'].get('image_auroc', float('nan')):.4f}" for result in record["results"])
