@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,19 +22,28 @@ from pathlib import Path
 import pytest
 from conftest import draw_part, write_category
 from filelock import FileLock
+from PIL import Image
 
 from gladad.benchmark import tables as benchmark_tables
 from gladad.benchmark.cell import run_cell
 from gladad.benchmark.config import BenchmarkConfig, Configuration, DatasetEntry, ShiftEntry, read_config, shipped_names
-from gladad.benchmark.plan import Cell, Outcome, finished, plan, run, runnable
+from gladad.benchmark.identity import DECIDING, SOURCE
+from gladad.benchmark.plan import Cell, finished, plan, run, runnable, select
 from gladad.benchmark.tables import to_csv, to_markdown, write_tables
 from gladad.benchmark.workers import KILLED, Workers
 from gladad.cli.main import main
 from gladad.core.errors import ConfigError, DataError, MissingExtraError
+from gladad.core.settings import to_json, with_values
 from gladad.core.storage import WriteError
+from gladad.models.settings import FitSettings
 
 BANK = Configuration(name="bank", base="memory-bank", settings={"image_size": 64})
 LOOSE = replace(BANK, name="loose", settings={"image_size": 64, "false_reject_rate": 0.3})
+SMALL = {
+    "image_size": 64, "training": {"steps": 3, "batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6},
+    "latent.dimensions": 8, "widths": [32, 32],
+}  # fmt: skip
+LITE = Configuration(name="lite", settings=SMALL)
 TOML = """
 title = "Widgets"
 seeds = [0, 1]
@@ -77,53 +86,74 @@ def config_file(tmp_path: Path) -> Path:
 
 def config(*configurations: Configuration, **changes: object) -> BenchmarkConfig:
     entry = DatasetEntry(name="Widgets", path="widgets")
-    return replace(BenchmarkConfig(title="Widgets", datasets=(entry,), configurations=configurations or (BANK,)), **changes)  # type: ignore[arg-type]
+    return replace(BenchmarkConfig(title="Widgets", dataset=(entry,), configuration=configurations or (BANK,)), **changes)  # type: ignore[arg-type]
+
+
+def planned(*configurations: Configuration, data: Path, category: str = "gear", **changes: object) -> list[Cell]:
+    """The cells of one category, without shifts."""
+    return select(plan(config(*configurations, **changes), data)[0], categories=[category])
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
 
 def test_a_file_is_read(config_file):
-    read = read_config(config_file)
-    assert read == config(seeds=(0, 1), source=str(config_file))
-    assert read.configurations[0].settings_of("gear", 3) == {"image_size": 64, "seed": 3}
-    assert Configuration(name="p", settings={"preset": "visa/{category}"}).settings_of("pcb1", 0)["preset"] == "visa/pcb1"
+    assert read_config(config_file) == config(seeds=(0, 1), source=str(config_file))
+
+
+def test_a_category_fills_its_place_at_any_depth_but_not_in_one_model_for_all():
+    settings = {"preset": "visa/{category}", "training": {"note": "of {category}"}}
+    assert Configuration(name="p", settings=settings).values('a"b') == {"preset": 'visa/a"b', "training": {"note": 'of a"b'}}
+    assert Configuration(name="p", settings=settings, multi_class=True).values("a") == settings
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_shipped_files_hold_settings_that_exist(name):
-    from gladad.models.registry import settings_of
-    from gladad.models.stable_diffusion.presets import load_preset
-
+def test_shipped_files_hold_settings_that_exist(name, tmp_path):
     read = read_config(name)
-    for configuration in read.configurations:
-        for entry in read.datasets:
-            for category in entry.categories or ("anything",):
-                settings = settings_of(configuration.settings_of(category, 0))
-                if settings.preset:
-                    load_preset(settings.preset)
+    for entry in read.dataset:
+        for category in entry.categories or ("bottle",):
+            if not (tmp_path / entry.path / category).exists():
+                write_category(tmp_path / entry.path / category, train=1, test=1)
+    cells, notes = plan(read, tmp_path)
+    assert {cell.configuration for cell in cells} == {configuration.name for configuration in read.configuration} and not notes
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"steps": 900, "adaptive": False, "timesteps": [500, 300]},
+         {"training.steps": 900, "reconstruction": {"adaptive": False, "timesteps": [500, 300]}}),
+        ({"fusion": True, "anomaly_oriented": False}, {"reconstruction.fusion": "calibrated", "training.anomaly_oriented": False}),
+    ],
+)  # fmt: skip
+def test_a_file_with_settings_as_version_0_1_called_them_still_works(data, old, new):
+    (before,), (after,) = (planned(Configuration(name="lite", settings=settings), data=data) for settings in (old, new))
+    assert before == after != planned(Configuration(name="lite"), data=data)[0]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("seeds", "speeds"), "unknown key 'speeds'"),
-        (("[0, 1]", '"all"'), "seeds must be a list"),
-        (("[[dataset]]", "[[datum]]"), "unknown key 'datum'"),
-        (('path = "widgets"', ""), "'path' is missing"),
-        (('base = "memory-bank"', "bass = 1"), "unknown setting 'bass'"),
+        (("seeds", "speeds"), "speeds: unknown setting; near are seeds"),
+        (("[0, 1]", '"all"'), "seeds: .*valid array"),
+        (("[0, 1]", "[0, -1]"), "seeds.1: .*greater than or equal to 0, not -1"),
+        (("[0, 1]", "[]"), "seeds: .*at least 1 item"),
+        (("[[dataset]]", "[[datum]]"), "dataset: is missing|datum: unknown setting"),
+        (('path = "widgets"', ""), "dataset.0.path: is missing"),
+        (("[[dataset]]", "[dataset]"), "dataset: .*valid array"),
+        (('base = "memory-bank"', "bass = 1"), "configuration.0.bass: unknown setting; near are base"),
         (("seeds = [0, 1]", "seeds ="), "not TOML"),
+        (('"Widgets"', "2001-01-01T00:00:00\nsize = 1"), "size: unknown setting"),
         (("[[configuration]]", '[[configuration]]\nname = "bank"\n[[configuration]]'), "two \\[\\[configuration\\]\\] are called 'bank'"),
-        (("{ image_size = 64 }", '{ preset = "visa/{category}" }\nmulti_class = true'), "one model for all categories"),
-        (("seeds = [0, 1]", "seeds = [0]\n[shift]\nseverities = [7]"), "severities must be from 1 to 5, not 7"),
-        (("seeds = [0, 1]", "seeds = [0]\n[shift]\ncontamination = [1.0]"), "shares from 0 to 0.5, not 1.0"),
-        (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nseverities = ["x"]'), r"ShiftEntry.severities: \['x'\] is not"),
+        (("seeds = [0, 1]", "seeds = [0]\n[shift]\nseverities = [7]"), "shift.severities.0: .*less than or equal to 5, not 7"),
+        (("seeds = [0, 1]", "seeds = [0]\n[shift]\ncontamination = [1.0]"), "shift.contamination.0: .*less than or equal to 0.5, not 1.0"),
+        (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nseverities = ["x"]'), "shift.severities.0: .*valid integer, not 'x'"),
         (("seeds = [0, 1]", 'seeds = [0]\n[shift]\nconfigurations = ["tank"]'), "names 'tank'"),
     ],
 )
 def test_mistakes_in_a_file_are_named(config_file, change, message):
     config_file.write_text(TOML.replace(*change))
-    with pytest.raises(ConfigError, match=rf"widgets\.toml.*{message}"):
+    with pytest.raises(ConfigError, match=rf"widgets\.toml.*({message})"):
         read_config(config_file)
 
 
@@ -137,42 +167,48 @@ def test_a_name_that_is_not_shipped():
 
 def test_the_plan_goes_seed_by_seed(data):
     other = Configuration(name="other", base="memory-bank")
-    cells, notes = plan(config(BANK, other, seeds=(0, 1)), data)
-    assert [(c.seed, c.category, c.configuration.name) for c in cells[:4]] == [
+    cells, notes = plan(config(BANK, other, seeds=(0, 1)), data, seeds=(7, 1))
+    assert [(c.settings.seed, c.category, c.configuration) for c in cells[:4]] == [
         (0, "gear", "bank"), (0, "gear", "other"), (0, "lever", "bank"), (0, "lever", "other"),
     ]  # fmt: skip
-    assert len(cells) == len({cell.key for cell in cells}) == 8 and not notes
-    few, _ = plan(config(BANK, other), data, configurations=["other"], categories=["lever"], seeds=[7])
-    assert [(c.seed, c.category, c.configuration.name) for c in few] == [(7, "lever", "other")]
+    assert len(cells) == len({cell.key for cell in cells}) == 12 and not notes
+    few = select(cells, configurations=["other"], categories=["lever"], seeds=[7])
+    assert [(c.settings.seed, c.category, c.configuration) for c in few] == [(7, "lever", "other")]
 
 
-def test_what_is_not_there_is_left_out_and_said(data, monkeypatch):
-    monkeypatch.setattr("gladad.benchmark.plan.find_spec", lambda name: None)
+def test_what_is_not_there_is_left_out_and_said(data):
     absent = DatasetEntry(name="Absent", path="nowhere")
     half = DatasetEntry(name="Half", path="widgets", categories=("gear", "wheel"))
-    cells, notes = plan(config(BANK, Configuration(name="theirs", base="anomalib-padim"), datasets=(absent, half)), data)
-    assert [(c.dataset, c.category, c.configuration.name) for c in cells] == [("Half", "gear", "bank"), ("Half", "gear", "theirs")]
+    cells, notes = plan(config(BANK, Configuration(name="theirs", base="anomalib-padim"), dataset=(absent, half)), data)
+    assert [(c.dataset, c.category, c.configuration) for c in cells] == [("Half", "gear", "bank"), ("Half", "gear", "theirs")]
     assert len(notes) == 2 and "nowhere" in notes[0] and "wheel" in notes[1]
-    possible, missing = runnable(cells)
+    possible, missing = runnable(cells, installed=lambda name: None)
     assert possible == cells[:1] and len(missing) == 1 and "theirs" in missing[0] and "gladad[anomalib]" in missing[0]
+    assert runnable(cells, installed=lambda name: name == "anomalib") == (cells, [])
     with pytest.raises(DataError, match="nowhere is not there"):
-        plan(config(datasets=(absent,)), data)
+        plan(config(dataset=(absent,)), data)
 
 
 def test_mistakes_are_named_before_anything_is_run(data):
+    cells = plan(config(), data)[0]
     with pytest.raises(DataError, match=r"no configuration 'tank'.*bank"):
-        plan(config(), data, configurations=["tank"])
+        select(cells, configurations=["tank"])
     with pytest.raises(DataError, match=r"no category 'wheel'.*gear, lever"):
-        plan(config(), data, categories=["gear", "wheel"])
-    for settings, message in (({"stepz": 1}, "'stepz'"), ({"preset": "visa/zzz"}, "preset"), ({"timesteps": [500, "x"]}, "timesteps")):
-        with pytest.raises(ConfigError, match=rf"mine\.toml: configuration 'wrong': .*{message}"):
+        select(cells, categories=["gear", "wheel"])
+    with pytest.raises(ConfigError, match="leave --shift out"):
+        select(cells, shift=True)
+    wrong = {"stepz": 1}, {"training": {"stepz": 1}}, {"reconstruction.timesteps": [500, "x"]}
+    for settings, message in zip(wrong, ("stepz: unknown", r"training\.stepz: unknown", r"reconstruction\.timesteps"), strict=True):
+        with pytest.raises(ConfigError, match=rf"mine\.toml: configuration 'wrong': {message}"):
             plan(config(Configuration(name="wrong", settings=settings), source="mine.toml"), data)
+    for preset in ("visa/zzz", "visa/{category}"):
+        with pytest.raises(ConfigError, match=r"mine\.toml: configuration 'wrong': unknown preset"):
+            published = Configuration(name="wrong", base="some/base", multi_class=True, settings={"preset": preset})
+            plan(config(published, source="mine.toml"), data)
     with pytest.raises(ConfigError, match="no denoiser that several products"):
         plan(config(replace(BANK, multi_class=True)), data)
     with pytest.raises(ConfigError, match="unknown corruption 'fire'"):
-        plan(config(shift=ShiftEntry(corruptions=("fire",))), data, shift=True)
-    with pytest.raises(ConfigError, match="leave --shift out"):
-        plan(config(), data, shift=True)
+        plan(config(shift=ShiftEntry(corruptions=("fire",))), data)
 
 
 def test_a_data_set_without_a_split_is_refused(tmp_path):
@@ -187,36 +223,103 @@ def test_a_data_set_without_a_split_is_refused(tmp_path):
 def test_one_model_for_all_is_for_all_whatever_is_chosen(data):
     together = Configuration(name="together", multi_class=True)
     shift = ShiftEntry(corruptions=("brightness",), contamination=(0.1,))
-    everything, notes = plan(config(together, shift=shift), data, shift=True)
-    one, _ = plan(config(together, shift=shift), data, categories=["lever"])
-    assert one == [everything[2]] and one[0].together == ("gear", "lever")
+    everything, notes = plan(config(together, shift=shift), data)
+    assert select(everything, categories=["lever"]) == [everything[2]] and everything[2].together == ("gear", "lever")
     assert [cell.kind for cell in everything] == ["plain", "corruption"] * 2 and "one category only" in notes[0]
+    assert not plan(config(together, BANK, shift=replace(shift, configurations=("bank",))), data)[1]
 
 
 def test_shifts_are_cells_of_their_own(data):
     shift = ShiftEntry(corruptions=("brightness", "rotation"), severities=(1, 3), contamination=(0.0, 0.1))
-    assert len(plan(config(shift=shift), data)[0]) == 2
-    cells = plan(config(shift=shift), data, shift=True, categories=["gear"])[0]
+    everything = plan(config(shift=shift), data)[0]
+    assert [cell.kind for cell in select(everything)] == ["plain", "plain"]
+    cells = select(everything, shift=True, categories=["gear"])
     assert [(c.kind, c.corruption, c.severities, c.shares) for c in cells] == [
         ("plain", "", (), ()), ("corruption", "brightness", (1, 3), ()), ("corruption", "rotation", (1, 3), ()),
         ("contamination", "", (), (0.0, 0.1)),
     ]  # fmt: skip
 
 
-def test_a_key_names_what_the_result_depends_on(data, tmp_path):
-    cell = plan(config(), data)[0][0]
-    renamed = replace(cell.configuration, name="another name")
-    assert cell.key == replace(cell, root="elsewhere", dataset="Another", configuration=renamed).key
-    others = [replace(cell, seed=1), replace(cell, images="x"), replace(cell, path="raw"), replace(cell, category="lever"),
-              replace(cell, configuration=replace(BANK, settings={"image_size": 96})), replace(cell, kind="contamination", shares=(0.1,)),
-              replace(cell, configuration=replace(BANK, settings=BANK.settings | {"false_reject_rate": 0.1}))]  # fmt: skip
+def test_a_key_names_what_the_result_depends_on(data):
+    cell = planned(data=data)[0]
+    assert cell.key == replace(cell, root="elsewhere", dataset="Another", configuration="another name").key
+    others = [
+        *(replace(cell, **{field: "x"}) for field in ("images", "trained", "code", "category")), replace(cell, together=("gear",)),
+        replace(cell, kind="contamination", shares=(0.1,)), *planned(replace(BANK, settings={"image_size": 96}), data=data),
+        *planned(LOOSE, seeds=(0, 1), data=data),
+    ]  # fmt: skip
     assert len({cell.key, *(other.key for other in others)}) == 1 + len(others)
-    spelled_out = replace(cell, configuration=replace(BANK, settings=BANK.settings | {"calibration": "auto"}))
-    assert cell.key == spelled_out.key and cell.model_key() == others[-1].model_key() != others[0].model_key()
+    assert planned(replace(BANK, settings=BANK.settings | {"calibration": "auto"}), data=data)[0].key == cell.key
+    loose = planned(LOOSE, data=data)[0]
+    assert cell.model_key() == loose.model_key() and cell.model_key(whole=True) != loose.model_key(whole=True)
+
+
+@pytest.mark.parametrize("base", ["lite", "memory-bank", "anomalib-padim", "sd14"])
+def test_a_key_follows_every_default(data, base):
+    (cell,) = planned(Configuration(name="defaults", base=base), data=data)
+    others = set()
+    for name, value in leaves_of(to_json(cell.settings)):
+        with contextlib.suppress(ConfigError):  # a value that this setting cannot have
+            others.add(with_values(cell.settings, {name: another(value)}))
+    others.discard(cell.settings)
+    assert len(others) > len(to_json(cell.settings)) // 2
+    assert len({cell.key, *(replace(cell, settings=other).key for other in others)}) == 1 + len(others)
+
+
+def leaves_of(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        yield from leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def another(value: object) -> object:
+    """Something else of the same type."""
+    if value is None or isinstance(value, bool):
+        return not value
+    return value / 2 if isinstance(value, float) else value + 1 if isinstance(value, int) else [*value[:-1], 1] if value else value
+
+
+@pytest.mark.parametrize("part", DECIDING)
+def test_a_key_follows_the_code(data, tmp_path, part):
+    shutil.copytree(SOURCE, tmp_path / "gladad", ignore=shutil.ignore_patterns("__pycache__"))
+    (before,), (same,) = ([plan(config(), data, source=source)[0][0]] for source in (SOURCE, tmp_path / "gladad"))
+    place = tmp_path / "gladad" / part
+    changed = max([place, *place.rglob("*.py")])
+    changed.write_text(changed.read_text() + "\n")
+    after = plan(config(), data, source=tmp_path / "gladad")[0][0]
+    assert before.key == same.key != after.key and before.model_key() != after.model_key()
+    (tmp_path / "gladad/benchmark/tables.py").write_text("")
+    assert plan(config(), data, source=tmp_path / "gladad")[0][0].key == after.key
+
+
+@pytest.mark.parametrize("name", ["train/good/000", "test/good/000", "test/hole/000", "ground_truth/hole/000_mask"])
+def test_a_key_follows_one_pixel_but_not_the_place(tmp_path, name):
+    root = write_category(tmp_path / "here/widgets/gear", train=6, test=2)
+    for path in root.rglob("*.png"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".bmp"))  # the size of such a file says nothing of what is in it
+        path.unlink()
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    (before,), (elsewhere,) = (planned(data=tmp_path / place) for place in ("here", "there"))
+    path = (root / name).with_suffix(".bmp")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0xFF
+    path.write_bytes(content)
+    (after,) = planned(data=tmp_path / "here")
+    assert before.key == elsewhere.key != after.key
+    assert (before.model_key() == after.model_key()) == (not name.startswith("train"))
+
+
+def test_a_key_follows_the_textures(data, tmp_path):
+    configuration = replace(LITE, settings=SMALL | {"textures": str(tmp_path)})
+    keys = []
+    for seed in (0, 1):
+        draw_part(seed)[0].save(tmp_path / "texture.bmp")
+        keys.append(planned(configuration, data=data)[0].model_key())
+    assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize("change", ["mask", "label", "split", "image"])
-def test_a_key_follows_the_images(tmp_path, change):
+def test_a_key_follows_the_labels(tmp_path, change):
     write_category(tmp_path / "parts", train=6, test=2)
     rows = [("parts/test/hole/000.png", 1, "parts/ground_truth/hole/000_mask.png", "test"), ("parts/test/good/000.png", 0, "", "test"),
             ("parts/train/good/000.png", 0, "", "train"), ("parts/train/good/001.png", 0, "", "train")]  # fmt: skip
@@ -233,7 +336,7 @@ def test_a_key_follows_the_images(tmp_path, change):
     for lines in (rows, other):
         text = "".join(f"{image},{label},{mask},{split}\n" for image, label, mask, split in lines)
         (tmp_path / "widgets.csv").write_text("image,label,mask,split\n" + text)
-        keys.append(plan(config(datasets=(DatasetEntry(name="M", path="widgets.csv"),)), tmp_path)[0][0].key)
+        keys.append(plan(config(dataset=(DatasetEntry(name="M", path="widgets.csv"),)), tmp_path)[0][0].key)
     assert keys[0] != keys[1]
 
 
@@ -241,31 +344,29 @@ def test_a_key_follows_the_images(tmp_path, change):
 
 
 def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
-    cells = plan(config(BANK, Configuration(name="none", base=str(tmp_path / "nowhere"))), data, categories=["lever"])[0]
+    cells = planned(
+        BANK, Configuration(name="none", base=str(tmp_path / "nowhere")), replace(BANK, name="again"), data=data, category="lever"
+    )
     lines: list[str] = []
     failed = run(cells, tmp_path, jobs=2, tell=lines.append)
-    assert [(cell.configuration.name, "neither a folder" in problem) for cell, problem in failed] == [("none", True)]
+    assert [(cell.configuration, "neither a folder" in problem) for cell, problem in failed] == [("none", True)]
     assert sum("FAILED" in line for line in lines) == 1 and sum("image AUROC" in line for line in lines) == 1
     first = cells[0].file(tmp_path)
     before = first.stat().st_mtime_ns
     lines.clear()
     assert len(run(cells, tmp_path, tell=lines.append)) == 1
     assert first.stat().st_mtime_ns == before and lines[0] == "1 of 2 cells were finished before"
-    (record,) = finished(cells, tmp_path)
-    (renamed,) = finished([replace(cells[0], dataset="Other", configuration=replace(BANK, name="BANK"))], tmp_path)
-    assert renamed["cell"] == record["cell"] | {"dataset": "Other", "configuration": "BANK"}
-    assert renamed["results"] == record["results"]
+    record, again = finished(cells, tmp_path)
+    assert again == record | {"cell": record["cell"] | {"configuration": "again"}}  # one result under two headings
     (result,) = record["results"]
     assert result["fitted"] and result["fit_seconds"] > 0 and 0.05 < record["peak_memory_gib"] < 8
     assert "image_auroc" in result["metrics"] and "pixel_auroc" not in result["metrics"]
 
 
-def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.models.registry.LiteTrainingConfig", small_training)
-    lite = Configuration(name="lite", settings={"steps": 3, "image_size": 64})
-    fixed = replace(lite, name="fixed", settings=lite.settings | {"adaptive": False})
+def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path):
+    fixed = replace(LITE, name="fixed", settings=SMALL | {"reconstruction": {"adaptive": False}})
     shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.05), configurations=("lite",))
-    cells = plan(config(lite, fixed, shift=shift), data, shift=True, categories=["gear"])[0]
+    cells = select(plan(config(LITE, fixed, shift=shift), data)[0], shift=True, categories=["gear"])
     for cell in cells:
         run_cell(cell, tmp_path)
     plain, noise, mixed, other = finished(cells, tmp_path)
@@ -285,16 +386,8 @@ def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, t
     assert alone["metrics"]["pixel_auroc"] == other["results"][0]["metrics"]["pixel_auroc"]
 
 
-def small_training(**given: object):
-    from gladad.models.feature_diffusion.training import LiteTrainingConfig
-
-    return LiteTrainingConfig(**{"batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6} | given)  # type: ignore[arg-type]
-
-
-def test_one_model_for_all_categories_is_trained_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gladad.models.registry.LiteTrainingConfig", small_training)
-    together = Configuration(name="together", multi_class=True, settings={"steps": 3, "image_size": 64})
-    cells = plan(config(together), data)[0]
+def test_one_model_for_all_categories_is_trained_once(data, tmp_path):
+    cells = plan(config(replace(LITE, multi_class=True)), data)[0]
     assert [cell.together for cell in cells] == [("gear", "lever")] * 2 and cells[0].key != cells[1].key
     for cell in cells:
         run_cell(cell, tmp_path)
@@ -305,7 +398,7 @@ def test_one_model_for_all_categories_is_trained_once(data, tmp_path, monkeypatc
 
 
 def test_shares_that_take_too_many_defective_images_are_left_out(data, tmp_path):
-    cell = replace(plan(config(), data)[0][0], kind="contamination", shares=(0.05, 0.2))
+    cell = replace(planned(data=data)[0], kind="contamination", shares=(0.05, 0.2))
     run_cell(cell, tmp_path)
     (record,) = finished([cell], tmp_path)
     assert [result["share"] for result in record["results"]] == [0.05] and "gear: 20% contamination left out" in record["notes"][0]
@@ -313,10 +406,10 @@ def test_shares_that_take_too_many_defective_images_are_left_out(data, tmp_path)
         run_cell(replace(cell, shares=(0.2,)), tmp_path)
 
 
-def test_another_rate_of_a_baseline_shares_its_model(data, tmp_path):
-    cells = plan(config(BANK, replace(BANK, name="loose", settings=BANK.settings | {"false_reject_rate": 0.3})), data, categories=["gear"])[
-        0
-    ]
+@pytest.mark.parametrize("shots", [None, 4])
+def test_another_rate_of_a_baseline_shares_its_model(data, tmp_path, shots):
+    few = {} if shots is None else {"shots": shots}
+    cells = planned(*(replace(one, settings=one.settings | few) for one in (BANK, LOOSE)), data=data)
     for cell in cells:
         run_cell(cell, tmp_path)
     strict, loose = (record["results"][0] for record in finished(cells, tmp_path))
@@ -324,15 +417,15 @@ def test_another_rate_of_a_baseline_shares_its_model(data, tmp_path):
     assert loose["metrics"]["threshold"] < strict["metrics"]["threshold"]
 
 
-def test_a_model_of_other_images_is_not_used(data, tmp_path):
+def test_changed_images_are_learnt_from_anew(data, tmp_path):
     shutil.copytree(data / "widgets", tmp_path / "widgets")
-    cell = plan(config(), tmp_path, categories=["gear"])[0][0]
-    run_cell(cell, tmp_path)
-    image = next((tmp_path / "widgets/gear/train/good").iterdir())
-    image.write_bytes(image.read_bytes()[:-1] + b"!")  # of the same name and size
-    before = cell.file(tmp_path).read_text()
-    run_cell(cell, tmp_path)
-    assert finished([cell], tmp_path)[0]["results"][0]["fitted"] and json.loads(before)["results"][0]["fitted"]
+    for _ in range(2):
+        (cell,) = planned(data=tmp_path)
+        run_cell(cell, tmp_path)
+        assert finished([cell], tmp_path)[0]["results"][0]["fitted"]
+        image = next((tmp_path / "widgets/gear/train/good").iterdir())
+        image.write_bytes(image.read_bytes()[:-1] + b"!")  # of the same name and size
+    assert len(list((tmp_path / "cells").iterdir())) == len(list((tmp_path / "models").iterdir())) == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
@@ -466,7 +559,7 @@ RECORDS = [
 
 
 def test_tables_in_the_fields_format():
-    text = to_markdown("T", Outcome(RECORDS, [], ["PaDiM: left out"]))
+    text = to_markdown("T", RECORDS, notes=["PaDiM: left out"])
     lines = text.splitlines()
     assert "* PaDiM: left out" in lines
     assert "Not all have the same number of seeds: one 2, two 1." in lines
@@ -487,13 +580,14 @@ def test_tables_in_the_fields_format():
 
 
 def test_tables_of_failures_and_of_nothing():
-    cell = Cell(dataset="D", root="", path="", layout="auto", category="a", configuration=BANK, seed=0)
-    assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", Outcome([], [(cell, "no memory")], []))
+    places = dict.fromkeys(("base", "root", "layout", "code", "trained", "images"), "")
+    cell = Cell(dataset="D", category="a", configuration="bank", settings=FitSettings(), **places)
+    assert "* FAILED: D a: bank, seed 0: no memory" in to_markdown("T", [], [(cell, "no memory")])
     assert to_csv([]).startswith("dataset,category,configuration,seed,kind")
 
 
 def test_files_of_tables(tmp_path):
-    page = write_tables(tmp_path, "T", Outcome(RECORDS, [], []))
+    page = write_tables(tmp_path, "T", RECORDS, [], [])
     assert page.read_text().startswith("# T\n")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
     assert len(rows) == len(RECORDS) and rows[5]["severity"] == "3" and rows[6]["share"] == "0.05"

@@ -8,16 +8,16 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gladad import __version__
-from gladad.benchmark.plan import CONTAMINATION, CORRUPTION, MODELS, Cell, file_name, split_of
+from gladad.benchmark.identity import file_name
+from gladad.benchmark.plan import CONTAMINATION, CORRUPTION, MODELS, Cell, split_of
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import as_pixels
 from gladad.core.records import Prediction, Sample
@@ -25,11 +25,8 @@ from gladad.core.settings import to_json
 from gladad.core.storage import MODEL_FILE, read_json, write_json
 from gladad.data.corruptions import corrupt
 from gladad.data.layouts import read_dataset
-from gladad.data.samples import fingerprint
-from gladad.decision.conformal import Calibration
 from gladad.detector.glad import Glad
 from gladad.evaluation.run import evaluate
-from gladad.models.registry import INSPECTION_SETTINGS
 
 FIT_FILE = "fit.json"
 MAX_MIXED = 0.5
@@ -59,7 +56,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
         "kind": cell.kind,
         "corruption": cell.corruption,
         "settings": to_json(cell.settings),
-        "base": cell.configuration.base,
+        "base": cell.base,
         "results": results,
         "notes": notes,
         "peak_memory_gib": _peak_memory(),
@@ -74,54 +71,33 @@ def run_cell(cell: Cell, folder: Path) -> None:
 
 def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Path] = ()) -> tuple[Glad, dict[str, Any]]:
     """The detector of a cell: from the models kept, by adjusting one of them, or trained; and facts about its training."""
-    settings, images = cell.settings, [*train, *extra]
-    names = [os.path.relpath(path, cell.root) for path in extra]
-    # The training that others share; and one of its own, for bases whose inspection cannot be adjusted.
-    places = [_place(cell, folder, cell.model_key(inspection, names)) for inspection in ((), INSPECTION_SETTINGS)]
-    print_of_images = fingerprint(images)
-    for place in places:
-        if not (place / FIT_FILE).is_file() or not (place / MODEL_FILE).is_file():
-            continue
+    images, name = [*train, *extra], file_name(cell.category)
+    # The training that others share; and one of its own, for models that cannot be adjusted.
+    keys = [cell.model_key(extra, whole=whole) for whole in (False, True)]
+    places = [folder / MODELS / (f"together_{key}/{name}" if cell.together else f"{name}_{key}") for key in keys]
+    kept = [place for place in places if (place / FIT_FILE).is_file() and (place / MODEL_FILE).is_file()]
+    for place in kept:
         detector = Glad.from_pretrained(place)
-        if detector.provenance_["data_fingerprint"] != print_of_images:
-            continue  # the images have changed and kept their names and sizes
         try:
-            if detector.settings != settings:
-                detector.adjust(images, settings)
+            if detector.settings != cell.settings:
+                detector.adjust(images, cell.settings)
         except ConfigError:
             continue
         return detector, read_json(place / FIT_FILE) | {"fitted": False}
-    place = places[1] if (places[0] / MODEL_FILE).is_file() else places[0]
+    place = places[places[0] in kept]
     started = time.monotonic()
     if cell.together:
-        detectors = _fit_together(cell)
-        seconds = (time.monotonic() - started) / len(detectors)
-        for category, other in detectors.items():
-            _keep(other, place.parent / file_name(category), seconds)
-        detector = detectors[cell.category]
+        dataset = read_dataset(cell.root, cell.layout)
+        detectors = Glad.fit_together({name: split_of(dataset, name)[0] for name in cell.together}, cell.base, cell.settings)
     else:
-        detector = Glad.from_base(cell.configuration.base, settings=settings).fit(images)
-        seconds = time.monotonic() - started
-        _keep(detector, place, seconds)
-    return detector, read_json(place / FIT_FILE) | {"fitted": True}
-
-
-def _place(cell: Cell, folder: Path, key: str) -> Path:
-    if cell.together:
-        return folder / MODELS / f"together_{key}" / file_name(cell.category)
-    return folder / MODELS / f"{file_name(cell.category)}_{key}"
-
-
-def _fit_together(cell: Cell) -> dict[str, Glad]:
-    dataset = read_dataset(cell.root, cell.layout)
-    return Glad.fit_together({name: split_of(dataset, name)[0] for name in cell.together}, cell.configuration.base, cell.settings)
-
-
-def _keep(detector: Glad, place: Path, seconds: float) -> None:
-    """Save a model; the file with the facts of its training is there when the model is."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    detector.save_pretrained(place)
-    write_json(place / FIT_FILE, {"fit_seconds": seconds, "fit_threads": torch.get_num_threads()})
+        detectors = {cell.category: Glad.from_base(cell.base, settings=cell.settings).fit(images)}
+    facts = {"fit_seconds": (time.monotonic() - started) / len(detectors), "fit_threads": torch.get_num_threads()}
+    for category, detector in detectors.items():
+        own = place.with_name(file_name(category)) if cell.together else place
+        own.parent.mkdir(parents=True, exist_ok=True)
+        detector.save_pretrained(own)
+        write_json(own / FIT_FILE, facts)  # last: what is there with it is whole
+    return detectors[cell.category], facts | {"fitted": True}
 
 
 # -- judging ----------------------------------------------------------------------------------------------------
@@ -135,35 +111,24 @@ def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, *
     return facts | {"metrics": report.metrics, "counts": report.counts, "per_type": report.details["per_type"]}
 
 
-@dataclass(frozen=True)
 class Corrupted:
-    """A detector that is shown every image through one corruption, whose random draws depend on the image alone."""
+    """A detector that is shown every image through one corruption, whose random draws depend on the image alone; the threshold stays."""
 
-    detector: Glad
-    corruption: str
-    severity: int
-
-    @property
-    def calibration_(self) -> Calibration:
-        """That of the detector: the threshold stays."""
-        return self.detector.calibration_
-
-    @property
-    def workers(self) -> int:
-        """As the detector's."""
-        return self.detector.workers
+    def __init__(self, detector: Glad, corruption: str, severity: int):
+        self._detector, self._corruption, self._severity = detector, corruption, severity
+        self.calibration_, self.workers = detector.calibration_, detector.workers
 
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect the corrupted image."""
-        pixels: NDArray[np.uint8] = as_pixels(image)
+        pixels = as_pixels(image)
         seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:4], "big")
-        return self.detector.inspect(corrupt(pixels, self.corruption, self.severity, seed), reconstruct=reconstruct)
+        return self._detector.inspect(corrupt(pixels, self._corruption, self._severity, seed), reconstruct=reconstruct)
 
 
 def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequence[Sample]) -> tuple[list[dict[str, Any]], list[str]]:
     """Fits with some defective images among the good ones, all judged on the same remaining test images; and what was left out."""
     bad = [sample for sample in test if sample.gt_label]
-    order = np.random.default_rng(cell.seed).permutation(len(bad)).tolist()
+    order = np.random.default_rng(cell.settings.seed).permutation(len(bad)).tolist()
     counts = {share: round(share / (1 - share) * len(train)) for share in cell.shares}
     possible = {share: count for share, count in counts.items() if count <= MAX_MIXED * len(bad)}
     notes = [
@@ -184,12 +149,9 @@ def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequenc
 
 def _peak_memory() -> float | None:
     """Largest resident memory of this process so far, in GiB; None where the system does not tell."""
-    try:  # unlike the resource module's number, not inherited from the process that started this one
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return int(found[1]) / 2**20  # unlike the resource module's number, not inherited from the process that started this one
     try:
         import resource
     except ImportError:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import json
 import tomllib
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from gladad.core.errors import ConfigError
 from gladad.core.settings import from_json, validated
 
-Entry = TypeVar("Entry")
-SHIPPED = "shipped"
-"""Folder of the package that the shipped files are in."""
 PLACEHOLDER = "{category}"
+_SHIPPED = resources.files("gladad.benchmark") / "shipped"
 
 
 @validated
@@ -44,7 +44,8 @@ class Configuration:
         name: Heading of its column.
         base: As for ``gladad fit --base``.
         multi_class: One model over all categories of a data set instead of one for each.
-        settings: Of `gladad.models.registry.FitSettings`; ``{category}`` in a preset stands for the category's name.
+        settings: Of that model, by dotted or nested names (`gladad.models.registry.make_settings`) or those of version 0.1. In a model
+            for one category ``{category}`` stands for the category's name.
     """
 
     name: str
@@ -52,10 +53,11 @@ class Configuration:
     multi_class: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def settings_of(self, category: str, seed: int) -> dict[str, Any]:
-        """The settings for one category and seed."""
-        filled = {k: v.replace(PLACEHOLDER, category) if isinstance(v, str) else v for k, v in self.settings.items()}
-        return filled | {"seed": seed}
+    def values(self, category: str) -> dict[str, Any]:
+        """The settings for one category."""
+        text = json.dumps(self.settings)
+        filled: dict[str, Any] = json.loads(text if self.multi_class else text.replace(PLACEHOLDER, json.dumps(category)[1:-1]))
+        return filled
 
 
 @validated
@@ -64,39 +66,39 @@ class ShiftEntry:
 
     Attributes:
         corruptions: Names from `gladad.data.corruptions`, applied to the test images.
-        severities: Of each, from 1 to 5.
+        severities: Of each.
         contamination: Shares of defective images mixed into the training images.
         configurations: Names of those to shift; none means all.
     """
 
     corruptions: tuple[str, ...] = ()
-    severities: tuple[int, ...] = (1, 3)
-    contamination: tuple[float, ...] = ()
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 3)
+    contamination: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
     configurations: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if wrong := [severity for severity in self.severities if severity not in range(1, 6)]:
-            raise ConfigError(f"severities must be from 1 to 5, not {wrong[0]}")
-        if wrong_share := [share for share in self.contamination if not 0 <= share <= 0.5]:
-            raise ConfigError(f"contamination must be shares from 0 to 0.5, not {wrong_share[0]}")
 
 
 @validated
 class BenchmarkConfig:
-    """Everything of one file; ``source`` is its name for messages."""
+    """Everything of one file, under the names it has there; ``source`` is the file's own name, for messages."""
 
     title: str
     source: str = ""
-    seeds: tuple[int, ...] = (0,)
-    datasets: tuple[DatasetEntry, ...]
-    configurations: tuple[Configuration, ...]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    dataset: Annotated[tuple[DatasetEntry, ...], Field(min_length=1)]
+    configuration: Annotated[tuple[Configuration, ...], Field(min_length=1)]
     shift: ShiftEntry = field(default_factory=ShiftEntry)
+
+    def __post_init__(self) -> None:
+        for kind, names in (("dataset", [d.name for d in self.dataset]), ("configuration", [c.name for c in self.configuration])):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ConfigError(f"two [[{kind}]] are called {twice[0]!r}; give them different names")
+        if strange := sorted(set(self.shift.configurations) - {c.name for c in self.configuration}):
+            raise ConfigError(f"shift.configurations names {strange[0]!r}, which is not there")
 
 
 def shipped_names() -> list[str]:
     """Names of the shipped files, sorted."""
-    folder = resources.files("gladad.benchmark") / SHIPPED
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return sorted(file.name.removesuffix(".toml") for file in _SHIPPED.iterdir() if file.name.endswith(".toml"))
 
 
 def read_config(source: str | Path) -> BenchmarkConfig:
@@ -112,54 +114,14 @@ def read_config(source: str | Path) -> BenchmarkConfig:
     if path.is_file():
         text, name = path.read_text(encoding="utf-8"), str(path)
     elif str(source) in shipped_names():
-        text, name = (resources.files("gladad.benchmark") / SHIPPED / f"{source}.toml").read_text(encoding="utf-8"), f"{source}.toml"
+        text, name = (_SHIPPED / f"{source}.toml").read_text(encoding="utf-8"), f"{source}.toml"
     else:
         near = difflib.get_close_matches(str(source), shipped_names(), 3) or shipped_names()
         raise ConfigError(f"{source}: no such file, and no benchmark of that name is shipped; there are {', '.join(near)}")
     try:
-        values = tomllib.loads(text)
+        values = json.loads(json.dumps(tomllib.loads(text), default=str))  # dates, which TOML has and JSON has not, as text
+        return from_json(BenchmarkConfig, {"title": Path(name).stem} | values | {"source": name})
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: not TOML ({error})") from error
-    return _parsed(values, name)
-
-
-def _parsed(values: dict[str, Any], name: str) -> BenchmarkConfig:
-    known = {"title", "seeds", "dataset", "configuration", "shift"}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    for key in ("dataset", "configuration"):
-        if not isinstance(values.get(key), list) or not values[key]:
-            raise ConfigError(f"{name}: needs at least one [[{key}]]")
-    try:
-        seeds = values.get("seeds", [0])
-        if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-            raise ConfigError(f"seeds must be a list of whole numbers from 0, not {seeds!r}")
-        config = BenchmarkConfig(
-            title=str(values.get("title", Path(name).stem)),
-            source=name,
-            seeds=tuple(seeds),
-            datasets=tuple(_entry(DatasetEntry, entry) for entry in values["dataset"]),
-            configurations=tuple(_entry(Configuration, entry) for entry in values["configuration"]),
-            shift=_entry(ShiftEntry, values.get("shift", {})),
-        )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    for kind, names in (("dataset", [d.name for d in config.datasets]), ("configuration", [c.name for c in config.configurations])):
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ConfigError(f"{name}: two [[{kind}]] are called {twice[0]!r}; give them different names")
-    for configuration in config.configurations:
-        if configuration.multi_class and any(PLACEHOLDER in str(value) for value in configuration.settings.values()):
-            raise ConfigError(f"{name}: {configuration.name!r} is one model for all categories, so {PLACEHOLDER} has no value there")
-    if strange := sorted(set(config.shift.configurations) - {c.name for c in config.configurations}):
-        raise ConfigError(f"{name}: shift.configurations names {strange[0]!r}, which is not there")
-    return config
-
-
-def _entry(kind: type[Entry], values: Any) -> Entry:
-    """One table of the file as its dataclass."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{kind.__name__} must be a table, not {values!r}")
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}  # type: ignore[arg-type]
-    if missing := sorted(required - set(values)):
-        raise ConfigError(f"{kind.__name__}: {missing[0]!r} is missing")
-    return from_json(kind, values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from gladad.benchmark.plan import CONTAMINATION, CORRUPTION, PLAIN, Outcome
+from gladad.benchmark.plan import CONTAMINATION, CORRUPTION, PLAIN, Cell
 from gladad.core.storage import write_json, write_text
 
 METRICS = {
@@ -39,21 +39,31 @@ Values = dict[tuple[str, str], dict[int, float]]
 """``(row, column)`` -> seed -> value."""
 
 
-def write_tables(folder: str | Path, title: str, outcome: Outcome) -> Path:
-    """Write ``results.md``, ``results.csv`` and ``results.json`` of the cells that are finished.
+Records = Sequence[dict[str, Any]]
+"""Contents of cells' files."""
+
+
+def write_tables(folder: str | Path, title: str, records: Records, failed: Sequence[tuple[Cell, str]], notes: Sequence[str]) -> Path:
+    """Write ``results.md``, ``results.csv`` and ``results.json``.
+
+    Args:
+        folder: Where they go.
+        title: Heading.
+        records: Of the cells that are finished, in the order of the plan.
+        failed: ``(cell, reason)`` of those that are not.
+        notes: What was left out, and why.
 
     Returns:
         The Markdown file.
     """
     folder = Path(folder)
-    write_json(folder / "results.json", {"title": title, "cells": outcome.finished, "notes": outcome.notes})
-    write_text(folder / "results.csv", to_csv(outcome.finished))
-    page = folder / "results.md"
-    write_text(page, to_markdown(title, outcome))
-    return page
+    write_json(folder / "results.json", {"title": title, "cells": records, "notes": notes})
+    write_text(folder / "results.csv", to_csv(records))
+    write_text(folder / "results.md", to_markdown(title, records, failed, notes))
+    return folder / "results.md"
 
 
-def to_csv(records: Iterable[dict[str, Any]]) -> str:
+def to_csv(records: Records) -> str:
     """One line for every result of every cell."""
     names = ("dataset", "category", "configuration", "seed", "kind", "corruption", "severity", "share", "defective")
     costs = ("fit_seconds", "fit_threads", "fitted", "seconds_per_image", "peak_memory_gib")
@@ -61,47 +71,44 @@ def to_csv(records: Iterable[dict[str, Any]]) -> str:
     writer = csv.DictWriter(text, (*names, *METRICS, *costs), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        for result in record["results"]:
-            facts = {name: value for name, value in result.items() if name not in ("metrics", "counts", "per_type")}
-            writer.writerow(record | record["cell"] | facts | result["metrics"])
+        writer.writerows(record | record["cell"] | result | result["metrics"] for result in record["results"])
     return text.getvalue()
 
 
-def to_markdown(title: str, outcome: Outcome) -> str:
-    """All tables. Values are per cent, mean ± standard deviation over the seeds; the best of a row is bold."""
-    records = [record for record in outcome.finished if record["kind"] == PLAIN]
-    seeds = sorted({record["cell"]["seed"] for record in outcome.finished})
-    lines = [
-        f"# {title}",
-        "",
-        f"Values are per cent{_over(seeds)}. The best mean of each row is bold. A dash: not defined, or not run.",
-        "",
-    ]
-    notes = [*outcome.notes, *(note for record in outcome.finished for note in record["notes"])]
-    if len(versions := sorted({record["version"] for record in outcome.finished})) > 1:
+def to_markdown(title: str, records: Records, failed: Sequence[tuple[Cell, str]] = (), notes: Sequence[str] = ()) -> str:
+    """All tables, see `write_tables`. Values are per cent, mean ± standard deviation over the seeds; the best of a row is bold."""
+    seeds = sorted({record["cell"]["seed"] for record in records})
+    over = (
+        f", mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
+        if len(seeds) > 1
+        else f", seed {seeds[0]}"
+        if seeds
+        else ""
+    )
+    lines = [f"# {title}", "", f"Values are per cent{over}. The best mean of each row is bold. A dash: not defined, or not run.", ""]
+    notes = [*notes, *(note for record in records for note in record["notes"])]
+    if len(versions := sorted({record["version"] for record in records})) > 1:
         notes.append(f"cells of several versions of gladad: {', '.join(versions)}")
-    if len(threads := sorted({record["threads"] for record in outcome.finished})) > 1:
-        notes.append(
-            f"cells were run with {' and '.join(map(str, threads))} threads; a training's last digits depend on that, and the times do"
-        )
+    if len(threads := sorted({record["threads"] for record in records})) > 1:
+        counts = " and ".join(map(str, threads))
+        notes.append(f"cells were run with {counts} threads; a training's last digits depend on that, and the times do")
     lines += [f"* {note}" for note in _unique(notes)]
-    lines += [f"* FAILED: {cell.label}: {problem}" for cell, problem in outcome.failed]
-    for dataset in _unique(record["cell"]["dataset"] for record in outcome.finished):
+    lines += [f"* FAILED: {cell.label}: {problem}" for cell, problem in failed]
+    for dataset in _unique(record["cell"]["dataset"] for record in records):
         here = [record for record in records if record["cell"]["dataset"] == dataset]
-        columns = _unique(record["cell"]["configuration"] for record in here)
-        lines += ["", f"## {dataset}", *_seed_counts(here, columns)]
+        plain = [record for record in here if record["kind"] == PLAIN]
+        columns = _unique(record["cell"]["configuration"] for record in plain)
+        lines += ["", f"## {dataset}", *_seed_counts(plain, columns)]
         for metric, heading in METRICS.items():
-            values = _values(here, lambda record, result: record["cell"]["configuration"], metric)
-            if values:
+            if values := _values(plain, lambda record, result: record["cell"]["configuration"], metric):
                 lines += ["", f"### {heading}", "", *_table(values, columns, best=min if metric in LOWER_IS_BETTER else max)]
-        if here:
-            lines += ["", "### Time and memory", "", *_costs(here)]
-        shifted = [record for record in outcome.finished if record["cell"]["dataset"] == dataset and record["kind"] != PLAIN]
-        lines += _shift_tables(shifted, here)
+        if plain:
+            lines += ["", "### Time and memory", "", *_costs(plain)]
+        lines += _shift_tables([record for record in here if record["kind"] != PLAIN], plain)
     return "\n".join(lines) + "\n"
 
 
-def _seed_counts(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+def _seed_counts(records: Records, columns: Sequence[str]) -> list[str]:
     """A line on the seeds of each configuration, where they are not the same number."""
     seeds = {name: {record["cell"]["seed"] for record in records if record["cell"]["configuration"] == name} for name in columns}
     if len({len(found) for found in seeds.values()}) < 2:
@@ -109,7 +116,7 @@ def _seed_counts(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> l
     return ["", f"Not all have the same number of seeds: {', '.join(f'{name} {len(found)}' for name, found in seeds.items())}."]
 
 
-def _shift_tables(shifted: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> list[str]:
+def _shift_tables(shifted: Records, plain: Records) -> list[str]:
     """For every configuration: categories against corruptions, and against shares of defective images."""
     lines: list[str] = []
     for configuration in _unique(record["cell"]["configuration"] for record in shifted):
@@ -135,9 +142,7 @@ def _shift_name(record: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{result['share']:.0%} defective"
 
 
-def _values(
-    records: Iterable[dict[str, Any]], name: Callable[[dict[str, Any], dict[str, Any]], str], metric: str, *, transposed: bool = False
-) -> Values:
+def _values(records: Records, name: Callable[[dict[str, Any], dict[str, Any]], str], metric: str, *, transposed: bool = False) -> Values:
     values: Values = defaultdict(dict)
     for record in records:
         for result in record["results"]:
@@ -151,24 +156,20 @@ def _table(
     values: Values, columns: Sequence[str], *, first: str = "category", best: Callable[[Iterable[float]], float] | None = None
 ) -> list[str]:
     """Rows in the order in which they came, the mean of the complete columns last."""
-    rows = _unique(row for row, _ in values)
-    lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    means: dict[str, dict[int, float]] = {}
-    for column in columns:
-        per_row = [values.get((row, column), {}) for row in rows]
-        common = set.intersection(*map(set, per_row))  # seeds that every category has
-        means[column] = {seed: fmean(row[seed] for row in per_row) for seed in sorted(common)}
-    for row in rows:
-        lines.append(_line(row, [values.get((row, column), {}) for column in columns], best))
+    rows = {row: [values.get((row, column), {}) for column in columns] for row in _unique(row for row, _ in values)}
     if len(rows) > 1 and first == "category":
-        lines.append(_line("**mean**", [means[column] for column in columns], best))
+        rows["**mean**"] = [
+            {
+                seed: fmean(row[seed] for row in column) for seed in sorted(set.intersection(*map(set, column)))
+            }  # seeds that every category has
+            for column in zip(*rows.values(), strict=True)
+        ]
+    lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in rows.items():
+        present = [round(100 * fmean(seeds.values()), 1) for seeds in cells if seeds]
+        winner = best(present) if best and len(present) > 1 else math.nan
+        lines.append(f"| {name} | {' | '.join(_cell(seeds, winner) for seeds in cells)} |")
     return lines
-
-
-def _line(name: str, cells: Sequence[dict[int, float]], best: Callable[[Iterable[float]], float] | None) -> str:
-    present = [round(100 * fmean(cell.values()), 1) for cell in cells if cell]
-    winner = best(present) if best and len(present) > 1 else math.nan
-    return f"| {name} | {' | '.join(_cell(cell, winner) for cell in cells)} |"
 
 
 def _cell(seeds: dict[int, float], winner: float) -> str:
@@ -179,7 +180,7 @@ def _cell(seeds: dict[int, float], winner: float) -> str:
     return f"**{text}**" if round(fmean(percent), 1) == winner else text
 
 
-def _costs(records: Sequence[dict[str, Any]]) -> list[str]:
+def _costs(records: Records) -> list[str]:
     """Means over categories and seeds. Peak memory is of cells that trained; a training for several categories counts evenly for each."""
     lines = ["| configuration | training, s | inspection, ms per image | peak memory, GiB | cells |", "|---|---|---|---|---|"]
     for configuration in _unique(record["cell"]["configuration"] for record in records):
@@ -190,12 +191,6 @@ def _costs(records: Sequence[dict[str, Any]]) -> list[str]:
         memory = f"{max(peaks):.1f}" if peaks else "shared training"
         lines.append(f"| {configuration} | {fmean(r['fit_seconds'] for r in results):.0f} | {milliseconds:.0f} | {memory} | {len(own)} |")
     return lines
-
-
-def _over(seeds: Sequence[int]) -> str:
-    if len(seeds) < 2:
-        return f", seed {seeds[0]}" if seeds else ""
-    return f", mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -178,7 +178,7 @@ def benchmark(
         raise ConfigError("give a TOML file or the name of a shipped benchmark; gladad benchmark --list prints those")
     chosen = read_config(config)
     with waiting("starting", quiet):
-        from gladad.benchmark.plan import Outcome, finished, plan, run, runnable
+        from gladad.benchmark.plan import finished, plan, run, runnable, select
         from gladad.benchmark.tables import write_tables
         from gladad.report.files import check_output
 
@@ -187,8 +187,8 @@ def benchmark(
             print(line, file=sys.stderr, flush=True)
 
     check_output(output)
-    only = {"configurations": configuration or (), "categories": category or ()}
-    cells, notes = plan(chosen, data, shift=shift, seeds=seed or (), **only)
+    everything, notes = plan(chosen, data, seeds=seed or ())
+    cells = select(everything, shift=shift, configurations=configuration or (), categories=category or (), seeds=seed or chosen.seeds)
     cells, missing = runnable(cells)
     for note in (*notes, *missing):
         tell(f"note: {note}")
@@ -198,10 +198,7 @@ def benchmark(
         complain("interrupted; finished cells are kept, and the same command goes on from there")
         raise typer.Exit(130) from None
     # The tables are of everything that is finished, not only of what was chosen this time.
-    shifted = bool(chosen.shift.corruptions or chosen.shift.contamination)
-    everything, notes = plan(chosen, data, shift=shifted, seeds=[*chosen.seeds, *(seed or ())])
-    outcome = Outcome(finished(everything, output), failed, notes)
-    page = write_tables(output, chosen.title, outcome)
+    page = write_tables(output, chosen.title, finished(everything, output), failed, notes)
     if not quiet:
         print(f"{len(finished(cells, output))} of {len(cells)} cells finished, {len(failed)} failed: {page}")
     if failed:

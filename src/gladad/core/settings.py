@@ -141,7 +141,8 @@ def _known(kind: Any, path: Sequence[str]) -> set[str]:
     """Names of the settings below a path of names."""
     kinds = [kind]
     for name in path:
-        kinds = [option for one in kinds for option in _nested(typing.get_type_hints(one, include_extras=False).get(name))]
+        if not name.isdigit():  # the place in a tuple
+            kinds = [option for one in kinds for option in _nested(typing.get_type_hints(one, include_extras=False).get(name))]
     return {field.name for one in kinds for field in dataclasses.fields(one)}
 
 
@@ -149,7 +150,7 @@ def _nested(hint: Any) -> list[Any]:
     """The settings classes that a type names."""
     if dataclasses.is_dataclass(hint):
         return [hint]
-    if typing.get_origin(hint) in {typing.Union, types.UnionType, typing.Annotated}:
+    if typing.get_origin(hint) in {typing.Union, types.UnionType, typing.Annotated, tuple}:
         return [kind for option in typing.get_args(hint) for kind in _nested(option)]
     return []
 

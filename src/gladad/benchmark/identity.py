@@ -1,0 +1,77 @@
+"""What the result of a benchmark's cell depends on besides its settings: the code and what is in the images, told apart by SHA-256."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gladad
+from gladad.core.images import list_images
+from gladad.core.records import Sample
+from gladad.data.samples import file_digest, fingerprint
+
+SOURCE = Path(gladad.__file__).parent
+DECIDING = (
+    *("core", "algorithm", "data", "features", "decision", "metrics", "training", "models", "detector", "evaluation"),
+    "benchmark/cell.py",
+)
+"""Packages and modules whose code decides a result."""
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of a JSON-ready value's SHA-256."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^\w.+-]+|^\.+", "-", text)
+
+
+def source_fingerprint(source: Path = SOURCE) -> str:
+    """SHA-256 (hexadecimal) of the code that decides results, and of the presets it brings.
+
+    Args:
+        source: Folder of the package.
+    """
+    files = [file for part in DECIDING for file in [source / part, *(source / part).rglob("*")]]
+    return fingerprint([file for file in files if file.suffix in {".py", ".toml"}])
+
+
+def content(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file; empty if it cannot be read. A file is read again only if its size or time has changed."""
+    try:
+        about = path.stat()
+        return _content(path, about.st_size, about.st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
+
+
+def images_digest(paths: Iterable[Path], root: Path) -> str:
+    """Digest of names and contents of images, wherever the data set lies."""
+    return digest(sorted(_known(path, root) for path in paths))
+
+
+def samples_digest(samples: Iterable[Sample], root: Path) -> str:
+    """Digest of everything that a result takes from labelled images."""
+    rows = []
+    for sample in samples:
+        mask = sample.mask_path
+        masks = [] if mask is None else [content(path) for path in (list_images(mask) if mask.is_dir() else [mask])]
+        rows.append((*_known(sample.image_path, root), sample.gt_label, sample.split, sample.defect_type, masks))
+    return digest(sorted(rows))
+
+
+def _known(path: Path, root: Path) -> tuple[str, str]:
+    return Path(os.path.relpath(path, root)).as_posix(), content(path)
