@@ -15,10 +15,9 @@ from transformers import ResNetConfig, ResNetModel
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 from gladad.detector.glad import Glad
 from gladad.features.extractor import load_extractor
-from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, fit_memory_bank
-from gladad.models.registry import FitSettings
+from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, MemoryBankSettings, fit_memory_bank
 
-SETTINGS = FitSettings(image_size=64, false_reject_rate=0.2, calibration="held-out")
+SETTINGS = {"image_size": 64, "false_reject_rate": 0.2, "calibration": "held-out"}
 HAS_ANOMALIB = find_spec("anomalib") is not None
 THEIRS = pytest.mark.skipif(not HAS_ANOMALIB, reason="anomalib is not installed")
 BASES = ["memory-bank", pytest.param("anomalib-patchcore", marks=THEIRS), pytest.param("anomalib-padim", marks=THEIRS)]
@@ -42,13 +41,13 @@ def test_a_baseline_is_a_base_like_any_other(base, category: Path, tmp_path: Pat
 
 def test_what_is_remembered_is_at_distance_zero():
     images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
-    config = MemoryBankConfig(image_size=(64, 64), memory=10_000)
+    config = MemoryBankConfig(image_size=(64, 64), settings=MemoryBankSettings(memory=10_000))
     bank = fit_memory_bank(images, config)
     assert len(bank.memory) == 2 * 8 * 8  # all of it fits
     # not quite zero: the square root of what rounding leaves of a sum of 328 squares
     assert bank.inspect(images[0]).map.max() < 0.2
     assert bank.inspect(np.asarray(draw_part(9, defective=True)[0])).map.max() > 2
-    assert len(fit_memory_bank(images, replace(config, memory=50)).memory) == 50
+    assert len(fit_memory_bank(images, replace(config, settings=MemoryBankSettings(memory=50))).memory) == 50
 
 
 def test_a_damaged_bank(category: Path, tmp_path: Path):

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_part, train_little, write_category
+from conftest import TINY as TINY_SETTINGS
+from conftest import TINY_FLAGS, draw_part, write_category
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -25,10 +25,9 @@ from gladad.cli.console import Bars, RateColumn, bars
 from gladad.cli.main import main
 from gladad.core.images import load_image
 from gladad.detector.glad import Glad
-from gladad.models.registry import FitSettings
-from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.models.registry import make_settings
 
-TINY = ["--steps", "4", "--image-size", "64", "--calibration", "held-out", "-q"]
+TINY = ["--steps", "4", *TINY_FLAGS, "--calibration", "held-out", "-q"]
 
 
 class Result:
@@ -47,7 +46,6 @@ def gladad(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     """Run the command line and catch what it prints, whoever prints it."""
     monkeypatch.delenv("GLADAD_DEBUG", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    train_little(monkeypatch)
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
@@ -79,12 +77,12 @@ def records(folder: Path) -> list[dict[str, object]]:
 
 def test_fit_and_use(gladad, category, tmp_path):
     model = tmp_path / "models" / "widget"
-    result = gladad("fit", category, "-o", model, "--steps", 8, "--image-size", 64, "--seed", 3, "--false-reject-rate", 0.2)
+    result = gladad("fit", category, "-o", model, "--steps", 8, *TINY_FLAGS, "--seed", 3, "--false-reject-rate", 0.2)
     assert (result.status, result.err) == (0, "")
     assert "16 good images" in result.out and "like these 16 are rejected" in result.out and "no guarantee" in result.out
     assert names(model.parent) == ["widget"]
     loaded = Glad.from_pretrained(model)
-    assert loaded.settings == FitSettings(steps=8, image_size=64, seed=3, false_reject_rate=0.2)
+    assert loaded.settings == make_settings("lite", TINY_SETTINGS | {"training.steps": 8, "seed": 3, "false_reject_rate": 0.2})
     assert loaded.inspect(category / "test/hole/000.png").pred_score > 1
 
 
@@ -99,14 +97,13 @@ def test_the_same_fit_gives_the_same_model(gladad, category, tmp_path):
 def test_the_kind_of_product_can_be_given(gladad, category, tmp_path, product):
     assert gladad("fit", category, "-o", tmp_path / "model", *TINY, "--product", product).status == 0
     described = json.loads(gladad("info", tmp_path / "model", "--json").out)
-    assert described["config"]["product"] == described["settings"]["product"] == product
+    assert described["config"]["settings"]["product"] == described["settings"]["product"] == product
 
 
-def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path, monkeypatch):  # noqa: F811
+def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path):  # noqa: F811
     """Its libraries like to talk; none of it may be heard."""
-    monkeypatch.setitem(FinetuneConfig.__init__.__kwdefaults__, "pool", 4)
     options = ["--base", tiny_base / "sd", "--features", tiny_base / "dino", "--steps", 2, "--image-size", 64, "--calibration", "held-out"]
-    result = gladad("fit", category, "-o", tmp_path / "model", *options)
+    result = gladad("fit", category, "-o", tmp_path / "model", *options, "--set", "training.pool=4")
     assert (result.status, result.err) == (0, "")
     result = gladad("predict", tmp_path / "model", category / "test/good/000.png", "-o", tmp_path / "out")
     assert (result.status, result.err) == (0, "")
@@ -116,7 +113,7 @@ def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path, monkey
 def test_a_model_is_fitted_anew_in_its_place(gladad, category, model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model")
     assert gladad("fit", category, "-o", copy, *TINY).status == 0
-    assert Glad.from_pretrained(copy).settings.steps == 4
+    assert Glad.from_pretrained(copy).settings.training.steps == 4
     assert names(tmp_path) == ["model"]
 
 
@@ -216,7 +213,7 @@ def test_info(gladad, model, detector):
     assert json.loads(result.out) == json.loads(json.dumps(detector.describe()))
 
 
-def test_demo(gladad, tmp_path, monkeypatch):
+def test_demo(tmp_path):
     cells = tmp_path / "cells"
     (cells / "images").mkdir(parents=True)
     lines = []
@@ -226,11 +223,9 @@ def test_demo(gladad, tmp_path, monkeypatch):
         lines.append(f"images/cell{index:04}.png  {float(bad)}                 mono")
     lines += ["images/missing.png  0.3333333333333333  mono", "images/missing.png  1.0  poly"]
     (cells / "labels.csv").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(demo, "_package_data", lambda: cells)
-    monkeypatch.setattr(demo, "FitSettings", partial(FitSettings, steps=8, image_size=64))
-    result = gladad("demo", "-o", tmp_path / "out")
-    assert (result.status, result.err) == (0, "")
-    assert "open it in a browser" in result.out and str(tmp_path / "out/index.html") in result.out
+    settings = make_settings("lite", TINY_SETTINGS | {"training.steps": 8})
+    _, page = demo.run(tmp_path / "out", cells, settings=settings)
+    assert page == tmp_path / "out/index.html"
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["counts"]["normal"] == 12 and report["counts"]["anomalous"] == 6
     assert report["metrics"]["image_auroc"] > 0.9
@@ -292,9 +287,9 @@ FIT_ERRORS: dict[str, tuple[Callable[[Path], Path], list[str], str]] = {
     "1x1 image": (one_pixel, [], "000.png: 1x1 pixels is too small"),
     "too few images": (too_few, [], "good images are needed, there are 3"),
     "test images": (lambda root: write_category(root) / "test", [], "test images are not for learning"),
-    "rate": (write_category, ["--false-reject-rate", "0.7"], "false_reject_rate must be above 0 and at most 0.5"),
-    "steps": (write_category, ["--steps", "0"], "steps must be at least 1"),
-    "steps and minutes": (write_category, ["--minutes", "1"], "steps or minutes, not both"),
+    "rate": (write_category, ["--false-reject-rate", "0.7"], "false_reject_rate: input should be less than or equal to 0.5"),
+    "steps": (write_category, ["--steps", "0"], "training.steps: input should be greater than or equal to 1"),
+    "steps and minutes": (write_category, ["--minutes", "1"], "training.steps and training.minutes: give one of them"),
     "size": (write_category, ["--image-size", "10"], "image_size"),
     "textures": (write_category, ["--textures", "/nowhere/textures"], "no such folder of textures"),
     "base": (write_category, ["--base", "/nowhere/base"], "/nowhere/base"),
@@ -394,7 +389,7 @@ def test_interrupted_fit(gladad, category, tmp_path, monkeypatch):
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gladad.models.registry.fit_lite", interrupt)
+    monkeypatch.setattr("gladad.models.feature_diffusion.family.train_models", interrupt)
     result = gladad("fit", category, "-o", tmp_path / "model")
     assert (result.status, result.line) == (130, "interrupted; no result was written")
     assert names(tmp_path) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +12,14 @@ import torch
 from conftest import write_category
 
 from gladad.cli.main import main
-from gladad.cli.train import _size
+from gladad.cli.options import _size
 from gladad.detector.glad import Glad
 from gladad.models.stable_diffusion import architectures as sd14
-from gladad.models.stable_diffusion.model import PaperConfig
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig
+from gladad.models.stable_diffusion.training import DenoiserTask
 
-TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision", "float32", "--tracker", "none", "-q")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few synthetic anomalies, a short chain, and no look at the memory."""
-    monkeypatch.setattr("gladad.models.registry.check_memory", lambda *args: None)
-    short = replace(PaperConfig().reconstruction, num_steps=5)
-    monkeypatch.setattr("gladad.models.registry.PaperConfig", lambda **given: PaperConfig(**{"reconstruction": short} | given))
-    monkeypatch.setitem(FinetuneConfig.__init__.__kwdefaults__, "pool", 4)
+SHORT = ("--set", "training.pool=4", "--set", "reconstruction.num_steps=5")
+TRAIN = ("--steps", "2", "--image-size", "64", "--batch-size", "2", "--precision", "float32", "--tracker", "none", *SHORT, "-q")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def test_the_whole_chain(tiny_base: Path, parts: Path, tmp_path: Path, capsys: p
     tune = ["tune-features", model, str(parts), "-o", tuned, "--steps", "2", "--batch-size", "4", "--tracker", "none"]
     assert main(tune) == 0
     after = Glad.from_pretrained(tuned)
-    assert after.base_.pipeline.tuned_weights() and not before.base_.pipeline.tuned_weights()
+    assert after.model_.pipeline.tuned_weights() and not before.model_.pipeline.tuned_weights()
     assert after.calibration_ != before.calibration_
     assert main(["calibrate", tuned, str(parts), "--false-reject-rate", "0.2"]) == 0
     assert "threshold" in capsys.readouterr().out
@@ -60,7 +50,7 @@ def test_the_whole_chain(tiny_base: Path, parts: Path, tmp_path: Path, capsys: p
     assert "stands alone" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "merged"), "--json"]) == 0
     description = json.loads(capsys.readouterr().out)
-    assert description["config"]["adapter_rank"] == 0 and "licence" in description["origin"]["base"]
+    assert description["config"]["adapted"] is False and "licence" in description["origin"]["base"]
 
 
 def test_an_autoencoder_is_tuned_and_used(tiny_base: Path, parts: Path, tmp_path: Path) -> None:
@@ -102,9 +92,9 @@ def test_one_model_for_all_products(tiny_base: Path, parts: Path, tmp_path: Path
     arguments = ["--base", str(tiny_base), *TRAIN, "--multi-class", "--training", "full"]
     assert main(["fit", str(data), "-o", str(tmp_path / "models"), *arguments]) == 0
     bolt, nut = (Glad.from_pretrained(tmp_path / "models" / name) for name in ("bolt", "nut"))
-    assert nut.base_.pipeline.prompt == "a photo of sks nut"
-    for name, value in bolt.base_.pipeline.unet.state_dict().items():
-        assert torch.equal(nut.base_.pipeline.unet.state_dict()[name], value)
+    assert nut.model_.pipeline.prompt == "a photo of sks nut"
+    for name, value in bolt.model_.pipeline.unet.state_dict().items():
+        assert torch.equal(nut.model_.pipeline.unet.state_dict()[name], value)
     assert main(["fit", str(data), "-o", str(tmp_path / "x"), "--multi-class", "--category", "nut"]) == 1
     assert (tmp_path / "models" / "bolt" / "model.json").is_file()
 
@@ -116,8 +106,8 @@ def test_a_checkpoint_is_converted_and_calibrated(tiny_base: Path, parts: Path, 
     assert main(["convert", "--base", str(tiny_base), "--unet", str(tmp_path / "pytorch_model.bin"), "-o", converted]) == 0
     assert "tensors of" in capsys.readouterr().out
     fit = ["fit", str(parts), "-o", str(tmp_path / "model"), "--base", converted, "--steps", "0", "--image-size", "64", "-q"]
-    assert main([*fit, "--precision", "float32", "--preset", "mvtec_ad/bottle"]) == 0
-    weight = Glad.from_pretrained(tmp_path / "model").base_.pipeline.unet.conv_in.weight
+    assert main([*fit, "--precision", "float32", "--preset", "mvtec_ad/bottle", "--set", "reconstruction.num_steps=5"]) == 0
+    weight = Glad.from_pretrained(tmp_path / "model").model_.pipeline.unet.conv_in.weight
     torch.testing.assert_close(weight, unet.conv_in.weight + 0.01)
 
 
@@ -144,7 +134,7 @@ def test_sizes() -> None:
     ("arguments", "message"),
     [
         (["fit", "PARTS", "-o", "OUT", "--base", "no/such", "--offline", *TRAIN], "no/such is neither a folder nor in the local cache"),
-        (["fit", "PARTS", "-o", "OUT", "--batch-size", "3"], "denoiser is not a setting of the base lite"),
+        (["fit", "PARTS", "-o", "OUT", "--rank", "3"], "training.rank: unknown setting"),
         (["fit", "PARTS", "-o", "OUT", "--base", "BASE", "--tracker", "abacus"], "unknown tracker"),
         (["fit", "PARTS", "-o", "OUT", "--base", "BASE", "--optimizer", "adamw8bit", *TRAIN], "gladad[adamw8bit]"),
         (["tune-vae", "no/such", "PARTS", "-o", "OUT", "--offline"], "no/such is neither"),
@@ -166,7 +156,7 @@ def test_mistakes(
 def test_lite_models_have_nothing_of_this(model: Path, category: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["merge", str(model)], ["tune-features", str(model), str(category)]):
         assert main([*command, "-o", str(tmp_path / "out")]) == 1
-        assert "base" in capsys.readouterr().err
+        assert "a lite model" in capsys.readouterr().err
     new = str(tmp_path / "new")
     assert main(["calibrate", str(model), str(category), "-o", new, "-q"]) == 0
     assert np.isclose(Glad.from_pretrained(new).calibration_.threshold.value, Glad.from_pretrained(model).calibration_.threshold.value)

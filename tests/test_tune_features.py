@@ -19,10 +19,12 @@ from torch import Tensor
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import resize_pixels, to_tensor
+from gladad.models.family import Training
+from gladad.models.stable_diffusion import family
 from gladad.models.stable_diffusion.extractor_tuning import FeatureTask, FeatureTuningConfig, features_distance, tune_features
-from gladad.models.stable_diffusion.model import PaperBase, PaperConfig, fit_paper
+from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training import FinetuneConfig
+from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
 from gladad.models.stable_diffusion.training_inputs import image_of_sample
 from gladad.training.loop import TrainingRun, train
 
@@ -31,19 +33,19 @@ IMAGES = [resize_pixels(np.asarray(draw_part(seed)[0]), (SIDE, SIDE)) for seed i
 QUICK = FeatureTuningConfig(steps=6, batch_size=4, learning_rate=3e-3, feature_size=(SIDE, SIDE))
 
 
-def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> PaperBase:
-    config = PaperConfig(
-        image_size=(SIDE, SIDE),
-        feature_size=(SIDE, SIDE),
+def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    settings = StableDiffusionSettings(
         reconstruction=ReconstructionConfig(max_step=600, noise_step=599, num_steps=10, min_step=300, top_k=2),
         scoring=ScoringConfig(top_k=20, blur_sigma=2.0, blur_kernel=9),
-        precision="float32" if dtype == torch.float32 else "bfloat16",
+        training=DenoiserSettings(precision="float32" if dtype == torch.float32 else "bfloat16", rank=2, batch_size=2, pool=2),
+        calibrate_step=False,
     )
-    return PaperBase(config, GladPipeline.from_base(folder, torch_dtype=dtype))
+    config = StableDiffusionConfig(settings=settings, image_size=(SIDE, SIDE))
+    return StableDiffusion(config, GladPipeline.from_base(folder, torch_dtype=dtype))
 
 
 @pytest.fixture
-def base(tiny_base: Path) -> PaperBase:
+def base(tiny_base: Path) -> StableDiffusion:
     return make_base(tiny_base)
 
 
@@ -54,7 +56,7 @@ def stack(images: list[NDArray[np.uint8]]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- what it does
 
 
-def test_losses_fall_scores_change_and_the_search_does_not(base: PaperBase) -> None:
+def test_losses_fall_scores_change_and_the_search_does_not(base: StableDiffusion) -> None:
     latent = image_noise((4, 4, 4), 0)
     frozen = copy.deepcopy(base.pipeline.features.state_dict())
     search, before = base.pipeline.latent_features(latent), base.inspect(IMAGES[0])
@@ -67,7 +69,7 @@ def test_losses_fall_scores_change_and_the_search_does_not(base: PaperBase) -> N
     assert all(torch.equal(frozen[name], weight) for name, weight in base.pipeline.features.state_dict().items())
 
 
-def test_only_the_mlps_learn(base: PaperBase) -> None:
+def test_only_the_mlps_learn(base: StableDiffusion) -> None:
     task = FeatureTask(base, IMAGES, QUICK)
     train(task, QUICK.loop(len(IMAGES), "float32"), stage="features")
     frozen = base.pipeline.features
@@ -75,7 +77,7 @@ def test_only_the_mlps_learn(base: PaperBase) -> None:
     assert differ == {name for name, _ in frozen.mlp_parameters(frozen.default_layers)}
 
 
-def test_a_second_tuning_starts_from_the_frozen_extractor(base: PaperBase) -> None:
+def test_a_second_tuning_starts_from_the_frozen_extractor(base: StableDiffusion) -> None:
     first = tune_features(base, IMAGES, QUICK)
     weights = base.pipeline.tuned_weights()
     assert tune_features(base, IMAGES, QUICK) == first
@@ -84,7 +86,7 @@ def test_a_second_tuning_starts_from_the_frozen_extractor(base: PaperBase) -> No
     assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
 
 
-def test_the_anchor_holds_features_near_the_frozen_ones(base: PaperBase) -> None:
+def test_the_anchor_holds_features_near_the_frozen_ones(base: StableDiffusion) -> None:
     images = stack(IMAGES)
     moved = []
     for anchor in (0.0, 1.0, 30.0):
@@ -95,7 +97,7 @@ def test_the_anchor_holds_features_near_the_frozen_ones(base: PaperBase) -> None
 
 
 @torch.no_grad()
-def test_reconstructions_are_plain_ddim(base: PaperBase) -> None:
+def test_reconstructions_are_plain_ddim(base: StableDiffusion) -> None:
     task = FeatureTask(base, IMAGES[:2], replace(QUICK, feature_size=(24, 17)))
     pipeline = base.pipeline
     image = stack(IMAGES[:2])
@@ -109,7 +111,7 @@ def test_reconstructions_are_plain_ddim(base: PaperBase) -> None:
 
 
 @torch.no_grad()
-def test_the_loss_is_the_published_formula(base: PaperBase) -> None:
+def test_the_loss_is_the_published_formula(base: StableDiffusion) -> None:
     """Against a plain reading in float64: ``1 - cos`` of all of an image's tokens as one vector, mean over images, sum over layers."""
     config = replace(QUICK, anchor_weight=0.5, batch_size=3)
     task = FeatureTask(base, IMAGES, config)
@@ -130,7 +132,7 @@ def test_the_loss_is_the_published_formula(base: PaperBase) -> None:
     assert float(task.loss(task.module, 1, samples)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_micro_batches_change_nothing(base: PaperBase) -> None:
+def test_micro_batches_change_nothing(base: StableDiffusion) -> None:
     whole = tune_features(base, IMAGES, replace(QUICK, steps=3))
     pieces = tune_features(base, IMAGES, replace(QUICK, steps=3, micro_batch=3))
     assert pieces == pytest.approx(whole, rel=1e-4)
@@ -174,18 +176,16 @@ def test_the_budget() -> None:
 def test_a_saved_model_scores_the_same(tiny_base: Path, tmp_path: Path, method: str) -> None:
     base = make_base(tiny_base)
     if method == "lora":
-        training = FinetuneConfig(method="lora", rank=2, batch_size=2, precision="float32", pool=2)
-        images, configs = {"": IMAGES}, {"": base.config}
-        fitted = fit_paper({"": base.pipeline}, images, configs, training, 1, foregrounds={"": "all"}, calibrate_step=False)
-        base = fitted[""]
+        settings = replace(base.config.settings, training=replace(base.config.settings.training, steps=1))
+        base = family.train({"": IMAGES}, Training(str(tiny_base), settings, (SIDE, SIDE), {"": "all"}))[""]
     tune_features(base, IMAGES, replace(QUICK, steps=2))
     expected = base.inspect(IMAGES[0])
-    loaded = PaperBase.load(tmp_path, base.save(tmp_path))
+    loaded = StableDiffusion.load(tmp_path, base.save(tmp_path))
     assert loaded.pipeline.tuned_weights().keys() == base.pipeline.tuned_weights().keys()
     assert loaded.inspect(IMAGES[0]).score == expected.score
 
 
-def test_an_interrupted_tuning_goes_on_bit_for_bit(base: PaperBase, tmp_path: Path) -> None:
+def test_an_interrupted_tuning_goes_on_bit_for_bit(base: StableDiffusion, tmp_path: Path) -> None:
     told = []
     expected = tune_features(base, IMAGES, QUICK, progress=lambda *what: told.append(what))
     weights = base.pipeline.tuned_weights()
@@ -221,7 +221,7 @@ def test_an_interrupted_tuning_goes_on_bit_for_bit(base: PaperBase, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_images_that_cannot_be_used(base: PaperBase) -> None:
+def test_images_that_cannot_be_used(base: StableDiffusion) -> None:
     with pytest.raises(DataError, match="no images to train on"):
         tune_features(base, [], QUICK)
     with pytest.raises(DataError, match="images of 16x32 pixels for a base of 32x32"):
@@ -232,7 +232,7 @@ def test_images_that_cannot_be_used(base: PaperBase) -> None:
         tune_features(base, [IMAGES[0], IMAGES[0] / 255], QUICK)
 
 
-def test_bases_that_cannot_be_tuned(base: PaperBase) -> None:
+def test_bases_that_cannot_be_tuned(base: StableDiffusion) -> None:
     with pytest.raises(ConfigError, match="only the extractor of a diffusers base can be tuned; this detector's base is lite"):
         tune_features(SimpleNamespace(kind="lite"), IMAGES, QUICK)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="below the denoiser's 1000 timesteps, not be 1000"):

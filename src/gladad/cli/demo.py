@@ -69,18 +69,21 @@ def solar_cells(folder: str | Path | None = None, seed: int = SEED) -> DemoData:
     return DemoData(train=[rest[place] for place in sorted(order.tolist())], test=test)
 
 
-def run(output: str | Path, *, settings: FitSettings | None = None, progress: Progress = no_progress) -> tuple[Report, Path]:
+def run(
+    output: str | Path, folder: str | Path | None = None, *, settings: FitSettings | None = None, progress: Progress = no_progress
+) -> tuple[Report, Path]:
     """Fit on good cells, judge held-out ones, and write the report and its page.
 
     Args:
         output: Folder for ``report.json``, ``predictions.csv`` and ``index.html``.
+        folder: As for `solar_cells`.
         settings: Of the fit; the defaults take a few minutes on two cores.
         progress: Told of every stage.
 
     Returns:
         The report, and the page.
     """
-    data = solar_cells()
+    data = solar_cells(folder)
     check_output(Path(output))
     defaults = {"seed": SEED, "training.steps": STEPS, "false_reject_rate": FALSE_REJECT_RATE}
     detector = Glad.from_base("lite", settings=settings or make_settings("lite", defaults)).fit(data.train, progress=progress)
