@@ -276,7 +276,7 @@ def test_licences(tmp_path: Path, card: str | None, name: str, expected: str) ->
     assert licence(tmp_path, name) == expected
 
 
-def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path) -> None:
     asked: dict[str, object] = {}
     snapshot = tmp_path / "snapshots" / ("ab" * 20)
     (snapshot / "unet").mkdir(parents=True)
@@ -285,8 +285,7 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path, monkey
         asked.update(options, name=name)
         return str(snapshot)
 
-    monkeypatch.setattr(components, "snapshot_download", download)
-    found = find_repository("sd14", ("unet",), "fp16", True)
+    found = find_repository("sd14", ("unet",), "fp16", True, download=download)
     assert asked["name"] == "CompVis/stable-diffusion-v1-4" and asked["revision"] == "fp16" and asked["local_files_only"] is True
     assert all(not str(pattern).endswith((".bin", ".ckpt", ".pth")) for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
     assert (found.part.source, found.part.revision, found.part.licence) == (
@@ -296,7 +295,7 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path, monkey
     )
 
 
-def test_nothing_within_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_within_reach_is_one_clear_error() -> None:
     with pytest.raises(ModelFormatError, match=r"CompVis/stable-diffusion-v1-4 at revision v2 is neither a folder nor in the local cache"):
         find_repository("sd14", (), "v2", True)
 

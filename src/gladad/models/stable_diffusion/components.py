@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,12 @@ class Located:
 
 
 def find_repository(
-    source: str | os.PathLike[str], parts: Sequence[str], revision: str | None = None, local_files_only: bool = False
+    source: str | os.PathLike[str],
+    parts: Sequence[str],
+    revision: str | None = None,
+    local_files_only: bool = False,
+    *,
+    download: Callable[..., str] = snapshot_download,
 ) -> Located:
     """Find a repository: a folder, or a snapshot of the Hub's, downloaded if it must be.
 
@@ -103,41 +108,28 @@ def find_repository(
         parts: Folders inside it that are needed; none means everything at its top.
         revision: Branch, tag or commit of the Hub.
         local_files_only: Never ask the Hub; use its local cache.
+        download: With the signature of ``huggingface_hub.snapshot_download``.
 
     Raises:
         ModelFormatError: There is no such folder and no such repository within reach.
     """
-    name = NAMED_BASES.get(str(source), str(source))
-    folder = Path(source)
-    commit = None
+    name, folder, commit = NAMED_BASES.get(str(source), str(source)), Path(source), None
     if folder.is_dir():
         name = str(folder.resolve())
     else:
-        folder = _download(name, parts, revision, local_files_only)
+        where = "in the local cache of the Hub" if local_files_only else "a reachable Hugging Face repository"
+        at = f" at revision {revision}" if revision else ""
+        complaint = f"{name}{at} is neither a folder nor {where}; check the name, or download it and give its folder"
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ModelFormatError(complaint)
+        allowed = [f"{part}/{kind}" if part else kind for part in (parts or ("",)) for kind in ("*.json", "*.txt", "*.safetensors")]
+        options = {"allow_patterns": [*allowed, "README.md"], "ignore_patterns": list(OTHER_VARIANTS)}
+        try:
+            folder = Path(download(name, revision=revision, local_files_only=local_files_only, **options))
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            raise ModelFormatError(complaint) from error
         commit = folder.name if folder.parent.name == "snapshots" else revision
     return Located(folder, Part(source=name, revision=commit, licence=licence(folder, name), fingerprint=fingerprint(folder, parts)))
-
-
-def _download(name: str, parts: Sequence[str], revision: str | None, local_files_only: bool) -> Path:
-    where = "in the local cache of the Hub" if local_files_only else "a reachable Hugging Face repository"
-    at = f" at revision {revision}" if revision else ""
-    complaint = f"{name}{at} is neither a folder nor {where}; check the name, or download it and give its folder"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelFormatError(complaint)
-    kinds = ("*.json", "*.txt", "*.safetensors")
-    patterns = [f"{part}/{kind}" if part else kind for part in (parts or ("",)) for kind in kinds]
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=[*patterns, "README.md"],
-                ignore_patterns=list(OTHER_VARIANTS),
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelFormatError(complaint) from error
 
 
 def licence(folder: Path, name: str) -> str:
@@ -152,23 +144,23 @@ def licence(folder: Path, name: str) -> str:
 
 
 def fingerprint(folder: Path, parts: Sequence[str] = ()) -> str:
-    """A digest by which a base is known again: configurations whole; of each file of weights its size and evenly spaced blocks.
+    """SHA-256 (128 bits of it, in hexadecimal) of a base: of configurations whole; of each file of weights its size and some blocks.
 
     Reading everything would take longer than loading it.
     """
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     places = [folder / part for part in parts if part not in {"text_encoder", "tokenizer"}] or [folder]
     for place in places:
         for path in sorted(place.glob("*")):
             if path.suffix not in {".json", ".safetensors"} or not path.is_file() or any(map(path.match, OTHER_VARIANTS)):
                 continue
             size = path.stat().st_size
-            digest.update(f"{place.name}/{path.name}:{size}".encode())
+            found.update(f"{place.name}/{path.name}:{size}".encode())
             with path.open("rb") as file:
                 for block in range(SAMPLED):
                     file.seek(size * block // SAMPLED)
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:32]
+                    found.update(file.read(BLOCK))
+    return found.hexdigest()[:32]
 
 
 def locate_base(

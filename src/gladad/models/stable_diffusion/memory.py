@@ -77,7 +77,7 @@ def plan_inspection(configs: BaseConfigs, image_size: Size, precision: Precision
 
 def _plan(weights: int, activations: int, gradients: int = 0, optimizer: int = 0, averaged: int = 0) -> Plan:
     plan = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "averaged weights": averaged, "activations": activations}
-    return {name: size for name, size in plan.items() if size} | {"total": sum(plan.values())}
+    return {name: size for name, size in plan.items() if size or name == "activations"} | {"total": sum(plan.values())}
 
 
 def _weights(*networks: nn.Module) -> int:
