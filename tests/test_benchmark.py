@@ -278,6 +278,11 @@ def another(value: object) -> object:
     return value / 2 if isinstance(value, float) else value + 1 if isinstance(value, int) else [*value[:-1], 1] if value else value
 
 
+def test_every_package_is_one_whose_code_counts_or_not():
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert packages - set(DECIDING) == {"report", "benchmark", "interop", "cli"}
+
+
 @pytest.mark.parametrize("part", DECIDING)
 def test_a_key_follows_the_code(data, tmp_path, part):
     shutil.copytree(SOURCE, tmp_path / "gladad", ignore=shutil.ignore_patterns("__pycache__"))
