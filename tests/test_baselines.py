@@ -14,8 +14,10 @@ from transformers import ResNetConfig, ResNetModel
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 from gladad.detector.glad import Glad
+from gladad.detector.old_format import upgraded
 from gladad.features.extractor import load_extractor
 from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, MemoryBankSettings, fit_memory_bank
+from gladad.models.registry import make_settings
 
 SETTINGS = {"image_size": 64, "false_reject_rate": 0.2, "calibration": "held-out"}
 HAS_ANOMALIB = find_spec("anomalib") is not None
@@ -67,10 +69,10 @@ def put_backbone(folder: Path, seed: int) -> str:
 
 def test_a_bank_of_other_features_knows_them_again(tmp_path: Path):
     images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
-    config = MemoryBankConfig(image_size=(64, 64), features=put_backbone(tmp_path / "backbone", seed=0))
+    config = MemoryBankConfig(image_size=(64, 64), settings=MemoryBankSettings(features=put_backbone(tmp_path / "backbone", seed=0)))
     bank = fit_memory_bank(images, config)
     assert bank.memory.shape == (2 * 8 * 8, 16 + 2 * (24 + 32))
-    assert bank.config.extractor == load_extractor(config.features).identity
+    assert bank.config.extractor == load_extractor(config.settings.features).identity
     (tmp_path / "bank").mkdir()
     saved = bank.save(tmp_path / "bank")
     found, expected = (x.inspect(images[0]) for x in (MemoryBank.load(tmp_path / "bank", saved), bank))
@@ -80,24 +82,28 @@ def test_a_bank_of_other_features_knows_them_again(tmp_path: Path):
     with pytest.raises(ModelFormatError, match=r"was fitted with the features of .*backbone \(SHA-256 .* provide those, or fit again"):
         MemoryBank.load(tmp_path / "bank", saved)
     with pytest.raises(ModelFormatError, match="backbone is neither a folder nor"):
-        MemoryBank.load(tmp_path / "bank", {**saved, "features": str(tmp_path / "no-backbone")})
+        MemoryBank.load(tmp_path / "bank", {**saved, "settings": {"features": str(tmp_path / "no-backbone")}})
 
 
 def test_a_bank_saved_before_features_were_named_loads(tmp_path: Path):
     images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
     bank = fit_memory_bank(images, MemoryBankConfig(image_size=(64, 64)))
-    saved = bank.save(tmp_path)
-    assert saved.pop("features") == "efficientnet-lite0" and len(saved.pop("extractor")["sha256"]) == 64
-    assert MemoryBank.load(tmp_path, saved).inspect(images[0]).score == bank.inspect(images[0]).score
+    bank.save(tmp_path)
+    settings = {"seed": 0, "image_size": 64, "steps": None, "false_reject_rate": 0.01, "adaptive": True}
+    config = {"image_size": [64, 64], "memory": 20_000, "blur_sigma": 4.0, "top_k": 250, "seed": 0}
+    old = {"base": "memory-bank", "source": "memory-bank", "settings": settings, "config": config, "provenance": {}}
+    new = upgraded(old)
+    assert MemoryBank.load(tmp_path, new["config"]).inspect(images[0]).score == bank.inspect(images[0]).score
+    assert make_settings("memory-bank", new["settings"]) == make_settings("memory-bank", {"image_size": 64})
 
 
 def test_settings_that_are_not_for_a_baseline(category: Path):
-    with pytest.raises(ConfigError, match="preset is not a setting of the base memory-bank"):
-        Glad.from_base("memory-bank", settings=replace(SETTINGS, preset="visa/pcb1")).fit(category)
+    with pytest.raises(ConfigError, match="preset: unknown setting"):
+        Glad.from_base("memory-bank", settings=SETTINGS | {"preset": "visa/pcb1"})
     detector = Glad.from_base("memory-bank", settings=SETTINGS).fit(category)
-    with pytest.raises(ConfigError, match="memory-bank base cannot be adjusted"):
-        detector.adjust(category, replace(SETTINGS, adaptive=False))
-    assert detector.adjust(category, replace(SETTINGS, false_reject_rate=0.5)).calibration_.threshold.false_reject_rate == 0.5
+    with pytest.raises(ConfigError, match="memory cannot be changed without another fit"):
+        detector.adjust(category, SETTINGS | {"memory": 7})
+    assert detector.adjust(category, SETTINGS | {"false_reject_rate": 0.5}).calibration_.threshold.false_reject_rate == 0.5
 
 
 @pytest.mark.skipif(HAS_ANOMALIB, reason="anomalib is installed")

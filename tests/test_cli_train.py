@@ -14,7 +14,6 @@ from conftest import write_category
 from gladad.cli.main import main
 from gladad.cli.options import _size
 from gladad.detector.glad import Glad
-from gladad.models.stable_diffusion import architectures as sd14
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training import DenoiserTask
 

@@ -236,7 +236,7 @@ def test_a_cross_fitted_fit_keeps_its_folds_apart(tiny_base: Path, good: list[Pa
 def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(
     tiny_base: Path, good: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gladad.models.stable_diffusion.pipeline.load_components", lambda *args: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr("gladad.models.stable_diffusion.pipeline.load_networks", lambda *args: pytest.fail("loaded for nothing"))
     run = TrainingRun(memory_limit=100_000)
     with pytest.raises(ConfigError, match=r"training needs .* of memory, and .* are available; nothing smaller fits"):
         Glad.from_base(str(tiny_base), settings=settings(FULL)).fit(good, run=run)

@@ -102,7 +102,7 @@ def test_reconstructions_are_plain_ddim(base: StableDiffusion) -> None:
     pipeline = base.pipeline
     image = stack(IMAGES[:2])
     latent = pipeline.encode(image)
-    noise = image_noise(latent.shape[1:], base.config.seed).expand_as(latent)
+    noise = image_noise(latent.shape[1:], base.config.settings.seed).expand_as(latent)
     chain = ReconstructionConfig(max_step=200, num_steps=3, adaptive=False)  # the base's stride is 60
     rebuilt = pipeline.decode(reconstruct(pipeline, latent, noise, pipeline.schedule, chain).latent)
     for place, expected in enumerate((image, rebuilt)):

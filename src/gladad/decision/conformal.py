@@ -86,7 +86,7 @@ def conformal_threshold(
 
     Raises:
         ConfigError: The rate is not in (0, 0.5].
-        DataError: There are fewer than four scores, one is not finite, or all are 0.
+        DataError: There are fewer than four scores, or one is not finite.
     """
     check_rate(false_reject_rate)
     scores = np.sort(np.asarray(normal_scores, dtype=np.float64))
@@ -95,8 +95,6 @@ def conformal_threshold(
         raise DataError(f"calibration needs at least {MIN_HELD_OUT} held-out good images, there are {n}; add good images")
     if not np.isfinite(scores).all():
         raise DataError("a held-out good image has a score that is not finite; the model is of no use, train it anew")
-    if scores[-1] <= 0:
-        raise DataError("all held-out good images score 0, so nothing can be told from them; are they all the same picture?")
     copies = images is not None and images < n
     needed = required_images(false_reject_rate)
     rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
@@ -178,11 +176,16 @@ def calibrate(
         false_reject_rate: Requested rate, in (0, 0.5].
         cross_fitted: Recorded, see `Calibration`.
         images: Number of different images, see `conformal_threshold`.
+
+    Raises:
+        DataError: As for `conformal_threshold`; or a threshold would be 0, in whose units nothing can be said.
     """
     threshold, pixel_threshold = (
         conformal_threshold(values, false_reject_rate, cross_fitted=cross_fitted, images=images)
         for values in (normal_scores, normal_map_peaks)
     )
+    if min(threshold.value, pixel_threshold.value) <= 0:
+        raise DataError("held-out good images score 0, so nothing can be measured against them; are they all the same picture?")
     return Calibration(
         scores=tuple(sorted(float(s) for s in normal_scores)),
         threshold=threshold,

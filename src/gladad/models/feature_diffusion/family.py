@@ -54,10 +54,11 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
 
 
 def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:
-    """All but the rate and the reconstruction; the method itself is trained for."""
+    """All but the rate and how a trained method is used."""
     values = to_json(settings)
     del values["false_reject_rate"]
-    return values | {"reconstruction": {METHOD: values["reconstruction"][METHOD]}}
+    trained = {key: value for key, value in values["reconstruction"].items() if key in {METHOD, "num_timesteps"}}
+    return values | {"reconstruction": trained}
 
 
 def adjust(model: FeatureDiffusion, images: Sequence[Pixels], settings: FeatureDiffusionSettings, progress: Progress) -> Model:
