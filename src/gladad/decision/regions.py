@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
 from gladad.core.records import Region
 
@@ -13,9 +12,11 @@ MAX_REGIONS = 100
 
 def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> tuple[Region, ...]:
     """8-connected areas of a mask ``[H, W]``, largest peak first, at most 100."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if not count:
+    if not mask.any():
         return ()
+    from scipy import ndimage  # late: a part without regions needs none of it
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     index = np.arange(1, count + 1)
     peaks = ndimage.maximum(anomaly_map, labels, index)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]

@@ -349,8 +349,8 @@ class Glad:
             (temporary / WEIGHTS_FOLDER).mkdir()
             config = fitted.model.save(temporary / WEIGHTS_FOLDER)
             write_json(temporary / CALIBRATION_FILE, fitted.calibration.to_json() | {"map_peaks": fitted.peaks})
-            if fitted.seen is not None:
-                write_json(temporary / SEEN_FILE, {"trained": sorted(fitted.seen.trained), "held_out": sorted(fitted.seen.held_out)})
+            seen = fitted.seen
+            write_json(temporary / SEEN_FILE, {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)})
             description = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -385,7 +385,7 @@ class Glad:
                 calibration=Calibration.from_json(calibration),
                 peaks=[float(p) for p in calibration["map_peaks"]],
                 provenance=model["provenance"],
-                seen=None if old else SeenImages(**{key: frozenset(value) for key, value in read_json(folder / SEEN_FILE).items()}),
+                seen=None if old else _seen(folder / SEEN_FILE),
             )
             detector._set(fitted, "" if old else str(model["model_id"]))
         except (KeyError, TypeError, ConfigError) as error:
@@ -412,6 +412,11 @@ class Glad:
         if self._fitted is None:
             raise NotFittedError("this detector has not been fitted; call fit() or load one with Glad.from_pretrained()")
         return self._fitted
+
+
+def _seen(path: Path) -> SeenImages | None:
+    images = read_json(path)  # empty for a model that was loaded without
+    return SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None
 
 
 def _cancellable(progress: Progress, cancel: CancelToken | None) -> Progress:

@@ -52,7 +52,9 @@ def _lite(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     shape = {key: old.pop(key) for key in ("image_size", "categories", "category")}
     latent = {key: old.pop(key) for key in ("dimensions", "whitening")}
     scoring = {key: old.pop(key) for key in _MAP}
-    return shape | {"settings": _nested(settings) | old | {"latent": latent, "scoring": scoring}}
+    reconstruction = {"method": "single-calls"} | old.pop("reconstruction")
+    own = {"latent": latent, "scoring": scoring, "reconstruction": reconstruction}
+    return shape | {"settings": _nested(settings) | old | own}
 
 
 def _baseline(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
