@@ -87,6 +87,26 @@ def test_the_door_is_light():
     assert run(f"import sys, gladad.cli.main; print(sorted({heavy}))").strip() == "[]"
 
 
+HEAVY = {"transformers", "peft", "accelerate", "diffusers", "skimage", "sklearn", "matplotlib"}
+
+
+def test_a_lite_model_is_loaded_and_asked_without_what_it_does_not_need(model, category):
+    """Seconds of start-up: these are for Stable Diffusion, for training it, and for reports."""
+    code = f"""
+import sys
+from gladad import Glad
+print(sorted({HEAVY} & set(sys.modules)))
+Glad.from_pretrained({str(model)!r}).inspect({str(category / "test" / "hole" / "000.png")!r})
+print(sorted({HEAVY} & set(sys.modules)))"""
+    assert run(code).split() == ["[]", "[]"]
+
+
+def test_predict_starts_without_them(model, category, tmp_path):
+    arguments = ["predict", str(model), str(category / "test" / "good" / "000.png"), "-o", str(tmp_path / "out")]
+    code = f"import sys; from gladad.cli.main import main; s = main({arguments!r}); print(sorted({HEAVY} & set(sys.modules)), s)"
+    assert run(code).splitlines()[-1] == "[] 0"
+
+
 @pytest.mark.parametrize("name", gladad.__all__)
 def test_public_names(name):
     assert getattr(gladad, name) is not None
