@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from gladad.core.errors import ConfigError, ModelFormatError, NotFittedError
+from gladad.core.errors import ConfigError, NotFittedError
 from gladad.core.images import as_pixels
 from gladad.core.records import Prediction, Progress, no_progress
 from gladad.core.settings import to_json
-from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
 from gladad.core.threads import CancelToken, in_order
 from gladad.data.samples import expand_paths
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
-from gladad.detector.fit import Fitted, Fitter, Images, SeenImages
-from gladad.detector.old_format import upgraded
+from gladad.detector.files import Saved, load_model, save_model
+from gladad.detector.fit import Fitted, Fitter, Images
 from gladad.models.family import Model
-from gladad.models.registry import family_of_kind, make_settings
+from gladad.models.registry import make_settings
 from gladad.models.settings import FitSettings
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from gladad.training.loop import TrainingRun
 
 Pixels = NDArray[np.uint8]
-CALIBRATION_FILE, SEEN_FILE = "calibration.json", "images.json"
-WEIGHTS_FOLDER = "base"
 
 
 class Glad:
@@ -111,9 +108,6 @@ class Glad:
             progress: Told of every stage.
             cancel: Stops the fit between two steps when it is cancelled, from any thread.
 
-        Returns:
-            This detector.
-
         Raises:
             ConfigError: The settings do not fit together or are not for this model, or the training would not fit into memory.
             DataError: There are too few images, or one cannot be read (it is named).
@@ -142,7 +136,7 @@ class Glad:
             base: ``lite``, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form, whose prompt then names the category.
             settings: As for `from_base`; for ``lite`` the default of the steps grows with the square root of the number of products.
             run: As for `fit`.
-            progress: Told of every stage.
+            progress: As for `fit`.
             cancel: As for `fit`.
 
         Raises:
@@ -170,7 +164,7 @@ class Glad:
         Args:
             images: Those it was fitted on.
             settings: They differ from the detector's in the reconstruction and the false-reject rate only; or values by their names.
-            progress: Told of every stage.
+            progress: As for `fit`.
             cancel: As for `fit`.
 
         Returns:
@@ -195,9 +189,6 @@ class Glad:
                 as ``left_out``. At least 4 must remain.
             progress: Told of every image.
 
-        Returns:
-            This detector.
-
         Raises:
             DataError: Too few images remain.
         """
@@ -213,10 +204,7 @@ class Glad:
             images: Those of the fit.
             config: The budget.
             run: As for `fit`.
-            progress: Told of every stage.
-
-        Returns:
-            This detector.
+            progress: As for `fit`.
 
         Raises:
             ConfigError: The model is not a Stable Diffusion, or the calibration is cross-fitted.
@@ -232,9 +220,6 @@ class Glad:
 
     def merge(self) -> Glad:
         """Add the adapter of a Stable Diffusion to its weights, so that the model needs its base no more; scores agree up to rounding.
-
-        Returns:
-            This detector.
 
         Raises:
             ConfigError: The detector has no adapter.
@@ -344,24 +329,7 @@ class Glad:
         Raises:
             WriteError: The folder holds something else, or the disk refuses.
         """
-        fitted = self._require_fit()
-        with atomic_folder(Path(folder)) as temporary:
-            (temporary / WEIGHTS_FOLDER).mkdir()
-            config = fitted.model.save(temporary / WEIGHTS_FOLDER)
-            write_json(temporary / CALIBRATION_FILE, fitted.calibration.to_json() | {"map_peaks": fitted.peaks})
-            seen = fitted.seen
-            write_json(temporary / SEEN_FILE, {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)})
-            description = {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "name": self.name,
-                "kind": fitted.model.kind,
-                "model_id": self.model_id,
-                "settings": to_json(self.settings),
-                "config": config,
-                "provenance": fitted.provenance,
-            }
-            write_json(temporary / MODEL_FILE, description)
+        save_model(Saved(self.name, self.settings, self._require_fit(), self.model_id), Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Glad:
@@ -370,26 +338,9 @@ class Glad:
         Raises:
             ModelFormatError: The folder is not a complete gladad model.
         """
-        folder = Path(folder)
-        model = read_model_file(folder)
-        try:
-            old = model["format_version"] == 1
-            if old:
-                model = upgraded(model)
-            name, kind = model["name"], model["kind"]
-            family = family_of_kind(kind)
-            detector = cls(name, family.make_settings(name, model["settings"]))
-            calibration = read_json(folder / CALIBRATION_FILE)
-            fitted = Fitted(
-                model=family.load(folder / WEIGHTS_FOLDER, model["config"]),
-                calibration=Calibration.from_json(calibration),
-                peaks=[float(p) for p in calibration["map_peaks"]],
-                provenance=model["provenance"],
-                seen=None if old else _seen(folder / SEEN_FILE),
-            )
-            detector._set(fitted, "" if old else str(model["model_id"]))
-        except (KeyError, TypeError, ConfigError) as error:
-            raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error
+        saved = load_model(Path(folder))
+        detector = cls(saved.name, saved.settings)
+        detector._set(saved.fitted, saved.model_id)
         return detector
 
     def describe(self) -> dict[str, Any]:
@@ -412,11 +363,6 @@ class Glad:
         if self._fitted is None:
             raise NotFittedError("this detector has not been fitted; call fit() or load one with Glad.from_pretrained()")
         return self._fitted
-
-
-def _seen(path: Path) -> SeenImages | None:
-    images = read_json(path)  # empty for a model that was loaded without
-    return SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None
 
 
 def _cancellable(progress: Progress, cancel: CancelToken | None) -> Progress:

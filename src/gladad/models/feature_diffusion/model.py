@@ -34,10 +34,12 @@ from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack
 from gladad.models.feature_diffusion.methods import Method, method_of
 from gladad.models.feature_diffusion.networks import LatentDecoder, LatentDenoiser
-from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, Recipe
+from gladad.models.feature_diffusion.settings import RECIPES, FeatureDiffusionConfig, Recipe
 
 Pixels = NDArray[np.uint8]
 WEIGHTS_FILE = "lite.safetensors"
+LEVELS = 1 + max(level for recipe in RECIPES.values() for level in recipe.levels)
+"""Of a stack of features, that the recipes count on."""
 
 
 class FeatureDiffusion(nn.Module):
@@ -62,6 +64,8 @@ class FeatureDiffusion(nn.Module):
         super().__init__()
         self.stack = stack
         channels, latent = stack.channels, config.settings.latent
+        if len(stack.levels) < LEVELS:
+            raise ConfigError(f"features: {stack.extractor.identity.name} gives {len(stack.extractor.levels)} levels; lite needs three")
         if latent.dimensions >= channels:
             raise ConfigError(f"latent.dimensions must be from 1 to {channels - 1}, not {latent.dimensions}")
         self.config = config

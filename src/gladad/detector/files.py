@@ -1,0 +1,73 @@
+"""The folder of a saved model: description, calibration, the images of its fit, and the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.settings import to_json
+from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
+from gladad.decision.conformal import Calibration
+from gladad.detector.fit import Fitted, SeenImages
+from gladad.detector.old_format import upgraded
+from gladad.models.registry import family_of_kind
+from gladad.models.settings import FitSettings
+
+CALIBRATION_FILE, SEEN_FILE, WEIGHTS_FOLDER = "calibration.json", "images.json", "base"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds; the ID is empty where version 0.1 gave none."""
+
+    name: str
+    settings: FitSettings
+    fitted: Fitted
+    model_id: str
+
+
+def save_model(saved: Saved, folder: Path) -> None:
+    """Write a model, see `gladad.detector.glad.Glad.save_pretrained`."""
+    fitted, seen = saved.fitted, saved.fitted.seen
+    with atomic_folder(folder) as temporary:
+        (temporary / WEIGHTS_FOLDER).mkdir()
+        config = fitted.model.save(temporary / WEIGHTS_FOLDER)
+        write_json(temporary / CALIBRATION_FILE, fitted.calibration.to_json() | {"map_peaks": fitted.peaks})
+        images = {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)}
+        write_json(temporary / SEEN_FILE, images)
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": saved.name,
+            "kind": fitted.model.kind,
+            "model_id": saved.model_id,
+            "settings": to_json(saved.settings),
+            "config": config,
+            "provenance": fitted.provenance,
+        }
+        write_json(temporary / MODEL_FILE, description)
+
+
+def load_model(folder: Path) -> Saved:
+    """Read a model, see `gladad.detector.glad.Glad.from_pretrained`."""
+    model = read_model_file(folder)
+    try:
+        old = model["format_version"] == 1
+        if old:
+            model = upgraded(model)
+        name = model["name"]
+        family = family_of_kind(model["kind"])
+        settings = family.make_settings(name, model["settings"])
+        calibration = read_json(folder / CALIBRATION_FILE)
+        images = {} if old else read_json(folder / SEEN_FILE)
+        fitted = Fitted(
+            model=family.load(folder / WEIGHTS_FOLDER, model["config"]),
+            calibration=Calibration.from_json(calibration),
+            peaks=[float(p) for p in calibration["map_peaks"]],
+            provenance=model["provenance"],
+            seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
+        )
+        return Saved(name, settings, fitted, "" if old else str(model["model_id"]))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error
