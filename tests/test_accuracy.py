@@ -14,11 +14,11 @@ pytest.importorskip("elpv_dataset", reason="the solar cells are not installed (p
 
 
 def test_broken_solar_cells_are_told_from_working_ones() -> None:
-    """Measured when this was written: 0.93 with the demo's 320 cells and 400 steps, FLOOR_HERE with this twentieth of the work."""
+    """Measured: .921 and .926 with the seeds 0 and 1, against .929 of the demo, which has five times the cells and seven times the steps."""
     data = solar_cells()
     train: list[Path] = data.train[::5]
     test = data.test[::3]
     settings = {"image_size": 128, "training": {"steps": 60, "pool": 200, "decoder_steps": 1}}
     report = evaluate(Glad.from_base("lite", settings=settings).fit(train), test)
     assert report.counts["normal"] == report.counts["anomalous"] == 50
-    assert report.metrics["image_auroc"] > 0.80
+    assert report.metrics["image_auroc"] > 0.85

@@ -99,6 +99,11 @@ class FeatureDiffusion(nn.Module):
         return self.stack.grid
 
     @property
+    def device(self) -> torch.device:
+        """Where its networks are."""
+        return self.residual_scale.device
+
+    @property
     def recipe(self) -> Recipe:
         """How its kind of product is rebuilt."""
         return self.config.recipe
@@ -135,28 +140,36 @@ class FeatureDiffusion(nn.Module):
     def labels(self, count: int) -> Tensor | None:
         """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""
         config = self.config
-        return torch.full((count,), config.categories.index(config.category)) if config.categories else None
+        if not config.categories:
+            return None
+        return torch.full((count,), config.categories.index(config.category), device=self.device)
 
     def _empty_denoiser(self) -> LatentDenoiser:
         settings = self.config.settings
         return LatentDenoiser(settings.latent.dimensions, self.grid, settings.widths, len(self.config.categories))
 
+    def on(self, device: torch.device) -> FeatureDiffusion:
+        """The model itself, with all its networks moved to a device."""
+        self.stack.extractor.to(device)
+        self.refresh()
+        return self.to(device)
+
     def _fast_denoiser(self) -> LatentDenoiser:
         if not self._fast:
-            self._fast = [inference_copy(self.denoiser, self._empty_denoiser())]
+            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.device))]
         return self._fast[0]
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
     @property
     def workers(self) -> int:
-        """Images that are best inspected at the same time: one per core, because each runs on one thread."""
-        return max(1, torch.get_num_threads())
+        """Images that are best inspected at the same time: one per core, because each runs on one thread; one on a GPU."""
+        return max(1, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
     def rebuild(self, latent: Tensor) -> Reconstruction:
         """Anomaly-free latents of ``[B, D, h, w]``."""
         settings = self.config.settings
-        noise = _kept_noise((settings.latent.dimensions, *self.grid), settings.seed, self.method.draws)
+        noise = _kept_noise((settings.latent.dimensions, *self.grid), settings.seed, self.method.draws).to(latent)
         return self.method.reconstruct(self, latent, noise[None].expand(len(latent), -1, -1, -1, -1), self.residual_scale)
 
     def energy(self, residual: Tensor, outside: Tensor) -> Tensor:
@@ -208,13 +221,13 @@ class FeatureDiffusion(nn.Module):
         """
         settings = self.config.settings
         with one_thread():
-            image = to_tensor(resize_pixels(pixels, self.image_size))[None]
+            image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
             latent, outside = self.space(self.features(image))
             rebuilt = self.rebuild(latent)
             maps = self.anomaly_map(self.energy(latent - rebuilt.latent, outside))
             maps = maps / self.depth_scale[self.method.depth(int(rebuilt.step))]
             score = float(top_k_mean(maps, settings.scoring.top_k))
-        return Inspection(map=maps[0, 0].numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
+        return Inspection(map=maps[0, 0].cpu().numpy(), score=score, step=int(rebuilt.step), latent=rebuilt.latent)
 
     @torch.inference_mode()
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
@@ -229,7 +242,7 @@ class FeatureDiffusion(nn.Module):
             ``[H, W, 3]`` uint8.
         """
         size = (pixels.shape[0], pixels.shape[1])
-        decoded = resize_pixels(to_pixels(self.decode(inspection.latent.clone())[0]), size)
+        decoded = resize_pixels(to_pixels(self.decode(inspection.latent.clone())[0].cpu()), size)
         maps = torch.from_numpy(inspection.map)[None, None]
         weight = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0, 0] / threshold
         share = ((weight - 0.6) / 0.4).clamp(0, 1).numpy()[..., None]

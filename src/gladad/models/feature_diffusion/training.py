@@ -31,6 +31,7 @@ from gladad.models.feature_diffusion.settings import (
 )
 
 Pixels = NDArray[np.uint8]
+CPU = torch.device("cpu")
 ENCODE_BATCH = 16
 TIMING_STEPS = 10
 MIN_STEPS = 20
@@ -48,6 +49,7 @@ def train_models(
     foregrounds: Mapping[str, Foreground] | None = None,
     share: int = 1,
     extractor: Extractor | None = None,
+    device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> dict[str, FeatureDiffusion]:
     """Train one denoiser for one product or several, which it is told apart by their class; everything else is each product's own.
@@ -61,6 +63,7 @@ def train_models(
         foregrounds: Product -> where synthetic anomalies may appear; None means everywhere.
         share: Number of trainings that the default budget is divided among.
         extractor: The frozen feature network; None loads that of the settings.
+        device: To train and to stay on. Everything random is drawn on the CPU, so that all devices draw the same.
         progress: Told of every stage.
 
     Returns:
@@ -85,7 +88,7 @@ def train_models(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = FeatureDiffusion(replace(config, category=product if config.categories else ""), stack)
-        model.eval()
+        model.on(device).eval()
         normal = _fit_space(model, own, progress)
         model.config = resolved(model)
         foreground = (foregrounds or {}).get(product, "all")
@@ -166,20 +169,20 @@ def resolved(model: FeatureDiffusion) -> FeatureDiffusionConfig:
     return config
 
 
-def _batches(images: Sequence[Pixels]) -> Iterator[Tensor]:
+def _batches(images: Sequence[Pixels], device: torch.device) -> Iterator[Tensor]:
     for start in range(0, len(images), ENCODE_BATCH):
-        yield torch.stack([to_tensor(pixels) for pixels in images[start : start + ENCODE_BATCH]])
+        yield torch.stack([to_tensor(pixels) for pixels in images[start : start + ENCODE_BATCH]]).to(device)
 
 
 @torch.no_grad()
 def _fit_space(model: FeatureDiffusion, images: Sequence[Pixels], progress: Progress) -> Tensor:
     """Fit the feature space; returns the normal latents ``[N, D, h, w]`` float16."""
     features = []
-    for batch in _batches(images):
-        features.append(model.features(batch).half())
+    for batch in _batches(images, model.device):
+        features.append(model.features(batch).half().cpu())
         progress("features", min(len(images), len(features) * ENCODE_BATCH), len(images))
-    model.space.fit(features)
-    return torch.cat([model.space(batch.float())[0].half() for batch in features])
+    model.space.fit(batch.to(model.device) for batch in features)
+    return torch.cat([model.space(batch.float().to(model.device))[0].half().cpu() for batch in features])
 
 
 @torch.no_grad()
@@ -203,7 +206,7 @@ def _synthetic_pool(
             draw = Draw((settings.seed, index))
             source.append(draw.integer(0, len(images) - 1))
             batch.append(to_tensor(synthesise(images[source[-1]], draw, settings.training.synthesis, textures, foreground)[0]))
-        latents.append(model.encode(torch.stack(batch)).half())
+        latents.append(model.encode(torch.stack(batch).to(model.device)).half().cpu())
         progress("synthetic anomalies", min(start + ENCODE_BATCH, count), count)
     if not latents:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
@@ -213,6 +216,7 @@ def _synthetic_pool(
 def _train_denoiser(parts: Sequence[_Part], planned: Budget, generator: torch.Generator, started: float, progress: Progress) -> None:
     """Train the denoiser by the method, and keep the average of its weights."""
     denoiser, method, training = parts[0].model.denoiser, parts[0].model.method, parts[0].model.config.settings.training
+    device = parts[0].model.device
     denoiser.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())
@@ -222,9 +226,9 @@ def _train_denoiser(parts: Sequence[_Part], planned: Budget, generator: torch.Ge
         warmup = min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * warmup * _cosine(step / steps)
-        z_normal, z_input, timestep, label = _draw_batch(parts, training, generator)
+        z_normal, z_input, timestep, label = _draw_batch(parts, training, generator, device)
         x_t, target, weight = method.example(z_normal, z_input, timestep, generator, training)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             output = denoiser(x_t, timestep, label)
         loss = ((output - target).square() * weight).mean()
         if not loss.isfinite():
@@ -262,7 +266,7 @@ def _affordable_steps(minutes: float, started: float, times: Sequence[float]) ->
 
 
 def _draw_batch(
-    parts: Sequence[_Part], training: FeatureTrainingSettings, generator: torch.Generator
+    parts: Sequence[_Part], training: FeatureTrainingSettings, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normal latents and the latents to be repaired into them ``[B, D, h, w]`` float32, timesteps ``[B]``, labels ``[B]`` of products."""
     counts = [training.batch_size]
@@ -276,8 +280,8 @@ def _draw_batch(
             timesteps.append(torch.randint(*span, (count,), generator=generator))
             labels.append(part.model.labels(count))
     known = [label for label in labels if label is not None]
-    z_normal, z_input = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return z_normal, z_input, torch.cat(timesteps), torch.cat(known) if known else None
+    z_normal, z_input = (torch.cat(side).to(device) for side in zip(*pairs, strict=True))
+    return z_normal, z_input, torch.cat(timesteps).to(device), torch.cat(known) if known else None
 
 
 def _draw_pairs(part: _Part, size: int, anomaly_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -302,9 +306,10 @@ def _train_decoder(
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, fused=True)
     for step in range(steps):
         rows = torch.randint(len(normal), (8,), generator=generator)
-        target = F.interpolate(torch.stack([to_tensor(images[row]) for row in rows.tolist()]), size, mode="area")
-        with torch.autocast("cpu", torch.bfloat16):
-            picture = decoder(normal[rows].float())
+        shown = torch.stack([to_tensor(images[row]) for row in rows.tolist()]).to(model.device)
+        target = F.interpolate(shown, size, mode="area")
+        with torch.autocast(model.device.type, torch.bfloat16):
+            picture = decoder(normal[rows].float().to(model.device))
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * _cosine(step / steps)
         loss = F.l1_loss(picture.float(), target)
@@ -334,10 +339,10 @@ def measure_residuals(model: FeatureDiffusion, images: Sequence[Pixels], progres
     _inspect_by(model, settings)
     method, depths = model.method, model.method.depths()
     _inspect_by(model, replace(settings, reconstruction=method.plain()))
-    model.depth_scale = torch.ones(len(depths))
+    model.depth_scale = torch.ones(len(depths), device=model.device)
 
     latents, outsides, residuals = [], [], []
-    for batch in _batches([images[index] for index in chosen]):
+    for batch in _batches([images[index] for index in chosen], model.device):
         latent, outside = model.space(model.features(batch))
         latents.append(latent)
         outsides.append(outside)
