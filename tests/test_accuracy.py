@@ -14,7 +14,7 @@ pytest.importorskip("elpv_dataset", reason="the solar cells are not installed (p
 
 
 def test_broken_solar_cells_are_told_from_working_ones() -> None:
-    """Measured: .921 and .926 with the seeds 0 and 1, against .929 of the demo, which has five times the cells and seven times the steps."""
+    """Measured: .921 and .926 with the seeds 0 and 1, and .929 by the demo, with five times the cells."""
     data = solar_cells()
     train: list[Path] = data.train[::5]
     test = data.test[::3]

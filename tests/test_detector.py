@@ -433,6 +433,21 @@ def test_a_renamed_copy_of_a_training_image_is_known_again(good: Path, tmp_path:
     assert loaded.calibration_ == fitted.calibration_  # what is left are those that were held out
 
 
+def test_copies_of_an_image_count_once(good: Path) -> None:
+    """They are on one side of every split, and no promise is made by their number."""
+    paths = sorted(good.iterdir())
+    for path in paths[:10]:
+        for copy in range(3):
+            (good / f"{path.stem}_copy{copy}.png").write_bytes(path.read_bytes())
+    fitted = Glad.from_base("lite", settings=quick_settings(seed=0)).fit(good)
+    seen = fitted._require_fit().seen
+    assert seen is not None and not seen.trained & seen.held_out
+    assert fitted.calibration_.threshold.n == len(seen.held_out) == 6
+    few = [*paths[:12], *(good / f"{path.stem}_copy0.png" for path in paths[:10])]
+    crossed = Glad.from_base("lite", settings=quick_settings()).fit(few)
+    assert len(crossed.calibration_.scores) == crossed.calibration_.threshold.n == crossed.provenance_["images"] == 12
+
+
 class TestNumbersThatAreNotFinite:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_a_score_is_never_accepted(self, detector: Glad, category: Path, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:

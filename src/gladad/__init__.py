@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from gladad.core.records import Region as Region
     from gladad.core.records import Report as Report
     from gladad.core.records import Sample as Sample
+    from gladad.core.threads import CancelToken as CancelToken
     from gladad.detector.glad import Glad as Glad
+    from gladad.models.registry import make_settings as make_settings
     from gladad.models.settings import FitSettings as FitSettings
     from gladad.models.stable_diffusion.pipeline import GladPipeline as GladPipeline
     from gladad.models.stable_diffusion.training import FinetuneConfig as FinetuneConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CancelToken": "core.threads",
     "FinetuneConfig": "models.stable_diffusion.training",
     "FitSettings": "models.settings",
     "Glad": "detector.glad",
@@ -40,14 +43,17 @@ _HOMES = {
     "ScoringConfig": "algorithm",
     "TrainingRun": "training.loop",
     "anomaly_map": "algorithm",
+    "make_settings": "models.registry",
     "reconstruct": "algorithm",
 }
 
 __all__ = [  # noqa: RUF022, RUF100 (by meaning: the detector first)
     "Glad",
+    "make_settings",
     "FitSettings",
     "FinetuneConfig",
     "TrainingRun",
+    "CancelToken",
     "Prediction",
     "Region",
     "Report",

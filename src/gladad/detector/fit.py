@@ -119,10 +119,9 @@ class Fitter:
             scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), progress)
         else:
             scores, peaks = [], []
-            own = _folds(paths)
             for fold in range(folds):
-                rest = [p for place, p in zip(own, pixels, strict=True) if place != fold]
-                out = [p for place, p in zip(own, pixels, strict=True) if place == fold]
+                rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
+                out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
                 found = held_out_scores(other, moved_copies(out, self.settings.seed) if few else out, progress)
                 del other  # two sets of networks are enough
@@ -173,7 +172,7 @@ class Fitter:
 
     def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
         """Make the thresholds anew, see `gladad.detector.glad.Glad.calibrate`."""
-        paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
+        paths = _listed(images)
         kept, notes = paths, []
         if fitted.seen is None:
             if fingerprint(paths) == fitted.provenance["data_fingerprint"]:
@@ -184,7 +183,7 @@ class Fitter:
                 notes.append(NO_RECORD)
         else:
             kept = [path for path in paths if file_digest(path) not in fitted.seen.trained]
-        left_out = len(paths) - len(kept)
+        left_out, kept = len(paths) - len(kept), _distinct(kept)
         if len(kept) < MIN_HELD_OUT:
             why = f"; {left_out} of the {len(paths)} given were trained on, and none of those can be used" if left_out else ""
             raise DataError(f"at least {MIN_HELD_OUT} good images that the model has not seen are needed, there are {len(kept)}{why}")
@@ -224,8 +223,8 @@ class Fitter:
     # -- images -------------------------------------------------------------------------------------------------
 
     def chosen(self, images: Images) -> list[Path]:
-        """The images to learn from: all that were given, or a random choice."""
-        paths = good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
+        """The images to learn from: all that were given, or a random choice; one of each content."""
+        paths = _distinct(_listed(images))
         settings = self.settings
         limit = settings.shots or settings.max_images
         if len(paths) > limit:
@@ -312,17 +311,13 @@ def seen(trained: Sequence[Path], held_out: Sequence[Path]) -> SeenImages:
     return SeenImages(frozenset(map(file_digest, trained)), frozenset(map(file_digest, held_out)))
 
 
-def _folds(paths: Sequence[Path]) -> list[int]:
-    """The fold of each file: in turns, but files of the same bytes are in the same one.
+def _listed(images: Images) -> list[Path]:
+    return good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
 
-    Raises:
-        DataError: All files are the same.
-    """
-    digests = [file_digest(path) for path in paths]
-    turn = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
-    if len(turn) < FOLDS:
-        raise DataError(f"{paths[0].parent}: all {len(paths)} good images are copies of one; add others")
-    return [turn[digest] % FOLDS for digest in digests]
+
+def _distinct(paths: Sequence[Path]) -> list[Path]:
+    """The first file of each content: copies must not be both learnt from and judged, and a promise is made by their number."""
+    return list({file_digest(path): path for path in reversed(paths)}.values())[::-1]
 
 
 def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
