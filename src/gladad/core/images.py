@@ -28,17 +28,10 @@ from torch import Tensor
 
 from gladad.core.errors import DataError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-"""File name endings (lower case) that count as images."""
-
-LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
-"""Formats, as Pillow names them, that may change levels a little."""
-
-MIN_SIDE = 8
-"""Smallest accepted height and width in pixels: below this there is nothing to compare."""
-
-MAX_PIXELS = 200_000_000
-"""Largest accepted image; a guard against decompression bombs."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})  # file name endings (lower case) that count as images
+LOSSY = frozenset({"JPEG", "MPO", "WEBP"})  # formats, as Pillow names them, that may change levels a little
+MIN_SIDE = 8  # smallest accepted height and width in pixels: below this there is nothing to compare
+MAX_PIXELS = 200_000_000  # largest accepted image; a guard against decompression bombs
 
 if Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3:  # Pillow's own; one that a program has chosen stays, and holds here too
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -46,11 +39,9 @@ if Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3:  # Pillow's own; one that a prog
 DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, UserWarning, struct.error)
 """What Pillow raises on a damaged file; warnings, where a program wants them to be raised."""
 
+# EXIF orientation -> what undoes it.
 UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
-"""EXIF orientation -> what undoes it."""
-
-SLACK = 1e-3
-"""How far a floating-point level may lie outside of [0, 1]; it is clipped."""
+SLACK = 1e-3  # how far a floating-point level may lie outside of [0, 1]; it is clipped
 
 
 def is_image(path: Path) -> bool:

@@ -26,23 +26,13 @@ from gladad.core.errors import DataError
 from gladad.core.images import is_image, list_images
 from gladad.core.records import Sample
 
+# Names of folders, in lower case. What lies beside a folder of good images is anomalous, too, whatever its name.
 NORMAL_NAMES = frozenset({"good", "normal", "ok"})
-"""Names of folders (lower case) whose images are normal."""
-
 ANOMALOUS_NAMES = frozenset({"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "ko", "ng", "nok"})
-"""Names of folders (lower case) whose images are anomalous; what lies beside a folder of good images is too, whatever its name."""
-
-TEST_FOLDERS = frozenset({"test", "test_public"})
-"""Names of folders (lower case) that hold the labelled test images."""
-
-MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})
-"""Names of folders (lower case) that hold masks, never images to learn from or to judge."""
-
-PRIVATE = frozenset({"test_private", "test_private_mixed"})
-"""Names of folders (lower case) that hold test images without labels."""
-
-HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}
-"""Names of folders (lower case) whose images are never learnt from."""
+TEST_FOLDERS = frozenset({"test", "test_public"})  # labelled test images
+MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})  # never images to learn from or to judge
+PRIVATE = frozenset({"test_private", "test_private_mixed"})  # test images without labels
+HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}  # never learnt from
 
 EXPECTED = "a folder of good images, or a category with train/good/"
 EXPECTED_LABELS = "test/good/ and test/<defect>/, or good/ beside folders of defects"
@@ -263,11 +253,6 @@ def images_and_masks(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     names = set(keys.values())
     masks = {key: image for image, key in keys.items() if key.endswith("_mask") and key.removesuffix("_mask") in names}
     return [image for image, key in keys.items() if key not in masks], masks
-
-
-def mask_files(parents: Sequence[Path]) -> list[Path]:
-    """Every file in the folders of masks directly inside some folders."""
-    return [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
 
 
 def absolute(path: Path) -> Path:
