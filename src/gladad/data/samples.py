@@ -45,9 +45,6 @@ def good_images(path: str | Path) -> list[Path]:
     defects beside it are left out; every image below the folder, at any depth. Masks and anything below a ``test`` folder are never
     taken.
 
-    Args:
-        path: A folder of good images, or a category.
-
     Raises:
         DataError: There is no such folder, it holds several categories, it is a test split, it has good and bad images further down, or
             no images.
@@ -72,11 +69,8 @@ def good_images(path: str | Path) -> list[Path]:
 def category_samples(path: str | Path) -> list[Sample]:
     """The labelled test images of a category, sorted by kind and name.
 
-    The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. Masks are paired as
-    `labelled_images` says. An image without one has mask_path None.
-
-    Args:
-        path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
+    Those of ``test/<kind>/`` (or ``test_public/<kind>/``), else of ``good/`` and the kinds of defect beside it, with labels and masks as
+    `labelled_images` says.
 
     Raises:
         DataError: There is no such folder, it holds several categories, or no labelled images.
@@ -107,7 +101,7 @@ def labelled_images(kinds: Sequence[Path], mask_parents: Sequence[Path], categor
     defect has an image of that name; then ``<name>_mask.*`` beside the image, which is never an image itself.
 
     Args:
-        kinds: The folders.
+        kinds: The folders; good, normal and ok are normal, any other name is a kind of defect.
         mask_parents: Folders that may hold a folder of masks.
         category: For the records.
         split: For the records.
@@ -186,7 +180,7 @@ def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int)
         paths: What to split.
         share: Part to set aside, in [0, 1].
         minimum: Set aside at least this many, but never more than half.
-        seed: Seed of the choice.
+        seed: Of the choice.
 
     Returns:
         ``(kept, held_out)``.
@@ -200,10 +194,9 @@ def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int)
     distinct = list(dict.fromkeys(digests))
     count = min(max(minimum, round(share * len(distinct))), len(distinct) // 2)
     if count < min(minimum, len(paths) // 2):
-        raise DataError(
-            f"{paths[0].parent}: of {len(paths)} images only {len(distinct)} differ, the others are copies of the same bytes; at least "
-            f"{2 * minimum} different ones are needed to hold {minimum} out; add some"
-        )
+        copies = f"of {len(paths)} images only {len(distinct)} differ, the others are copies of the same bytes"
+        needed = f"at least {2 * minimum} different ones are needed to hold {minimum} out; add some"
+        raise DataError(f"{paths[0].parent}: {copies}; {needed}")
     chosen = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count]}
     parts: tuple[list[Path], list[Path]] = ([], [])
     for path, digest in zip(paths, digests, strict=True):
@@ -221,10 +214,7 @@ def _folder(path: str | Path, expected: str) -> Path:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders directly inside, sorted.
-
-    Passed over are hidden ones, those put aside with an underscore, and links that lead back up.
-    """
+    """The folders directly inside, sorted, but hidden ones, those put aside with an underscore, and links that lead back up."""
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
     found = sorted(path / name for name in names if not name.startswith((".", "_")) and (path / name).is_dir())

@@ -39,11 +39,7 @@ LITE = SynthesisConfig(local_share=0.5, perlin_scales=(1, 5), source_weights=(0.
 
 
 class Draw:
-    """Random numbers from a `numpy.random.Generator`, with the few shapes the recipe needs.
-
-    Args:
-        seed: One or several numbers >= 0, such as the seed of a training and the number of a sample. No two different ones draw the same.
-    """
+    """Random numbers of a seed: one or several numbers >= 0, such as a training's and a sample's. No two different ones draw the same."""
 
     def __init__(self, seed: int | Sequence[int]):
         numbers = (seed,) if isinstance(seed, int) else tuple(seed)
@@ -110,21 +106,6 @@ def local_mask(size: tuple[int, int], config: SynthesisConfig, draw: Draw, foreg
     return mask
 
 
-# Colour and geometry changes of a source image; each draws its own strength. The list is the published one.
-AUGMENTATIONS: tuple[Callable[[Image.Image, Draw], Image.Image], ...] = (
-    lambda image, draw: image.point(_gamma_table(draw.uniform(0.5, 2.0)) * 3),
-    lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.uniform(0.8, 1.2)),
-    lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.uniform(0.0, 3.0)),
-    lambda image, draw: _shift_hue(image, draw),
-    lambda image, draw: ImageOps.solarize(image, draw.integer(32, 128)),
-    lambda image, draw: ImageOps.posterize(image, draw.integer(2, 6)),
-    lambda image, draw: ImageOps.invert(image),
-    lambda image, draw: ImageOps.autocontrast(image),
-    lambda image, draw: ImageOps.equalize(image),
-    lambda image, draw: image.rotate(draw.uniform(-45, 45), Image.Resampling.BILINEAR),
-)
-
-
 def _gamma_table(gamma: float) -> list[int]:
     return [round(255 * (level / 255) ** gamma) for level in range(256)]
 
@@ -134,6 +115,21 @@ def _shift_hue(image: Image.Image, draw: Draw) -> Image.Image:
     hsv[..., 0] = (hsv[..., 0] + draw.integer(-35, 35)) % 256
     hsv[..., 1] = np.clip(hsv[..., 1] + draw.integer(-50, 50), 0, 255)
     return Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
+
+
+# Colour and geometry changes of a source image; each draws its own strength. The list is the published one.
+AUGMENTATIONS: tuple[Callable[[Image.Image, Draw], Image.Image], ...] = (
+    lambda image, draw: image.point(_gamma_table(draw.uniform(0.5, 2.0)) * 3),
+    lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.uniform(0.8, 1.2)),
+    lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.uniform(0.0, 3.0)),
+    _shift_hue,
+    lambda image, draw: ImageOps.solarize(image, draw.integer(32, 128)),
+    lambda image, draw: ImageOps.posterize(image, draw.integer(2, 6)),
+    lambda image, draw: ImageOps.invert(image),
+    lambda image, draw: ImageOps.autocontrast(image),
+    lambda image, draw: ImageOps.equalize(image),
+    lambda image, draw: image.rotate(draw.uniform(-45, 45), Image.Resampling.BILINEAR),
+)
 
 
 def augment(pixels: Pixels, count: int, draw: Draw) -> Pixels:
@@ -172,15 +168,7 @@ def flat_colour(pixels: Pixels, draw: Draw) -> Pixels:
 
 
 def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
-    """A random texture without any texture images: two colours blended by stripes, cells, grain or clouds of random scale.
-
-    Args:
-        size: ``(H, W)``.
-        draw: Random numbers.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
-    """
+    """A random texture of ``(H, W)`` without any texture images: two colours blended by stripes, cells, grain or clouds of random scale."""
     high = max(1, int(math.log2(min(size))) - 1)
     cells = (2 ** draw.integer(1, high), 2 ** draw.integer(1, high))
     pattern = perlin_noise(size, cells, draw)
@@ -199,18 +187,14 @@ def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
 
 
 def synthesise(
-    pixels: Pixels,
-    draw: Draw,
-    config: SynthesisConfig,
-    textures: Sequence[Pixels] = (),
-    foreground: Foreground = "all",
+    pixels: Pixels, draw: Draw, config: SynthesisConfig, textures: Sequence[Pixels] = (), foreground: Foreground = "all"
 ) -> tuple[Pixels, NDArray[np.bool_]]:
     """Put one synthetic anomaly into a normal image.
 
     Args:
         pixels: ``[H, W, 3]`` uint8 normal image.
         draw: The sample's random numbers.
-        config: The recipe.
+        config: How anomalies look.
         textures: ``[H, W, 3]`` images of the same size to take content from; without any, textures are generated.
         foreground: Where anomalies may appear.
 
