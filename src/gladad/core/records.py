@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from gladad.core.errors import NotFiniteError
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``; the shell shows it as a bar."""
+Progress = Callable[[str, int, int], None]  # called as ``progress(stage, done, total)``; the shell shows it as a bar
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

@@ -19,9 +19,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from gladad.core.errors import ConfigError
 
 Settings = TypeVar("Settings")
-METHOD = "method"
-"""The field that tells which of several settings classes a table of settings is of."""
+METHOD = "method"  # the field that tells which of several settings classes a table of settings is of
 UNKNOWN = "unexpected_keyword_argument"
+_adapter: Any = functools.lru_cache(TypeAdapter)
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -60,7 +60,7 @@ def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         ConfigError: A key is unknown, or a value is of the wrong type or out of range.
     """
     try:
-        made: Settings = _adapter(typing.cast(Any, kind)).validate_json(_dumps(values))
+        made: Settings = _adapter(kind).validate_json(_dumps(values))
         return made
     except ValidationError as error:
         raise ConfigError(_sentence(error, kind)) from None
@@ -115,11 +115,6 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             found[name.strip()] = value
     return found
-
-
-@functools.lru_cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def _dumps(value: Any, name: str = "") -> str:

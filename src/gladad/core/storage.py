@@ -200,9 +200,8 @@ def read_model_file(folder: Path) -> dict[str, Any]:
     if model.get("format") != FORMAT:
         raise ModelFormatError(f"{folder / MODEL_FILE}: is not a gladad model description")
     if model.get("format_version") not in {1, FORMAT_VERSION}:
-        raise ModelFormatError(
-            f"{folder}: has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}; upgrade gladad or fit again"
-        )
+        found = f"has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}"
+        raise ModelFormatError(f"{folder}: {found}; upgrade gladad or fit again")
     return model
 
 

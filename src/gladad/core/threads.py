@@ -42,12 +42,12 @@ class CancelToken:
 def in_order(function: Callable[[Item], T], items: Iterable[Item], workers: int, cancel: CancelToken | None = None) -> Iterator[T]:
     """Apply a function to every item on several threads; yields the results in the order of the items.
 
-    At most twice as many items as workers are under way or waiting to be taken, so memory does not grow with their number. The first
-    item is finished before the others start: what the function makes once and keeps is made once.
+    Items are taken as there is room: at most twice as many as workers are under way or waiting, so memory does not grow with their number.
+    The first is finished before the others start: what the function makes once and keeps is made once.
 
     Args:
         function: May run on any thread. Its exceptions are raised here, at the item's turn.
-        items: Taken one by one as there is room.
+        items: Any number.
         workers: Threads, at least 1. With one, the calling thread does everything.
         cancel: Looked at between items.
 

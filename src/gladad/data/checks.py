@@ -37,8 +37,8 @@ ORPHANS = "masks that belong to no image"
 SHARED = "masks that belong to several images"
 COPIES = "images that are, pixel for pixel, another one of the same split"
 SERIOUS = (UNREADABLE, BAD_MASK, CONTRADICTION, LEAKED, IN_TRAINING, NO_MASK, UNPAIRED, OTHER_SIZE, NORMAL_MASK)
+# What `check_dataset` looks for in files -> whether it is serious, in the order of the report.
 FINDINGS = dict.fromkeys(SERIOUS, True) | dict.fromkeys((SUPERVISED, EMPTY_MASK, ORPHANS, SHARED, COPIES), False)
-"""What `check_dataset` looks for in files -> whether it is serious, in the order of the report."""
 
 
 @dataclass(frozen=True)

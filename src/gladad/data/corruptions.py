@@ -2,14 +2,9 @@
 
 Names, definitions and constants of the photometric shifts are those of ImageNet-C (D. Hendrycks and T. Dietterich, "Benchmarking neural
 network robustness to common corruptions and perturbations", ICLR 2019); ``darkness`` is their brightness downwards. The two geometric
-shifts are ours. What differs from the published definitions:
-
-* They are meant for images of 224 pixels. Here lengths of the blurs grow with the image: they are multiplied by its shorter side / 224.
-  Noise and JPEG act on single pixels and on blocks of 8x8, at any size, as a sensor and a file do: resize first to compare with others.
-* Motion blur is centred, so that a part stays under its ground-truth mask; the published one also moves the image.
-* Levels are rounded to the nearest, not down.
-
-Everything random (noise, directions) comes from the seed, and is the same in all severities.
+shifts are ours. What differs: lengths of the blurs, published for 224 pixels, grow with the image's shorter side (noise and JPEG act on
+pixels and blocks of 8x8 at any size, as a sensor and a file do: resize first to compare with others); motion blur is centred, so that a
+part stays under its mask; levels are rounded to the nearest. Everything random comes from the seed, and is the same in all severities.
 """
 
 from __future__ import annotations

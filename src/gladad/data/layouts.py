@@ -94,8 +94,7 @@ def read_dataset(path: str | Path, layout: str = "auto", category: str | None = 
     """Read a data set where it lies.
 
     Args:
-        path: A category, a folder of categories (up to two deep), a ``train`` or ``test`` folder of a category, a manifest (CSV, JSON
-            lines), or one of VisA's split tables.
+        path: A category, its ``train`` or ``test`` folder, a folder of categories (up to two deep), a manifest, or a table of VisA's.
         layout: One of `LAYOUTS`; "auto" sees it from the tree.
         category: Only this one.
 
@@ -165,9 +164,7 @@ def one_category(path: str | Path, layout: str = "auto", category: str | None = 
 
 
 def detect_layout(path: Path) -> str:
-    """Name the layout of a file or folder, without reading images.
-
-    Layouts that look the same have one name: that of MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
+    """Name the layout of a file or folder, without reading images; MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
 
     Raises:
         DataError: It is a single file, but no manifest.

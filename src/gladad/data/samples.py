@@ -1,14 +1,8 @@
 """Which files to learn from and which to judge: folders, data-set categories and lists of paths.
 
-A *category* is one product in the layout of MVTec AD::
-
-    bottle/train/good/000.png
-    bottle/test/good/000.png
-    bottle/test/broken_large/000.png
-    bottle/ground_truth/broken_large/000_mask.png
-
-or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes are read in any case. Folders whose name
-begins with a dot or an underscore are passed over. `gladad.data.layouts` reads whole data sets by these rules.
+A *category* is one product in the layout of MVTec AD (``train/good/000.png``, ``test/broken_large/000.png``,
+``ground_truth/broken_large/000_mask.png``) or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes
+are read in any case. Folders whose name begins with a dot or an underscore are passed over. `gladad.data.layouts` reads whole data sets.
 """
 
 from __future__ import annotations
@@ -79,15 +73,11 @@ def category_samples(path: str | Path) -> list[Sample]:
     if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
     _refuse_several_categories(path)
-    parents = [path]
-    if test := folders_named(path, TEST_FOLDERS):
-        parents += test
-        kinds = [kind for parent in test for kind in kind_folders(parent)]
-    elif folders_named(path, NORMAL_NAMES):
-        kinds = kind_folders(path)
-    else:
+    tests = folders_named(path, TEST_FOLDERS)
+    if not tests and not _has_normal(path):
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
-    samples = labelled_images(kinds, parents, product_name(path), "test")
+    kinds = [kind for parent in tests or [path] for kind in kind_folders(parent)]
+    samples = labelled_images(kinds, [path, *tests], product_name(path), "test")
     if not samples:
         raise DataError(f"{path}: no labelled images; expected {EXPECTED_LABELS}")
     return samples
@@ -136,13 +126,11 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for given in map(Path, paths):
-        images = [given]
-        if given.is_dir():
-            images = _images_outside(given, MASK_FOLDERS)
-            if not images:
-                raise DataError(f"{given}: no images in this folder")
-        elif not given.exists():
+        if not given.exists():
             raise DataError(f"{given}: no such file or folder")
+        images = _images_outside(given, MASK_FOLDERS) if given.is_dir() else [given]
+        if not images:
+            raise DataError(f"{given}: no images in this folder")
         for image in images:
             found.setdefault(image.resolve(), image)
     return list(found.values())
@@ -253,10 +241,8 @@ def absolute(path: Path) -> Path:
 def product_name(path: Path) -> str:
     """The name of the product that a folder is of: its own, or where that is a split's or a label's, the one above."""
     path = absolute(path)
-    for folder in (path, *path.parents):
-        if folder.name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}:
-            return folder.name or path.name
-    return path.name
+    names = (folder.name for folder in (path, *path.parents))
+    return next(name for name in names if name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}) or path.name
 
 
 def visa_images(path: Path) -> list[Path]:
@@ -269,9 +255,8 @@ def category_folders(path: Path) -> list[Path]:
     if is_category(path):
         return [path]
     inner = subfolders(path)
-    if found := [folder for folder in inner if is_category(folder)]:
-        return found
-    return [folder for parent in inner for folder in subfolders(parent) if is_category(folder)] or [path]
+    found = [folder for folder in inner if is_category(folder)]
+    return found or [folder for parent in inner for folder in subfolders(parent) if is_category(folder)] or [path]
 
 
 def is_category(path: Path) -> bool:
