@@ -73,7 +73,7 @@ def test_several_categories_are_one_data_set(tmp_path):
     assert dataset.categories == ("bottle", "käse", "linked")
     assert [len(read_dataset(tmp_path, category=name).samples) for name in dataset.categories] == [8, 8, 8]
     assert len(dataset.samples) == 24
-    assert dataset.notes == ("left out, because there is no train/, test/ or good/ in it: textures",)
+    assert dataset.notes == ["left out, because there is no train/, test/ or good/ in it: textures"]
     with pytest.raises(DataError, match="no category 'cable'; it has bottle, käse, linked"):
         read_dataset(tmp_path, category="cable")
     for function in (training_images, labelled_samples, one_category):
@@ -148,7 +148,7 @@ def test_mvtec_loco(tmp_path):
     assert masks["logical_anomalies/000.png"] == root / "ground_truth/logical_anomalies/000"
     assert masks["logical_anomalies/001.png"] is None
     assert load_mask(masks["logical_anomalies/000.png"]).any(axis=1).tolist() == [True] + [False] * 4 + [True] + [False] * 4
-    assert dataset.orphans == {"pushpins": (root / "ground_truth/structural_anomalies/007/000.png",)}
+    assert dataset.orphans == {"pushpins": [root / "ground_truth/structural_anomalies/007/000.png"]}
 
 
 def test_mvtec_ad_2(tmp_path):
@@ -220,7 +220,7 @@ def visa(root: Path, *categories: str, tables: tuple[str, ...] = ("1cls", "2cls_
 def test_visa(tmp_path):
     root = visa(tmp_path / "VisA", "candle", "pcb1")
     dataset = read_dataset(root)
-    assert (dataset.layout, dataset.categories, dataset.orphans, dataset.notes) == ("visa", ("candle", "pcb1"), {}, ())
+    assert (dataset.layout, dataset.categories, dataset.orphans, dataset.notes) == ("visa", ("candle", "pcb1"), {}, [])
     rows = table(dataset)
     assert len(rows) == 24
     assert rows["candle/Data/Images/Normal/0000.JPG"] == ("candle", "train", 0, "good", None)
@@ -228,7 +228,7 @@ def test_visa(tmp_path):
     assert rows["pcb1/Data/Images/Anomaly/001.JPG"] == ("pcb1", "test", 1, "bad", "pcb1/Data/Masks/Anomaly/001.png")
     assert all(load_mask(s.mask_path).all() for s in dataset.of("test") if s.mask_path)
     assert read_dataset(root / "split_csv").categories == dataset.categories
-    assert read_dataset(root, category="pcb1").samples == tuple(s for s in dataset.samples if s.category == "pcb1")
+    assert read_dataset(root, category="pcb1").samples == [s for s in dataset.samples if s.category == "pcb1"]
 
 
 def test_category_of_visa_finds_the_table_beside_it(tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_category_of_visa_finds_the_table_beside_it(tmp_path, monkeypatch):
     put(root, "candle/Data/Masks/Anomaly/077.png")
     dataset = read_dataset(root / "candle")
     assert dataset.categories == ("candle",) and len(dataset.of("train")) == 9
-    assert dataset.orphans == {"candle": (root / "candle/Data/Masks/Anomaly/077.png",)}
+    assert dataset.orphans == {"candle": [root / "candle/Data/Masks/Anomaly/077.png"]}
     (tmp_path / "kerze").symlink_to(root / "candle")
     assert read_dataset(tmp_path / "kerze").categories == ("candle",)
     monkeypatch.chdir(root / "candle")
@@ -262,7 +262,7 @@ def test_part_of_visa(tmp_path):
     shutil.rmtree(root / "pcb1")
     dataset = read_dataset(root)
     assert dataset.categories == ("candle",)
-    assert dataset.notes == ("left out, because the table names them but they are not there: pcb1",)
+    assert dataset.notes == ["left out, because the table names them but they are not there: pcb1"]
     shutil.rmtree(root / "candle")
     with pytest.raises(DataError, match=r"1cls\.csv: none of the categories that it names"):
         read_dataset(root)
@@ -343,7 +343,7 @@ def test_flat_masks_that_could_belong_to_two_kinds_belong_to_none(tmp_path):
     put(tmp_path, "good/0.png", "dent/0.png", "dent/1.png", "crack/0.png", "masks/0.png", "masks/1.png")
     dataset = read_dataset(tmp_path)
     assert {s.image_path.relative_to(tmp_path).as_posix() for s in dataset.samples if s.mask_path} == {"dent/1.png"}
-    assert list(dataset.orphans.values()) == [(tmp_path / "masks/0.png",)]
+    assert list(dataset.orphans.values()) == [[tmp_path / "masks/0.png"]]
 
 
 def test_links_that_lead_back_up_are_no_kind_of_defect(tmp_path):

@@ -226,7 +226,7 @@ def split_of(dataset: Dataset, category: str) -> tuple[list[Path], list[Sample]]
     Raises:
         DataError: It lacks one of them, or an image is in both.
     """
-    own = replace(dataset, samples=tuple(sample for sample in dataset.samples if sample.category == category), lines=())
+    own = replace(dataset, samples=[sample for sample in dataset.samples if sample.category == category])
     train, test = own.training_images(), own.test_samples()
     if both := {path.resolve() for path in train} & {sample.image_path.resolve() for sample in test}:
         raise DataError(

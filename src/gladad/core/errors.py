@@ -32,15 +32,11 @@ class TrainingError(GladError):
 
 
 class Interrupted(GladError):
-    """Work was asked to stop; a training has saved where it is.
-
-    Attributes:
-        signal: Number of the signal that asked; 0 if a program did, or nobody and the work is done as far as it can be.
-    """
+    """Work was asked to stop; a training has saved where it is."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
-        self.signal = signal
+        self.signal = signal  # number of the one that asked; 0 if a program did, or nobody and the work is done as far as it can be
 
 
 class MissingExtraError(GladError):

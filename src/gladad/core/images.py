@@ -1,9 +1,7 @@
 """Reading and writing images: every common format, depth and mode, to one representation.
 
-The representation is ``uint8 [H, W, 3]`` RGB on disk borders and ``float32 [3, H, W]`` RGB in [0, 1] everywhere else.
-
-Files may be read on several threads, so nothing here touches the warnings filters, which belong to the whole process. Damaged EXIF data is
-passed over without a warning; the few other warnings of Pillow, on the structure of TIFF files, go where the program wants them to.
+The representation is ``uint8 [H, W, 3]`` RGB at the borders and ``float32 [3, H, W]`` RGB in [0, 1] everywhere else. Files may be read on
+several threads, so nothing here touches the warnings filters, which belong to the process: damaged EXIF data is passed over silently.
 """
 
 from __future__ import annotations
@@ -28,29 +26,19 @@ from torch import Tensor
 
 from gladad.core.errors import DataError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-"""File name endings (lower case) that count as images."""
-
-LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
-"""Formats, as Pillow names them, that may change levels a little."""
-
-MIN_SIDE = 8
-"""Smallest accepted height and width in pixels: below this there is nothing to compare."""
-
-MAX_PIXELS = 200_000_000
-"""Largest accepted image; a guard against decompression bombs."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})  # file name endings (lower case) that count as images
+LOSSY = frozenset({"JPEG", "MPO", "WEBP"})  # formats, as Pillow names them, that may change levels a little
+MIN_SIDE = 8  # smallest accepted height and width in pixels: below this there is nothing to compare
+MAX_PIXELS = 200_000_000  # largest accepted image; a guard against decompression bombs
 
 if Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3:  # Pillow's own; one that a program has chosen stays, and holds here too
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
+# What Pillow raises on a damaged file; warnings, where a program wants them to be raised.
 DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, UserWarning, struct.error)
-"""What Pillow raises on a damaged file; warnings, where a program wants them to be raised."""
-
+# EXIF orientation -> what undoes it.
 UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
-"""EXIF orientation -> what undoes it."""
-
-SLACK = 1e-3
-"""How far a floating-point level may lie outside of [0, 1]; it is clipped."""
+SLACK = 1e-3  # how far a floating-point level may lie outside of [0, 1]; it is clipped
 
 
 def is_image(path: Path) -> bool:
@@ -74,25 +62,21 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def load_image(path: str | Path) -> NDArray[np.uint8]:
-    """Read an image file as upright RGB.
+    """Read an image file as upright RGB ``[H, W, 3]`` uint8.
 
     8- and 16-bit, grey, RGB, RGBA (composited on black), palette and CMYK are understood, and the EXIF orientation is applied. What a
     level means depends on the kind of file alone, never on what else is in the image: 16-bit grey is in [0, 65535], and so are 32-bit
     integers, in which other programs keep 16-bit levels; floating-point grey is in [0, 1].
 
-    Returns:
-        ``[H, W, 3]`` uint8.
-
     Raises:
-        DataError: The file is missing, not an image, damaged, smaller than 8x8 pixels or larger than `MAX_PIXELS`, or has levels outside
-            of its range.
+        DataError: The file is missing, not an image, damaged, smaller than 8x8 pixels or larger than `MAX_PIXELS`, or out of range.
     """
     with _named(path), Path(path).open("rb") as file:
         return _to_rgb(_open(file))
 
 
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
-    """Read a ground-truth mask: anything above half of full scale is defect.
+    """Read a ground-truth mask ``[H, W]``: anything above half of full scale is defect.
 
     A lossless file in which nothing is that bright holds the numbers of kinds of defect, and all but 0 is defect. Masks are read at their
     own depth, with the ranges of `load_image`.
@@ -100,9 +84,6 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> NDArray[
     Args:
         path: Mask file, or a folder of masks of one image, which are united.
         size: ``(H, W)`` to resize to, by nearest neighbour; None keeps the file's.
-
-    Returns:
-        ``[H, W]`` bool.
 
     Raises:
         DataError: As for `load_image`, or a folder holds no masks, or masks of several sizes.

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from gladad.core.errors import NotFiniteError
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``; the shell shows it as a bar."""
+Progress = Callable[[str, int, int], None]  # called as ``progress(stage, done, total)``; the shell shows it as a bar
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -29,43 +28,29 @@ def _require_finite(**quantities: float | NDArray[np.floating]) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set.
-
-    Attributes:
-        image_path: The file.
-        mask_path: Its ground-truth mask, if there is one; a folder stands for the union of the masks in it.
-        gt_label: 0 normal, 1 anomalous.
-        category: Name of the product.
-        defect_type: Name of the folder the image came from ("good" for normal ones).
-        split: "train", "validation" or "test".
-    """
+    """One image of a data set."""
 
     image_path: Path
-    mask_path: Path | None = None
-    gt_label: int = 0
-    category: str = ""
-    defect_type: str = "good"
-    split: str = "test"
+    mask_path: Path | None = None  # its ground-truth mask, if there is one; a folder stands for the union of the masks in it
+    gt_label: int = 0  # 0 normal, 1 anomalous
+    category: str = ""  # name of the product
+    defect_type: str = "good"  # name of the folder the image came from ("good" for normal ones)
+    split: str = "test"  # "train", "validation" or "test"
+    line: int = 0  # of the manifest it is from, counted from 1; 0 for folders
 
 
 @dataclass(frozen=True)
 class Inspection:
     """What a base says about one image, in its own units; `gladad.detector.glad` turns it into a `Prediction`.
 
-    Attributes:
-        map: ``[h, w]`` float32 raw anomaly map at the base's own size.
-        score: Raw image score, higher is more anomalous.
-        step: Diffusion timestep chosen for this image.
-        latent: The rebuilt latent (a tensor ``[1, C, h', w']``), for `picture`.
-
     Raises:
         NotFiniteError: The map or the score is not finite.
     """
 
-    map: NDArray[np.float32]
-    score: float
-    step: int
-    latent: Any
+    map: NDArray[np.float32]  # [h, w] raw anomaly map at the base's own size
+    score: float  # raw image score, higher is more anomalous
+    step: int  # diffusion timestep chosen for this image
+    latent: Any  # the rebuilt latent (a tensor [1, C, h', w']), for `picture`
 
     def __post_init__(self) -> None:
         _require_finite(map=self.map, score=self.score)
@@ -73,57 +58,35 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Region:
-    """One connected area of the predicted mask, in pixels of the inspected image.
+    """One connected area of the predicted mask, in pixels of the inspected image."""
 
-    Attributes:
-        box: ``(left, top, right, bottom)``, right and bottom exclusive.
-        area: Pixels.
-        peak: Largest value of the anomaly map inside.
-    """
-
-    box: tuple[int, int, int, int]
-    area: int
-    peak: float
+    box: tuple[int, int, int, int]  # (left, top, right, bottom), right and bottom exclusive
+    area: int  # pixels
+    peak: float  # largest value of the anomaly map inside
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What inspection says about one image.
 
-    Attributes:
-        pred_score: Anomaly score on an absolute scale: in units of the decision threshold, so that above 1 means reject.
-        p_value: Share of held-out normal images that score at least as high, ``(k + 1) / (n + 1)``: small means anomalous.
-        pred_label: Rejected.
-        step: The diffusion timestep the image was given by the adaptive search.
-        anomaly_map: ``[H, W]`` float32 at the size of the inspected image; above 1 means anomalous.
-        pred_mask: ``[H, W]`` bool: the map at the pixel threshold.
-        regions: Connected areas of the mask, largest peak first.
-        image_size: ``(H, W)`` of the inspected image.
-        reconstruction: ``[H, W, 3]`` uint8, the anomaly-free counterpart, for people to look at; None when it was not asked for.
-        image_path: The file, if the image came from one.
-        seconds: Time taken by the inspection of this image.
-        model_id: What the model is called; empty if nobody said, like the two that follow.
-        model_version: Its version.
-        calibration_id: Which calibration its thresholds are from.
-
     Raises:
         NotFiniteError: The score, the p-value or the map is not finite.
     """
 
-    pred_score: float
-    p_value: float
-    pred_label: bool
-    step: int
-    anomaly_map: NDArray[np.float32]
-    pred_mask: NDArray[np.bool_]
-    regions: tuple[Region, ...]
-    image_size: tuple[int, int]
-    reconstruction: NDArray[np.uint8] | None = None
-    image_path: Path | None = None
-    seconds: float = 0.0
-    model_id: str = ""
-    model_version: str = ""
-    calibration_id: str = ""
+    pred_score: float  # on an absolute scale: in units of the decision threshold, so that above 1 means reject
+    p_value: float  # share of held-out normal images that score at least as high, (k + 1) / (n + 1): small means anomalous
+    pred_label: bool  # rejected
+    step: int  # diffusion timestep the image was given by the adaptive search
+    anomaly_map: NDArray[np.float32]  # [H, W] at the size of the inspected image; above 1 means anomalous
+    pred_mask: NDArray[np.bool_]  # [H, W]: the map at the pixel threshold
+    regions: tuple[Region, ...]  # connected areas of the mask, largest peak first
+    image_size: tuple[int, int]  # (H, W) of the inspected image
+    reconstruction: NDArray[np.uint8] | None = None  # [H, W, 3], the anomaly-free counterpart, for people; None if not asked for
+    image_path: Path | None = None  # the file, if the image came from one
+    seconds: float = 0.0  # time taken by the inspection of this image
+    model_id: str = ""  # what the model is called; empty if nobody said, like the two that follow
+    model_version: str = ""  # its version
+    calibration_id: str = ""  # which calibration its thresholds are from
 
     def __post_init__(self) -> None:
         _require_finite(pred_score=self.pred_score, p_value=self.p_value, anomaly_map=self.anomaly_map)
@@ -148,16 +111,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        metrics: Name -> value; pixel metrics are absent where there are no masks.
-        counts: Number of normal and anomalous images, of masks, of those that are missing or vanish, and of images skipped.
-        rows: One JSON-ready record per image.
-        details: Data set, model and settings.
-    """
-
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    rows: list[dict[str, Any]] = field(repr=False)
-    details: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float]  # name -> value; pixel metrics are absent where there are no masks
+    counts: dict[str, int]  # of normal and anomalous images, of masks, of those that are missing or vanish, and of images skipped
+    rows: list[dict[str, Any]] = field(repr=False)  # one JSON-ready record per image
+    details: dict[str, Any] = field(default_factory=dict)  # data set, model and settings

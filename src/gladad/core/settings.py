@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,8 +19,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from gladad.core.errors import ConfigError
 
 Settings = TypeVar("Settings")
-METHOD = "method"
-"""The field that tells which of several settings classes a table of settings is of."""
+METHOD = "method"  # the field that tells which of several settings classes a table of settings is of
+UNKNOWN = "unexpected_keyword_argument"
+_adapter: Any = functools.lru_cache(TypeAdapter)
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -49,14 +49,8 @@ def validated(cls: type[Settings]) -> type[Settings]:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """A dataclass, nested ones included, as a JSON-ready dict (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-    result: dict[str, Any] = plain(settings)
-    return result
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return plain
 
 
 def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
@@ -66,7 +60,7 @@ def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         ConfigError: A key is unknown, or a value is of the wrong type or out of range.
     """
     try:
-        made: Settings = _adapter(typing.cast(Any, kind)).validate_json(json.dumps(values))
+        made: Settings = _adapter(kind).validate_json(_dumps(values))
         return made
     except ValidationError as error:
         raise ConfigError(_sentence(error, kind)) from None
@@ -86,13 +80,10 @@ def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
     for name, value in _flat(values):
         *path, last = name.split(".")
         node = tree
-        for depth, part in enumerate(path):
-            inner = node.get(part)
-            if not isinstance(inner, dict):  # unset so far, or unknown
-                if part not in _known(type(settings), path[:depth]):
-                    raise ConfigError(_unknown(type(settings), path[: depth + 1]))
-                inner = node[part] = {}
-            node = inner
+        for part in path:
+            if not isinstance(node.get(part), dict):  # unset so far, or unknown
+                node[part] = {}
+            node = node[part]
         if last == METHOD and node.get(METHOD) != value:
             node.clear()  # settings of another method: nothing of the present one's fits it
         node[last] = value
@@ -126,51 +117,45 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-@functools.lru_cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _dumps(value: Any, name: str = "") -> str:
+    """JSON text; what JSON has no form for, such as a date of TOML, is named."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ():
+            _dumps(part, f"{name}.{key}" if name else str(key))
+        raise ConfigError(f"{name}: input should be a number, a text, a list or a table, not a {type(value).__name__}") from None
 
 
-def _unknown(kind: Any, path: Sequence[str]) -> str:
-    known = sorted(_known(kind, path[:-1]))
-    near = difflib.get_close_matches(path[-1], known, 3) or known
-    return f"{'.'.join(path)}: unknown setting; {'near are' if len(near) < len(known) else 'known are'} {', '.join(near)}"
+def _sentence(error: ValidationError, kind: Any) -> str:
+    """One mistake in one line that names the key; unknown keys come before what may follow from them."""
+    mistake = min(error.errors(include_url=False), key=lambda one: one["type"] != UNKNOWN)
+    place = [str(part) for part in mistake["loc"]]
+    kinds, path = [kind], []
+    for part in place[:-1] if mistake["type"] == UNKNOWN else place:
+        if part.isdigit() or not kinds or any(part in _names(one) for one in kinds):
+            path.append(part)
+            kinds = kinds if part.isdigit() else [inner for one in kinds for inner in _nested(typing.get_type_hints(one).get(part))]
+        else:  # it tells which one of several kinds of settings was meant
+            kinds = [one for one in kinds if getattr(one, METHOD, None) == part] or kinds
+    if mistake["type"] == UNKNOWN:
+        known = sorted({name for one in kinds for name in _names(one)})
+        near = difflib.get_close_matches(place[-1], known, 3) or known
+        said = f"unknown setting; {'near are' if len(near) < len(known) else 'known are'} {', '.join(near)}"
+        path.append(place[-1])
+    elif mistake["type"] == "missing":
+        said = "is missing"
+    else:
+        said = f"{mistake['msg'][:1].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"
+    return f"{'.'.join(path) or kind.__name__}: {said}".replace("\n", " ")
 
 
-def _known(kind: Any, path: Sequence[str]) -> set[str]:
-    """Names of the settings below a path of names."""
-    kinds = [kind]
-    for name in path:
-        if not name.isdigit():  # the place in a tuple
-            kinds = [option for one in kinds for option in _nested(typing.get_type_hints(one, include_extras=False).get(name))]
-    return {field.name for one in kinds for field in dataclasses.fields(one)}
+def _names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _nested(hint: Any) -> list[Any]:
     """The settings classes that a type names."""
     if dataclasses.is_dataclass(hint):
         return [hint]
-    if typing.get_origin(hint) in {typing.Union, types.UnionType, typing.Annotated, tuple}:
-        return [kind for option in typing.get_args(hint) for kind in _nested(option)]
-    return []
-
-
-def _sentence(error: ValidationError, kind: Any) -> str:
-    """The first mistake, in one line that names the key."""
-    first = error.errors(include_url=False)[0]
-    path: list[str] = []
-    kinds = [kind]
-    for part in map(str, first["loc"]):
-        if kinds and part not in {field.name for one in kinds for field in dataclasses.fields(one)} and path:
-            if (first["type"] == "unexpected_keyword_argument" and part == str(first["loc"][-1])) or part.isdigit():
-                path.append(part)
-            continue  # the name of one of several kinds of settings
-        path.append(part)
-        kinds = [option for one in kinds for option in _nested(typing.get_type_hints(one).get(part))]
-    if first["type"] == "unexpected_keyword_argument":
-        return _unknown(kind, path)
-    name = ".".join(path) or getattr(kind, "__name__", "settings")
-    if first["type"] == "missing":
-        return f"{name}: is missing"
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{name}: {message}, not {first['input']!r}"
+    return [kind for option in typing.get_args(hint) for kind in _nested(option)]

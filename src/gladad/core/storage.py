@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,8 +22,7 @@ from gladad.core.errors import GladError, ModelFormatError
 
 MODEL_FILE = "model.json"
 FORMAT = "gladad-model"
-FORMAT_VERSION = 2
-"""Written; version 1 is read, too."""
+FORMAT_VERSION = 2  # written; version 1 is read, too
 
 
 class WriteError(GladError):
@@ -80,9 +80,7 @@ def check_target(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place, files synced, when the block succeeds.
-
-    A model that was there before is replaced only after the new one is complete.
+    """A temporary folder beside ``folder`` that takes its place, files synced, when the block succeeds; a model there stays until then.
 
     Raises:
         WriteError: The target may not be replaced, or the disk refuses.
@@ -115,12 +113,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def share_files(folder: Path, other: Path, smallest: int = 2**20) -> None:
-    """Let a folder's files be those of another where both are equal, so that the disk holds them once; where it cannot, nothing changes.
+    """Make files of ``other`` that equal those of ``folder`` second names of these, so that the disk holds them once.
 
-    Args:
-        folder: Whose files are kept.
-        other: Whose equal files become second names of these.
-        smallest: Bytes below which a file is not worth it.
+    Where it cannot, nothing changes. Files of fewer than ``smallest`` bytes are not worth it.
     """
     for path in sorted(folder.rglob("*")):
         twin = other / path.relative_to(folder)
@@ -135,28 +130,19 @@ def share_files(folder: Path, other: Path, smallest: int = 2**20) -> None:
 
 def _sync(path: Path) -> None:
     """Force a file, or the names in a folder, onto the disk."""
-    if path.is_dir():
-        with suppress(OSError):  # there are systems that cannot do it for folders
-            _fsync(path, os.O_RDONLY)
-    else:
-        _fsync(path, os.O_RDWR)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError) if path.is_dir() else nullcontext():  # there are systems that cannot do it for folders
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors; a full disk becomes an `OSError` that the callers above translate."""
+    """Write safetensors. What the disk refuses is an `OSError`, which the blocks above translate."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except Exception as error:  # safetensors raises its own class for I/O failures
-        if isinstance(error, OSError):
-            raise
+    except SafetensorError as error:
         raise OSError(f"writing {path.name} failed: {error}") from error
 
 
@@ -178,10 +164,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelFormatError(f"{path}: missing; the model folder is incomplete")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except Exception as error:
         raise ModelFormatError(f"{path}: damaged or not a safetensors file ({error})") from error
-    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -215,9 +200,8 @@ def read_model_file(folder: Path) -> dict[str, Any]:
     if model.get("format") != FORMAT:
         raise ModelFormatError(f"{folder / MODEL_FILE}: is not a gladad model description")
     if model.get("format_version") not in {1, FORMAT_VERSION}:
-        raise ModelFormatError(
-            f"{folder}: has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}; upgrade gladad or fit again"
-        )
+        found = f"has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}"
+        raise ModelFormatError(f"{folder}: {found}; upgrade gladad or fit again")
     return model
 
 

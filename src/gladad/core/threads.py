@@ -13,30 +13,21 @@ from typing import Any, TypeVar
 from gladad.core.errors import Interrupted
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
 _setting_threads = threading.Lock()
 
 
 class CancelToken:
-    """Asks work that runs on another thread to stop at its next safe place. It may be cancelled from anywhere, and stays so.
-
-    Attributes:
-        signal: Number of the signal that cancelled it; 0 if it was none.
-    """
+    """Asks work that runs on another thread to stop at its next safe place. It may be cancelled from anywhere, and stays so."""
 
     def __init__(self) -> None:
-        self.signal = 0
-        self._cancelled = False  # no `threading.Event`: a signal handler may interrupt this thread where it holds the event's lock
+        self.signal = 0  # number of the signal that cancelled it; 0 if it was none
+        self.cancelled = False  # no `threading.Event`: a signal handler may interrupt this thread where it holds the event's lock
 
     def cancel(self, signal: int = 0) -> None:
         """Ask to stop; returns at once."""
         self.signal = signal or self.signal
-        self._cancelled = True
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the work is to stop."""
-        return self._cancelled
+        self.cancelled = True
 
     def check(self) -> None:
         """Called by the work where it may stop.
@@ -44,21 +35,19 @@ class CancelToken:
         Raises:
             Interrupted: The token is cancelled.
         """
-        if self._cancelled:
+        if self.cancelled:
             raise Interrupted("stopped, because it was cancelled", self.signal)
 
 
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, cancel: CancelToken | None = None
-) -> Iterator[Result]:
+def in_order(function: Callable[[Item], T], items: Iterable[Item], workers: int, cancel: CancelToken | None = None) -> Iterator[T]:
     """Apply a function to every item on several threads; yields the results in the order of the items.
 
-    At most twice as many items as workers are under way or waiting to be taken, so memory does not grow with their number. The first
-    item is finished before the others start: what the function makes once and keeps is made once.
+    Items are taken as there is room: at most twice as many as workers are under way or waiting, so memory does not grow with their number.
+    The first is finished before the others start: what the function makes once and keeps is made once.
 
     Args:
         function: May run on any thread. Its exceptions are raised here, at the item's turn.
-        items: Taken one by one as there is room.
+        items: Any number.
         workers: Threads, at least 1. With one, the calling thread does everything.
         cancel: Looked at between items.
 
@@ -73,7 +62,7 @@ def in_order(
         if workers > 1:
             break
     with ThreadPoolExecutor(max_workers=workers) as executor:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for item in remaining:
                 token.check()

@@ -20,8 +20,7 @@ from gladad.data.layouts import FOLDER_LAYOUTS, SPLITS, Dataset
 
 MAX_WORKERS = 8
 
-Problems = dict[str, list[tuple[Path, str]]]
-"""What is wrong -> the files, and what is to be said of each of them."""
+Problems = dict[str, list[tuple[Path, str]]]  # what is wrong -> the files, and what is to be said of each of them
 
 UNREADABLE = "images that cannot be read"
 BAD_MASK = "masks that cannot be read"
@@ -38,42 +37,28 @@ ORPHANS = "masks that belong to no image"
 SHARED = "masks that belong to several images"
 COPIES = "images that are, pixel for pixel, another one of the same split"
 SERIOUS = (UNREADABLE, BAD_MASK, CONTRADICTION, LEAKED, IN_TRAINING, NO_MASK, UNPAIRED, OTHER_SIZE, NORMAL_MASK)
+# What `check_dataset` looks for in files -> whether it is serious, in the order of the report.
 FINDINGS = dict.fromkeys(SERIOUS, True) | dict.fromkeys((SUPERVISED, EMPTY_MASK, ORPHANS, SHARED, COPIES), False)
-"""What `check_dataset` looks for in files -> whether it is serious, in the order of the report."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a data set that is worth knowing.
+    """Something about a data set that is worth knowing."""
 
-    Attributes:
-        text: What it is.
-        serious: Whether results would be wrong or missing.
-        paths: The files, if it is about files.
-        remarks: What is to be said of each of them, or "".
-    """
-
-    text: str
-    serious: bool
-    paths: tuple[Path, ...] = ()
-    remarks: tuple[str, ...] = ()
+    text: str  # what it is
+    serious: bool  # whether results would be wrong or missing
+    paths: tuple[Path, ...] = ()  # the files, if it is about files
+    remarks: tuple[str, ...] = ()  # what is to be said of each of them, or ""
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `check_dataset` found.
+    """What `check_dataset` found."""
 
-    Attributes:
-        counts: ``(category, split, kind)`` -> images.
-        masks: The same -> images with a mask.
-        sizes: Category -> ``(width, height)`` in pixels -> images.
-        findings: Serious ones first.
-    """
-
-    counts: dict[tuple[str, str, str], int]
-    masks: dict[tuple[str, str, str], int]
-    sizes: dict[str, Counter[tuple[int, int]]]
-    findings: list[Finding] = field(default_factory=list)
+    counts: dict[tuple[str, str, str], int]  # (category, split, kind) -> images
+    masks: dict[tuple[str, str, str], int]  # the same -> images with a mask
+    sizes: dict[str, Counter[tuple[int, int]]]  # category -> (width, height) in pixels -> images
+    findings: list[Finding] = field(default_factory=list)  # serious ones first
 
     @property
     def sound(self) -> bool:
@@ -87,12 +72,7 @@ class Inventory:
             for (c, s, kind), n in sorted(self.counts.items())
         ]
         findings = [
-            {
-                "text": printable(f.text),
-                "serious": f.serious,
-                "files": [printable(path) for path in f.paths],
-                "remarks": [printable(remark) for remark in f.remarks],
-            }
+            {"text": printable(f.text), "serious": f.serious, "files": [*map(printable, f.paths)], "remarks": [*map(printable, f.remarks)]}
             for f in self.findings
         ]
         sizes = {printable(name): {f"{w}x{h}": n for (w, h), n in sizes.most_common()} for name, sizes in self.sizes.items()}
@@ -102,34 +82,27 @@ class Inventory:
 def check_dataset(dataset: Dataset, *, workers: int | None = None, progress: Progress = no_progress) -> Inventory:
     """Read every image and mask of a data set once and say what is in it and what is wrong with it.
 
-    Images are compared by their pixels: a copy in another format or with other metadata is found too. Only hashes are kept.
-
-    Args:
-        dataset: What `gladad.data.layouts.read_dataset` returned.
-        workers: Threads; None takes as many as there are cores, at most 8.
-        progress: Told of every image.
+    Images are compared by their pixels: a copy in another format or with other metadata is found too. Only hashes are kept. ``workers``
+    is the number of threads; None takes as many as there are cores, at most 8.
     """
     problems: Problems = {text: [] for text in FINDINGS}
     sizes: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
     by_content: dict[bytes, list[Sample]] = defaultdict(list)
-    workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
-    looks = in_order(partial(_look, dataset), dataset.samples, workers)
-    for done, (sample, line, look) in enumerate(zip(dataset.samples, dataset.lines, looks, strict=True), start=1):
-        size, content, seen = look
+    looks = in_order(partial(_look, dataset), dataset.samples, workers or min(os.cpu_count() or 1, MAX_WORKERS))
+    for done, (sample, (size, content, seen)) in enumerate(zip(dataset.samples, looks, strict=True), start=1):
         for text, path, remark in seen:
-            problems[text].append((path, f"{remark}, line {line}" if line else remark))
+            problems[text].append((path, f"{remark}, line {sample.line}" if sample.line else remark))
         if size is not None:
             sizes[sample.category][size] += 1
             by_content[content].append(sample)
         progress("reading files", done, len(dataset.samples))
     _check_copies(dataset, by_content.values(), problems)
     _check_labels_and_masks(dataset, problems)
-    keys = [(sample.category, sample.split, sample.defect_type) for sample in dataset.samples]
-    masks = Counter(key for key, sample in zip(keys, dataset.samples, strict=True) if sample.mask_path is not None)
+    counts = Counter((sample.category, sample.split, sample.defect_type) for sample in dataset.samples)
+    masks = Counter((s.category, s.split, s.defect_type) for s in dataset.samples if s.mask_path is not None)
     findings = [Finding(text, FINDINGS[text], *zip(*files, strict=True)) for text, files in problems.items() if files]
-    findings += _check_splits(dataset)
-    findings.sort(key=lambda finding: not finding.serious)
-    return Inventory(dict(Counter(keys)), {key: masks[key] for key in keys}, dict(sizes), findings)
+    findings = sorted((*findings, *_check_splits(dataset)), key=lambda finding: not finding.serious)
+    return Inventory(dict(counts), {key: masks[key] for key in counts}, dict(sizes), findings)
 
 
 def short_name(path: Path, dataset: Dataset) -> str:
@@ -148,33 +121,25 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
 
 def _look(dataset: Dataset, sample: Sample) -> tuple[tuple[int, int] | None, bytes, list[tuple[str, Path, str]]]:
     """What is seen of one sample: ``(width, height)``, a hash of the pixels, and problems as ``(text, path, remark)``."""
+    path, mask_path = sample.image_path, sample.mask_path
     try:
-        pixels = load_image(sample.image_path)
+        pixels = load_image(path)
     except DataError as error:
-        return None, b"", [(UNREADABLE, sample.image_path, _reason(error, sample.image_path))]
+        return None, b"", [(UNREADABLE, path, str(error).removeprefix(f"{path}: "))]
     height, width = pixels.shape[:2]
-    content = hashlib.blake2b(pixels.data, digest_size=16, salt=f"{width}x{height}".encode()[:16]).digest()
-    return (width, height), content, list(_look_at_mask(dataset, sample, (height, width)))
-
-
-def _look_at_mask(dataset: Dataset, sample: Sample, size: tuple[int, int]) -> Iterable[tuple[str, Path, str]]:
-    if sample.mask_path is None:
-        return
+    size, content = (width, height), hashlib.blake2b(pixels.data, digest_size=16, salt=f"{width}x{height}".encode()[:16]).digest()
+    if mask_path is None:
+        return size, content, []
     try:
-        mask = load_mask(sample.mask_path)
+        mask = load_mask(mask_path)
     except (DataError, OSError) as error:
-        yield BAD_MASK, sample.mask_path, _reason(error, sample.mask_path)
-        return
-    if mask.shape != size:
-        yield OTHER_SIZE, sample.mask_path, f"{mask.shape[1]}x{mask.shape[0]}, the image {size[1]}x{size[0]}"
-    if mask.any() and not sample.gt_label:
-        yield NORMAL_MASK, sample.mask_path, f"of {short_name(sample.image_path, dataset)}"
-    if not mask.any() and sample.gt_label:
-        yield EMPTY_MASK, sample.mask_path, f"of {short_name(sample.image_path, dataset)}"
-
-
-def _reason(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ")
+        return size, content, [(BAD_MASK, mask_path, str(error).removeprefix(f"{mask_path}: "))]
+    seen = []
+    if mask.shape != (height, width):
+        seen.append((OTHER_SIZE, mask_path, f"{mask.shape[1]}x{mask.shape[0]}, the image {width}x{height}"))
+    if mask.any() != bool(sample.gt_label):
+        seen.append((EMPTY_MASK if sample.gt_label else NORMAL_MASK, mask_path, f"of {short_name(path, dataset)}"))
+    return size, content, seen
 
 
 def _check_copies(dataset: Dataset, groups: Iterable[list[Sample]], problems: Problems) -> None:
@@ -196,8 +161,8 @@ def _check_labels_and_masks(dataset: Dataset, problems: Problems) -> None:
     masked = {sample.category for sample in dataset.samples if sample.gt_label and sample.mask_path is not None} | set(dataset.orphans)
     unmasked: set[str] = set()
     users: dict[Path, list[Sample]] = defaultdict(list)
-    for sample, line in zip(dataset.samples, dataset.lines, strict=True):
-        where = f"line {line}" if line else ""
+    for sample in dataset.samples:
+        where = f"line {sample.line}" if sample.line else ""
         if sample.mask_path is not None:
             users[sample.mask_path].append(sample)
         if sample.gt_label and sample.split == "train":
@@ -224,15 +189,14 @@ def _check_splits(dataset: Dataset) -> Iterable[Finding]:
     judged = {name for name in has if {("test", 0), ("test", 1)} & has[name]}
     unlearnable = {name for name in has if ("train", 0) not in has[name]} if dataset.part in (None, "train") else set()
     plain = dataset.layout == "folders"
+    defective = {name for name in judged if ("test", 1) in has[name]}
     lacking = [
         ("no good images to learn from", unlearnable, dataset.layout in FOLDER_LAYOUTS),
         ("no labelled test images", set(has) - judged if dataset.part in (None, "test") else set(), False),
         ("no good test images, so no AUROC", set() if plain else {name for name in judged if ("test", 0) not in has[name]}, False),
-        ("no anomalous test images, so no AUROC", {name for name in judged if ("test", 1) not in has[name]}, False),
-        ("no masks, so no pixel metrics", {name for name in judged - masked if ("test", 1) in has[name]}, False),
+        ("no anomalous test images, so no AUROC", judged - defective, False),
+        ("no masks, so no pixel metrics", defective - masked, False),
     ]
-    for text, names, serious in lacking:
-        if names:
-            yield Finding(f"{text}: {', '.join(sorted(names))}", serious)
+    yield from (Finding(f"{text}: {', '.join(sorted(names))}", serious) for text, names, serious in lacking if names)
     if plain and judged:
         yield Finding("no train and test folders: the good images are learnt from and judged, unless two folders are used", False)

@@ -2,14 +2,9 @@
 
 Names, definitions and constants of the photometric shifts are those of ImageNet-C (D. Hendrycks and T. Dietterich, "Benchmarking neural
 network robustness to common corruptions and perturbations", ICLR 2019); ``darkness`` is their brightness downwards. The two geometric
-shifts are ours. What differs from the published definitions:
-
-* They are meant for images of 224 pixels. Here lengths of the blurs grow with the image: they are multiplied by its shorter side / 224.
-  Noise and JPEG act on single pixels and on blocks of 8x8, at any size, as a sensor and a file do: resize first to compare with others.
-* Motion blur is centred, so that a part stays under its ground-truth mask; the published one also moves the image.
-* Levels are rounded to the nearest, not down.
-
-Everything random (noise, directions) comes from the seed, and is the same in all severities.
+shifts are ours. What differs: lengths of the blurs, published for 224 pixels, grow with the image's shorter side (noise and JPEG act on
+pixels and blocks of 8x8 at any size, as a sensor and a file do: resize first to compare with others); motion blur is centred, so that a
+part stays under its mask; levels are rounded to the nearest. Everything random comes from the seed, and is the same in all severities.
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,29 +23,17 @@ from gladad.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
 SEVERITIES = (1, 2, 3, 4, 5)
-REFERENCE_SIDE = 224
-"""Shorter side in pixels for which the published lengths are meant."""
-
-
-@dataclass(frozen=True)
-class Shift:
-    """One kind of change: what it does to an image, and how strongly in each severity."""
-
-    apply: Callable[[Pixels, Any, np.random.Generator], Pixels]
-    strengths: Sequence[Any]  # of severity 1...5, in the units of `apply`
+REFERENCE_SIDE = 224  # shorter side in pixels for which the published lengths are meant
 
 
 def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
     """The image under one shift; the same arguments give the same result.
 
     Args:
-        pixels: ``[H, W, 3]`` uint8.
+        pixels: ``[H, W, 3]`` uint8, and so is the result, a new array.
         name: A key of `SHIFTS`.
         severity: 1 (mild) to 5 (heavy).
         seed: >= 0; decides noise and directions. Give every image one of its own.
-
-    Returns:
-        ``[H, W, 3]`` uint8, a new array.
 
     Raises:
         ConfigError: The name is unknown, or the severity is not 1...5.
@@ -60,15 +42,12 @@ def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
         raise ConfigError(f"unknown shift {name!r}; known are {', '.join(SHIFTS)}")
     if severity not in SEVERITIES:
         raise ConfigError(f"severity {severity!r} of {name}: must be 1, 2, 3, 4 or 5")
-    return SHIFTS[name].apply(pixels, SHIFTS[name].strengths[severity - 1], np.random.default_rng(seed))
+    apply, strengths = SHIFTS[name]
+    return apply(pixels, strengths[severity - 1], np.random.default_rng(seed))
 
 
 def _to_pixels(levels: NDArray[np.floating[Any]]) -> Pixels:
-    pixels: Pixels = np.rint(levels.clip(0, 255)).astype(np.uint8)
-    return pixels
-
-
-# ------------------------------------------------------------------------------------------------------- 1. lighting
+    return np.asarray(np.rint(levels.clip(0, 255)), dtype=np.uint8)
 
 
 def brightness(pixels: Pixels, amount: float, rng: np.random.Generator) -> Pixels:
@@ -82,9 +61,6 @@ def contrast(pixels: Pixels, factor: float, rng: np.random.Generator) -> Pixels:
     """Scale the distance of every level to its channel's mean by ``factor`` in [0, 1]."""
     mean = pixels.mean(axis=(0, 1))
     return _to_pixels((pixels - mean) * factor + mean)
-
-
-# ----------------------------------------------------------------------------------------- 2. noise, focus and files
 
 
 def gaussian_noise(pixels: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
@@ -108,10 +84,7 @@ def defocus_blur(pixels: Pixels, disk: tuple[float, float], rng: np.random.Gener
 
 
 def motion_blur(pixels: Pixels, streak: tuple[float, float], rng: np.random.Generator) -> Pixels:
-    """Blur along a line within 45 degrees of the horizontal: a fading streak, centred on its centre of mass.
-
-    ``streak`` is half its length and the sigma of its fading, in reference pixels.
-    """
+    """Blur along a line within 45 degrees of the horizontal: a streak (half its length, sigma of its fading) about its centre of mass."""
     angle = math.radians(rng.uniform(-45, 45))
     half, sigma = (length * _scale(pixels) for length in streak)
     along = np.arange(math.floor(2 * half) + 1, dtype=np.float64)
@@ -146,9 +119,6 @@ def _convolve(pixels: Pixels, kernel: NDArray[np.float64]) -> Pixels:
     return _to_pixels(signal.oaconvolve(padded, (kernel / kernel.sum())[..., None], mode="valid", axes=(0, 1)))
 
 
-# ------------------------------------------------------------------------------------------------------- 3. position
-
-
 def rotation(pixels: Pixels, degrees: float, rng: np.random.Generator) -> Pixels:
     """Turn about the centre by ``degrees``, either way; bilinear, with mirrored borders."""
     degrees *= _sign(rng)
@@ -161,10 +131,7 @@ def rotation(pixels: Pixels, degrees: float, rng: np.random.Generator) -> Pixels
 
 
 def translation(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
-    """Move by ``share`` of each side, either way along each, with mirrored borders.
-
-    Whole pixels and at least one, unless the share is 0: nothing is interpolated.
-    """
+    """Move by ``share`` of each side, either way along each, with mirrored borders; whole pixels, and at least one unless it is 0."""
     out = pixels
     for axis in (0, 1):
         side, sign = pixels.shape[axis], _sign(rng)
@@ -179,16 +146,16 @@ def _sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
-SHIFTS: dict[str, Shift] = {
-    "brightness": Shift(brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "darkness": Shift(brightness, (-0.1, -0.2, -0.3, -0.4, -0.5)),
-    "contrast": Shift(contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "gaussian_noise": Shift(gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "gaussian_blur": Shift(gaussian_blur, (1, 2, 3, 4, 6)),
-    "defocus_blur": Shift(defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
-    "motion_blur": Shift(motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
-    "jpeg_compression": Shift(jpeg_compression, (25, 18, 15, 10, 7)),
-    "rotation": Shift(rotation, (1, 2, 3, 5, 10)),
-    "translation": Shift(translation, (0.01, 0.02, 0.03, 0.05, 0.1)),
+# Every shift by its name: what it does to an image, and how strongly in severity 1...5.
+SHIFTS: dict[str, tuple[Callable[[Pixels, Any, np.random.Generator], Pixels], Sequence[Any]]] = {
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "darkness": (brightness, (-0.1, -0.2, -0.3, -0.4, -0.5)),
+    "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_blur": (gaussian_blur, (1, 2, 3, 4, 6)),
+    "defocus_blur": (defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
+    "rotation": (rotation, (1, 2, 3, 5, 10)),
+    "translation": (translation, (0.01, 0.02, 0.03, 0.05, 0.1)),
 }
-"""Every shift by its name."""

@@ -16,23 +16,14 @@ from gladad.data.synthesis import Draw
 
 Pixels = NDArray[np.uint8]
 
-FEW = 12
-"""Below this many good images copies are made."""
-TRAINED = 24
-"""Images, copies included, that a training gets at least."""
-SCORED = 4
-"""Pictures of each image, itself included, that the calibration scores."""
-MAX_ROTATION, MAX_SHIFT, MAX_LIGHT = 4.0, 0.03, 0.1
-"""Of a copy: degrees, share of the side, and relative change of brightness and of contrast."""
+FEW = 12  # below this many good images copies are made
+TRAINED = 24  # images, copies included, that a training gets at least
+SCORED = 4  # pictures of each image, itself included, that the calibration scores
+MAX_ROTATION, MAX_SHIFT, MAX_LIGHT = 4.0, 0.03, 0.1  # of a copy: degrees, share of the side, relative change of brightness and contrast
 
 
 def with_copies(images: Sequence[Pixels], seed: int) -> list[Pixels]:
-    """The images and as many copies as make them `TRAINED`, evenly spread over them.
-
-    Args:
-        images: ``[H, W, 3]`` uint8.
-        seed: Of the copies.
-    """
+    """The images ``[H, W, 3]`` uint8 and as many copies as make them `TRAINED`, evenly spread over them."""
     return [*images, *(_copy(images[i % len(images)], Draw((seed, 0, i))) for i in range(TRAINED - len(images)))]
 
 
@@ -49,9 +40,8 @@ def _copy(pixels: Pixels, draw: Draw) -> Pixels:
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
     shift = np.array([draw.uniform(-MAX_SHIFT, MAX_SHIFT) * height, draw.uniform(-MAX_SHIFT, MAX_SHIFT) * width])
     offset = centre - matrix @ (centre + shift)
-    moved = np.stack(
-        [ndimage.affine_transform(pixels[..., c].astype(np.float32), matrix, offset, order=1, mode="mirror") for c in range(3)], axis=2
-    )
+    channels = np.moveaxis(pixels.astype(np.float32), 2, 0)
+    moved = np.stack([ndimage.affine_transform(channel, matrix, offset, order=1, mode="mirror") for channel in channels], axis=2)
     gain, brightness = 1 + draw.uniform(-MAX_LIGHT, MAX_LIGHT), 1 + draw.uniform(-MAX_LIGHT, MAX_LIGHT)
     mean = moved.mean()
     return np.asarray(np.rint(((moved - mean) * gain + mean * brightness).clip(0, 255)), dtype=np.uint8)

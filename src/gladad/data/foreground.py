@@ -54,19 +54,12 @@ def _bright_side(grey: Pixels) -> NDArray[np.bool_] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForegroundChoice:
-    """Which part of the images is the part, and why.
+    """Which part of the images is the part, and why."""
 
-    Attributes:
-        foreground: What `foreground_mask` is to take.
-        reason: One sentence for people.
-        separation: Otsu's criterion, the median over images: the share of the grey levels' variance that lies between the two classes.
-        share: The share of the image that the part takes, the median over images; 1 with ``all``.
-    """
-
-    foreground: Foreground
-    reason: str
-    separation: float
-    share: float
+    foreground: Foreground  # what `foreground_mask` is to take
+    reason: str  # one sentence for people
+    separation: float  # Otsu's criterion, the median over images: share of the grey levels' variance that lies between the two classes
+    share: float  # of the image that the part takes, the median over images; 1 with "all"
 
 
 def choose_foreground(images: Sequence[Pixels]) -> ForegroundChoice:
@@ -105,11 +98,10 @@ def choose_foreground(images: Sequence[Pixels]) -> ForegroundChoice:
     if why := next((why for doubtful, why in doubts if doubtful), None):
         reason = f"the whole image, as no part stands before an even ground: {why}"
         return ForegroundChoice(foreground="all", reason=reason, separation=median["separation"], share=1.0)
-    reason = (
-        f"a {'bright' if bright > dark else 'dark'} part on an even {'dark' if bright > dark else 'bright'} ground: Otsu separates "
-        f"{median['separation']:.0%} of the variance, the ground holds {median['border']:.0%} of the border"
-    )
     side: Foreground = "bright" if bright > dark else "dark"
+    other = "dark" if side == "bright" else "bright"
+    shown = f"Otsu separates {median['separation']:.0%} of the variance, the ground holds {median['border']:.0%} of the border"
+    reason = f"a {side} part on an even {other} ground: {shown}"
     return ForegroundChoice(foreground=side, reason=reason, separation=median["separation"], share=median["share"])
 
 
@@ -120,7 +112,7 @@ def _split(pixels: Pixels) -> dict[str, float]:
     if above is None:
         return {"bright": 0, "separation": 0, "contrast": 0, "border": 1, "side": 1, "unevenness": 0, "share": 0, "gathered": 0}
     levels = np.bincount(grey[above], minlength=256), np.bincount(grey[~above], minlength=256)
-    (bright_mean, bright_std), (dark_mean, dark_std) = (_moments(histogram) for histogram in levels)
+    (bright_mean, bright_std), (dark_mean, dark_std) = map(_moments, levels)
     contrast, weight = bright_mean - dark_mean, float(above.mean())
     between = weight * (1 - weight) * contrast**2
     within = weight * bright_std**2 + (1 - weight) * dark_std**2

@@ -17,6 +17,7 @@ from gladad.core.images import is_image, list_images
 from gladad.core.records import Sample
 from gladad.data.manifests import SUFFIXES, is_visa_table, read_manifest
 from gladad.data.samples import (
+    MASK_FOLDERS,
     NORMAL_NAMES,
     PRIVATE,
     TEST_FOLDERS,
@@ -29,45 +30,29 @@ from gladad.data.samples import (
     is_category,
     kind_folders,
     labelled_images,
-    mask_files,
     product_name,
     subfolders,
     visa_images,
 )
 
 FOLDER_LAYOUTS = ("mvtec_ad", "mvtec_loco", "mvtec_ad_2", "visa_1cls", "mpdd", "pcb_bank", "btad", "folders")
-LAYOUTS = (*FOLDER_LAYOUTS, "visa", "manifest")
-"""Names that `read_dataset` takes besides ``auto``."""
-
+LAYOUTS = (*FOLDER_LAYOUTS, "visa", "manifest")  # what `read_dataset` takes besides "auto"
 SPLITS = ("train", "validation", "test")
-HELD_OUT_EVERY = 10
-"""Without VisA's table, one normal image in so many is for testing: the share that its ``1cls.csv`` takes."""
+HELD_OUT_EVERY = 10  # without VisA's table, one normal image in so many is for testing: the share that its 1cls.csv takes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """What `read_dataset` found.
+    """What `read_dataset` found."""
 
-    Attributes:
-        root: Where it lies.
-        layout: One of `LAYOUTS`.
-        samples: Every labelled image of every category, sorted by category, split, kind and path. Whether the files can be read is not
-            known yet (`gladad.data.checks.check_dataset`).
-        lines: The line of each sample in the manifest; 0 for folders.
-        unlabelled: Number of images without a label that were left out, such as those of private test splits.
-        orphans: Category -> masks that belong to none of its images.
-        notes: What was left out or assumed, a sentence each.
-        part: The only split that was read, if its folder was given instead of the category's.
-    """
-
-    root: Path
-    layout: str
-    samples: tuple[Sample, ...]
-    lines: tuple[int, ...]
-    unlabelled: int = 0
-    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    part: str | None = None
+    root: Path  # where it lies
+    layout: str  # one of `LAYOUTS`
+    samples: list[Sample] = field(default_factory=list)  # every labelled image, sorted by category, split, kind and path; not yet opened
+    unlabelled: int = 0  # images without a label that were left out, such as those of private test splits
+    orphans: dict[str, list[Path]] = field(default_factory=dict)  # category -> masks that belong to none of its images
+    notes: list[str] = field(default_factory=list)  # what was left out or assumed, a sentence each
+    known: list[str] = field(default_factory=list)  # categories whose folders are there, also those that were not asked for
+    part: str | None = None  # the only split that was read, if its folder was given instead of the category's
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -105,25 +90,11 @@ class Dataset:
         return found
 
 
-@dataclass
-class _Found:
-    """What a reader collects."""
-
-    samples: list[Sample] = field(default_factory=list)
-    unlabelled: int = 0
-    orphans: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
-    part: str | None = None
-
-
 def read_dataset(path: str | Path, layout: str = "auto", category: str | None = None) -> Dataset:
     """Read a data set where it lies.
 
     Args:
-        path: A category, a folder of categories (up to two deep), a ``train`` or ``test`` folder of a category, a manifest (CSV, JSON
-            lines), or one of VisA's split tables.
+        path: A category, its ``train`` or ``test`` folder, a folder of categories (up to two deep), a manifest, or a table of VisA's.
         layout: One of `LAYOUTS`; "auto" sees it from the tree.
         category: Only this one.
 
@@ -137,34 +108,25 @@ def read_dataset(path: str | Path, layout: str = "auto", category: str | None = 
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     try:
-        layout = detect_layout(path) if layout == "auto" else layout
-        _refuse_misfit(path, layout)
-        if layout == "manifest":
-            found = _read_table(path, path.parent)
-        elif layout == "visa":
-            found = _read_visa(path)
+        found = Dataset(path, detect_layout(path) if layout == "auto" else layout)
+        _refuse_misfit(path, found.layout)
+        if found.layout == "manifest":
+            found.samples, found.unlabelled = read_manifest(path, path.parent)
+        elif found.layout == "visa":
+            _read_visa(found)
         else:
-            found = _read_folders(path, layout, category)
+            _read_folders(found, category)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
     known = sorted({*found.known, *(sample.category for sample in found.samples)})
     if category is not None and category not in known:
         raise DataError(f"{path}: no category {category!r}; it has {', '.join(known)}")
-    lines = found.lines or [0] * len(found.samples)
-    rows = [row for row in zip(found.samples, lines, strict=True) if category in (None, row[0].category)]
-    if not rows:
-        raise DataError(f"{path}: no labelled images of the layout {layout}; see docs/datasets.md for how it looks")
-    rows.sort(key=lambda row: (row[0].category, SPLITS.index(row[0].split), row[0].defect_type, str(row[0].image_path)))
-    return Dataset(
-        root=path,
-        layout=layout,
-        samples=tuple(sample for sample, _ in rows),
-        unlabelled=found.unlabelled,
-        orphans={name: masks for name, masks in found.orphans.items() if masks and category in (None, name)},
-        notes=tuple(found.notes),
-        lines=tuple(line for _, line in rows),
-        part=found.part,
-    )
+    found.samples = [sample for sample in found.samples if category in (None, sample.category)]
+    if not found.samples:
+        raise DataError(f"{path}: no labelled images of the layout {found.layout}; see docs/datasets.md for how it looks")
+    found.samples.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.defect_type, str(s.image_path)))
+    found.orphans = {name: masks for name, masks in found.orphans.items() if masks and category in (None, name)}
+    return found
 
 
 def training_images(path: str | Path, layout: str = "auto", category: str | None = None) -> list[Path]:
@@ -173,7 +135,7 @@ def training_images(path: str | Path, layout: str = "auto", category: str | None
     Raises:
         DataError: As `read_dataset` and `gladad.data.samples.good_images`.
     """
-    if layout == "auto" and category is None and _is_one_product(path):
+    if _is_one_product(Path(path), layout, category):
         return good_images(path)
     return one_category(path, layout, category).training_images()
 
@@ -184,7 +146,7 @@ def labelled_samples(path: str | Path, layout: str = "auto", category: str | Non
     Raises:
         DataError: As `read_dataset` and `gladad.data.samples.category_samples`.
     """
-    if layout == "auto" and category is None and _is_one_product(path):
+    if _is_one_product(Path(path), layout, category):
         return category_samples(path)
     return one_category(path, layout, category).test_samples()
 
@@ -202,9 +164,7 @@ def one_category(path: str | Path, layout: str = "auto", category: str | None = 
 
 
 def detect_layout(path: Path) -> str:
-    """Name the layout of a file or folder, without reading images.
-
-    Layouts that look the same have one name: that of MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
+    """Name the layout of a file or folder, without reading images; MVTec AD stands for MPDD, PCB-Bank and ``VisA_pytorch/1cls`` too.
 
     Raises:
         DataError: It is a single file, but no manifest.
@@ -222,16 +182,18 @@ def detect_layout(path: Path) -> str:
         tests = folders_named(folder, TEST_FOLDERS)
         if any(test.name.lower() == "test_public" for test in tests):
             return "mvtec_ad_2"
-        if any(folders_named(test, {"logical_anomalies", "structural_anomalies"}) for test in tests):
+        kinds = {kind.name.lower() for test in tests for kind in subfolders(test)}
+        if kinds & {"logical_anomalies", "structural_anomalies"}:
             return "mvtec_loco"
-        if any(folders_named(test, {"ko"}) for test in tests):
+        if "ko" in kinds:
             return "btad"
     return "mvtec_ad" if any(_has_splits(folder) for folder in (*folders, _above_split(path))) else "folders"
 
 
-def _is_one_product(path: str | Path) -> bool:
+def _is_one_product(path: Path, layout: str, category: str | None) -> bool:
     """Whether `good_images` and `category_samples` know all there is to know, errors included."""
-    path = Path(path)
+    if layout != "auto" or category is not None:
+        return False
     return not path.exists() or (path.is_dir() and detect_layout(path) in FOLDER_LAYOUTS and category_folders(path) == [path])
 
 
@@ -259,41 +221,33 @@ def _own_name(path: Path) -> str:
     return absolute(path).name.lower()
 
 
-def _read_folders(path: Path, layout: str, category: str | None) -> _Found:
+def _read_folders(found: Dataset, category: str | None) -> None:
+    path = found.root
     folders = category_folders(path)
-    found = _Found()
     if folders == [path] and not _has_splits(path) and (above := _above_split(path)) != path:
         found.part = "test" if _own_name(path) in TEST_FOLDERS else _own_name(path)
         _add_category(found, above, product_name(above))
         found.samples = [sample for sample in found.samples if sample.split == found.part]
-        return found
-    names = _distinct_names(path, folders)
-    found.known = names
-    for folder, name in zip(folders, names, strict=True):
+        return
+    found.known = [product_name(folder) for folder in folders]
+    if len(set(found.known)) < len(folders):
+        found.known = [folder.relative_to(path).as_posix() for folder in folders]
+    for folder, name in zip(folders, found.known, strict=True):
         if category in (None, name):
             _add_category(found, folder, name)
     if folders != [path]:
         taken = {*folders, *(folder.parent for folder in folders)}
         if others := [folder.name for folder in subfolders(path) if folder not in taken and _has_image(folder)]:
             found.notes.append(f"left out, because there is no train/, test/ or good/ in it: {', '.join(others)}")
-    return found
 
 
-def _distinct_names(root: Path, folders: Sequence[Path]) -> list[str]:
-    names = [product_name(folder) for folder in folders]
-    if max(Counter(names).values()) == 1:
-        return names
-    return [folder.relative_to(root).as_posix() for folder in folders]
-
-
-def _add_category(found: _Found, folder: Path, name: str) -> None:
+def _add_category(found: Dataset, folder: Path, name: str) -> None:
     """Training, validation and test samples of one category in folders."""
     trains, tests = folders_named(folder, {"train"}), folders_named(folder, TEST_FOLDERS)
     samples: list[Sample] = []
-    for parent in trains:
-        samples += labelled_images(kind_folders(parent), [], name, "train")
-    for parent in folders_named(folder, {"validation"}):
-        samples += labelled_images(kind_folders(parent), [], name, "validation")
+    for split in ("train", "validation"):
+        for parent in folders_named(folder, {split}):
+            samples += labelled_images(kind_folders(parent), [], name, split)
     if not any(folders_named(parent, NORMAL_NAMES) for parent in trains):
         samples += [Sample(image, category=name, split="train") for parent in trains for image in images_directly_in(parent)]
     if trains or tests:
@@ -308,8 +262,7 @@ def _add_category(found: _Found, folder: Path, name: str) -> None:
         samples += [Sample(image, category=name, split="train") for image in good_images(folder)]
     found.samples += samples
     found.unlabelled += sum(len(list_images(private)) for private in folders_named(folder, PRIVATE))
-    masks = mask_files([folder, *tests, *(images.parent for images in visa_images(folder))])
-    found.orphans[name] = _unused(masks, samples)
+    found.orphans[name] = _unused_masks([folder, *tests, *(images.parent for images in visa_images(folder))], samples)
 
 
 def _without_split(kinds: Sequence[Path], mask_parents: Sequence[Path], category: str) -> list[Sample]:
@@ -318,40 +271,34 @@ def _without_split(kinds: Sequence[Path], mask_parents: Sequence[Path], category
     return [sample if sample.gt_label else replace(sample, split="train") for sample in samples]
 
 
-def _unused(masks: Iterable[Path], samples: Iterable[Sample]) -> tuple[Path, ...]:
+def _unused_masks(parents: Sequence[Path], samples: Iterable[Sample]) -> list[Path]:
+    """What lies in the folders of masks directly inside some folders, but belongs to no sample."""
+    masks = [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
     used = {sample.mask_path for sample in samples}
-    return tuple(mask for mask in masks if used.isdisjoint((mask, *mask.parents)))
+    return [mask for mask in masks if used.isdisjoint((mask, *mask.parents))]
 
 
 def _has_image(folder: Path) -> bool:
     return any(is_image(Path(name)) for _, _, files in os.walk(folder) for name in files)
 
 
-def _read_table(path: Path, folder: Path) -> _Found:
-    manifest = read_manifest(path, folder)
-    return _Found(samples=list(manifest.samples), lines=list(manifest.lines), unlabelled=manifest.unlabelled)
-
-
-def _read_visa(path: Path) -> _Found:
-    table, root, only = _visa_table(path)
+def _read_visa(found: Dataset) -> None:
+    table, root, only = _visa_table(found.root)
     if table is None:
-        return _read_visa_without_table(path)
-    found = _read_table(table, root)
-    rows = [row for row in zip(found.samples, found.lines, strict=True) if only in (None, row[0].category)]
-    if not rows:
+        _read_visa_without_table(found)
+        return
+    samples, found.unlabelled = read_manifest(table, root)
+    named = {sample.category for sample in samples if only in (None, sample.category)}
+    if not named:
         raise DataError(f"{table}: has no rows of {only}; give {root}, or read the folder alone with --layout folders")
-    named = {sample.category for sample, _ in rows}
     absent = {name for name in named if not (root / name).is_dir()}
     if absent == named:
         raise DataError(f"{table}: none of the categories that it names is in {root}; put them beside its folder")
     if absent:
         found.notes.append(f"left out, because the table names them but they are not there: {', '.join(sorted(absent))}")
-    rows = [row for row in rows if row[0].category not in absent]
-    found.samples, found.lines = [sample for sample, _ in rows], [line for _, line in rows]
+    found.samples = [sample for sample in samples if sample.category in named - absent]
     for name in named - absent:
-        parents = [root / name, *folders_named(root / name, {"data"})]
-        found.orphans[name] = _unused(mask_files(parents), found.samples)
-    return found
+        found.orphans[name] = _unused_masks([root / name, *folders_named(root / name, {"data"})], found.samples)
 
 
 def _visa_table(path: Path) -> tuple[Path | None, Path, str | None]:
@@ -369,16 +316,15 @@ def _visa_table(path: Path) -> tuple[Path | None, Path, str | None]:
             tables = sorted(file for file in folder.iterdir() if is_visa_table(file))
             first = [table for table in tables if table.name.lower() == "1cls.csv"] or tables
             if len(first) > 1:
-                raise DataError(
-                    f"{folder}: has no 1cls.csv but {', '.join(t.name for t in tables)}; give one of these instead of the folder"
-                )
+                names = ", ".join(table.name for table in tables)
+                raise DataError(f"{folder}: has no 1cls.csv but {names}; give one of these instead of the folder")
             if first:
                 return first[0], root, only
     return None, path, None
 
 
-def _read_visa_without_table(path: Path) -> _Found:
-    found = _Found()
+def _read_visa_without_table(found: Dataset) -> None:
+    path = found.root
     for folder in category_folders(path):
         if visa_images(folder):
             if (table := _visa_table(folder)[0]) is not None:
@@ -392,7 +338,5 @@ def _read_visa_without_table(path: Path) -> _Found:
             normal[sample.category] += 1
             if normal[sample.category] % HELD_OUT_EVERY == 0:
                 found.samples[index] = replace(sample, split="test")
-    found.notes.append(
-        f"no split_csv/1cls.csv: every {HELD_OUT_EVERY}th normal image is taken for testing, which is not the published split"
-    )
-    return found
+    share = f"every {HELD_OUT_EVERY}th normal image is taken for testing"
+    found.notes.append(f"no split_csv/1cls.csv: {share}, which is not the published split")

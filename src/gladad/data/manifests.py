@@ -10,7 +10,6 @@ import io
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +17,53 @@ from gladad.core.errors import DataError
 from gladad.core.records import Sample
 from gladad.data.samples import ANOMALOUS_NAMES, NORMAL_NAMES
 
-SUFFIXES = frozenset({".csv", ".jsonl"})
-"""File name endings (lower case) of manifests."""
-
-ALIASES = {"image_path": "image", "mask_path": "mask", "gt_label": "label", "object": "category"}
-"""Other names of columns -> ours."""
-
+SUFFIXES = frozenset({".csv", ".jsonl"})  # file name endings (lower case) of manifests
+ALIASES = {"image_path": "image", "mask_path": "mask", "gt_label": "label", "object": "category"}  # other names of columns -> ours
 REQUIRED = ("image", "label")
-
-LABELS = dict.fromkeys({"0", "0.0", "false"} | NORMAL_NAMES, 0) | dict.fromkeys({"1", "1.0", "true"} | ANOMALOUS_NAMES, 1)
+LABELS: dict[str, int | None] = {"": None} | dict.fromkeys({"0", "0.0", "false"} | NORMAL_NAMES, 0)
+LABELS |= dict.fromkeys({"1", "1.0", "true"} | ANOMALOUS_NAMES, 1)
 SPLITS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 SPLITS |= {name: name for name in ("train", "validation", "test")}
+_NEEDED = f"needed are {' and '.join(REQUIRED)}, and understood are mask, category, split and defect_type"
 
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What `read_manifest` found.
-
-    Attributes:
-        samples: One for every row with a label, in the order of the rows.
-        lines: The line of the file that each sample is from, counted from 1.
-        unlabelled: Number of rows without a label, which were left out.
-    """
-
-    samples: tuple[Sample, ...]
-    lines: tuple[int, ...]
-    unlabelled: int
-
-
-def read_manifest(path: Path, folder: Path | None = None) -> Manifest:
+def read_manifest(path: Path, folder: Path) -> tuple[list[Sample], int]:
     """Read a manifest; whether its files are there is not asked.
 
     Args:
         path: The file, ``.csv`` or ``.jsonl``.
-        folder: What its paths are relative to; None takes the folder it lies in.
+        folder: What its paths are relative to.
+
+    Returns:
+        A sample for every row with a label, in the order of the rows, and the number of rows without one, which are left out.
 
     Raises:
         DataError: It cannot be read, has no rows, lacks a column, or a value is not understood (the line is named).
     """
-    folder = path.parent if folder is None else folder
     samples: list[Sample] = []
-    lines: list[int] = []
     unlabelled = 0
     for line, row in _rows(path):
-        image, mask = _text(row, "image"), _text(row, "mask")
+        text = {name: "" if value is None else str(value).strip() for name, value in row.items()}
+        image, mask, word = text["image"], text.get("mask"), text.get("label", "").lower()
+        split = text.get("split", "test").lower()  # nothing is learnt from what does not say that it may be
         if not image:
             raise DataError(f"{path}, line {line}: no image; write its path")
-        label = _label(row, path, line)
-        split = _split(row, path, line)
-        if label is None:
+        if word not in LABELS:
+            say = "write 0 or normal, 1 or anomalous, and the kind in defect_type"
+            raise DataError(f"{path}, line {line}: label {row['label']!r} is unknown; {say}")
+        if split not in SPLITS:
+            raise DataError(f"{path}, line {line}: split {row['split']!r} is unknown; write train, validation or test")
+        if (label := LABELS[word]) is None:
             unlabelled += 1
             continue
-        samples.append(
-            Sample(
-                image_path=locate(folder, image),
-                mask_path=locate(folder, mask) if mask else None,
-                gt_label=label,
-                category=_text(row, "category") or path.stem,
-                defect_type=(_text(row, "defect_type") or "bad") if label else "good",
-                split=split,
-            )
-        )
-        lines.append(line)
+        kind = (text.get("defect_type") or "bad") if label else "good"
+        files = locate(folder, image), locate(folder, mask) if mask else None
+        samples.append(Sample(*files, label, text.get("category") or path.stem, kind, SPLITS[split], line))
     if not samples:
         raise DataError(f"{path}: no rows{' with a label' if unlabelled else ''}; write one for each image")
-    return Manifest(tuple(samples), tuple(lines), unlabelled)
+    return samples, unlabelled
 
 
 def is_visa_table(path: Path) -> bool:
@@ -97,11 +76,7 @@ def is_visa_table(path: Path) -> bool:
 
 
 def locate(folder: Path, name: str) -> Path:
-    r"""The file that a manifest means: as written, with ``\`` for ``/``, or with its accents composed in another way.
-
-    Returns:
-        The first of these that is there; if none is, the path with ``/``.
-    """
+    r"""The file that a manifest means, which is there as written, with ``\`` for ``/``, or with its accents composed in another way."""
     plain = name.replace("\\", "/")
     for text in dict.fromkeys((name, plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain))):
         if (folder / text).exists():
@@ -123,8 +98,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [_column(name) for name in next(reader, [])]
-        missing = [name for name in REQUIRED if name not in header]
-        if missing:
+        if missing := [name for name in REQUIRED if name not in header]:
             raise DataError(f"{path}: no column {' or '.join(missing)} in its first line; {_NEEDED}")
         for cells in reader:
             if not any(cell.strip() for cell in cells):
@@ -147,13 +121,9 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
         if not isinstance(values, dict):
             raise DataError(f"{path}, line {line}: not a JSON object; {_NEEDED}")
         row = _row(path, line, ((_column(name), value) for name, value in values.items()))
-        missing = [name for name in REQUIRED if name not in row]
-        if missing:
+        if missing := [name for name in REQUIRED if name not in row]:
             raise DataError(f"{path}, line {line}: no key {' or '.join(missing)}; {_NEEDED}")
         yield line, row
-
-
-_NEEDED = f"needed are {' and '.join(REQUIRED)}, and understood are mask, category, split and defect_type"
 
 
 def _row(path: Path, line: int, values: Any) -> Row:
@@ -171,28 +141,3 @@ def _row(path: Path, line: int, values: Any) -> Row:
 def _column(name: str) -> str:
     name = name.strip().lower()
     return ALIASES.get(name, name)
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.get(name)
-    return "" if value is None else str(value).strip()
-
-
-def _label(row: Row, path: Path, line: int) -> int | None:
-    text = _text(row, "label").lower()
-    if not text:
-        return None
-    if text in LABELS:
-        return LABELS[text]
-    raise DataError(
-        f"{path}, line {line}: label {row['label']!r} is unknown; write 0 or normal, 1 or anomalous, and the kind in defect_type"
-    )
-
-
-def _split(row: Row, path: Path, line: int) -> str:
-    if "split" not in row:
-        return "test"  # nothing is learnt from what does not say that it may be
-    text = _text(row, "split").lower()
-    if text not in SPLITS:
-        raise DataError(f"{path}, line {line}: split {row['split']!r} is unknown; write train, validation or test")
-    return SPLITS[text]

@@ -1,14 +1,8 @@
 """Which files to learn from and which to judge: folders, data-set categories and lists of paths.
 
-A *category* is one product in the layout of MVTec AD::
-
-    bottle/train/good/000.png
-    bottle/test/good/000.png
-    bottle/test/broken_large/000.png
-    bottle/ground_truth/broken_large/000_mask.png
-
-or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes are read in any case. Folders whose name
-begins with a dot or an underscore are passed over. `gladad.data.layouts` reads whole data sets by these rules.
+A *category* is one product in the layout of MVTec AD (``train/good/000.png``, ``test/broken_large/000.png``,
+``ground_truth/broken_large/000_mask.png``) or plain folders, ``good/`` beside one folder per kind of defect. Names of folders and suffixes
+are read in any case. Folders whose name begins with a dot or an underscore are passed over. `gladad.data.layouts` reads whole data sets.
 """
 
 from __future__ import annotations
@@ -26,23 +20,13 @@ from gladad.core.errors import DataError
 from gladad.core.images import is_image, list_images
 from gladad.core.records import Sample
 
+# Names of folders, in lower case. What lies beside a folder of good images is anomalous, too, whatever its name.
 NORMAL_NAMES = frozenset({"good", "normal", "ok"})
-"""Names of folders (lower case) whose images are normal."""
-
 ANOMALOUS_NAMES = frozenset({"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "ko", "ng", "nok"})
-"""Names of folders (lower case) whose images are anomalous; what lies beside a folder of good images is too, whatever its name."""
-
-TEST_FOLDERS = frozenset({"test", "test_public"})
-"""Names of folders (lower case) that hold the labelled test images."""
-
-MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})
-"""Names of folders (lower case) that hold masks, never images to learn from or to judge."""
-
-PRIVATE = frozenset({"test_private", "test_private_mixed"})
-"""Names of folders (lower case) that hold test images without labels."""
-
-HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}
-"""Names of folders (lower case) whose images are never learnt from."""
+TEST_FOLDERS = frozenset({"test", "test_public"})  # labelled test images
+MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})  # never images to learn from or to judge
+PRIVATE = frozenset({"test_private", "test_private_mixed"})  # test images without labels
+HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}  # never learnt from
 
 EXPECTED = "a folder of good images, or a category with train/good/"
 EXPECTED_LABELS = "test/good/ and test/<defect>/, or good/ beside folders of defects"
@@ -54,9 +38,6 @@ def good_images(path: str | Path) -> list[Path]:
     The first of these that is there, and nothing else: ``train/good``; the images directly in ``train``; ``good``, so that folders of
     defects beside it are left out; every image below the folder, at any depth. Masks and anything below a ``test`` folder are never
     taken.
-
-    Args:
-        path: A folder of good images, or a category.
 
     Raises:
         DataError: There is no such folder, it holds several categories, it is a test split, it has good and bad images further down, or
@@ -82,11 +63,8 @@ def good_images(path: str | Path) -> list[Path]:
 def category_samples(path: str | Path) -> list[Sample]:
     """The labelled test images of a category, sorted by kind and name.
 
-    The label is the name of the folder: good, normal and ok are normal, any other is a kind of defect. Masks are paired as
-    `labelled_images` says. An image without one has mask_path None.
-
-    Args:
-        path: The category: with ``test/<kind>/`` (or ``test_public/<kind>/``), or with ``good/`` and the kinds of defect beside it.
+    Those of ``test/<kind>/`` (or ``test_public/<kind>/``), else of ``good/`` and the kinds of defect beside it, with labels and masks as
+    `labelled_images` says.
 
     Raises:
         DataError: There is no such folder, it holds several categories, or no labelled images.
@@ -95,15 +73,11 @@ def category_samples(path: str | Path) -> list[Sample]:
     if path.name.lower() in TEST_FOLDERS:
         path = path.parent  # where the masks are
     _refuse_several_categories(path)
-    parents = [path]
-    if test := folders_named(path, TEST_FOLDERS):
-        parents += test
-        kinds = [kind for parent in test for kind in kind_folders(parent)]
-    elif folders_named(path, NORMAL_NAMES):
-        kinds = kind_folders(path)
-    else:
+    tests = folders_named(path, TEST_FOLDERS)
+    if not tests and not _has_normal(path):
         raise DataError(f"{path}: no labels; expected {EXPECTED_LABELS}")
-    samples = labelled_images(kinds, parents, product_name(path), "test")
+    kinds = [kind for parent in tests or [path] for kind in kind_folders(parent)]
+    samples = labelled_images(kinds, [path, *tests], product_name(path), "test")
     if not samples:
         raise DataError(f"{path}: no labelled images; expected {EXPECTED_LABELS}")
     return samples
@@ -117,7 +91,7 @@ def labelled_images(kinds: Sequence[Path], mask_parents: Sequence[Path], categor
     defect has an image of that name; then ``<name>_mask.*`` beside the image, which is never an image itself.
 
     Args:
-        kinds: The folders.
+        kinds: The folders; good, normal and ok are normal, any other name is a kind of defect.
         mask_parents: Folders that may hold a folder of masks.
         category: For the records.
         split: For the records.
@@ -152,13 +126,11 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for given in map(Path, paths):
-        images = [given]
-        if given.is_dir():
-            images = _images_outside(given, MASK_FOLDERS)
-            if not images:
-                raise DataError(f"{given}: no images in this folder")
-        elif not given.exists():
+        if not given.exists():
             raise DataError(f"{given}: no such file or folder")
+        images = _images_outside(given, MASK_FOLDERS) if given.is_dir() else [given]
+        if not images:
+            raise DataError(f"{given}: no images in this folder")
         for image in images:
             found.setdefault(image.resolve(), image)
     return list(found.values())
@@ -196,7 +168,7 @@ def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int)
         paths: What to split.
         share: Part to set aside, in [0, 1].
         minimum: Set aside at least this many, but never more than half.
-        seed: Seed of the choice.
+        seed: Of the choice.
 
     Returns:
         ``(kept, held_out)``.
@@ -210,10 +182,9 @@ def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int)
     distinct = list(dict.fromkeys(digests))
     count = min(max(minimum, round(share * len(distinct))), len(distinct) // 2)
     if count < min(minimum, len(paths) // 2):
-        raise DataError(
-            f"{paths[0].parent}: of {len(paths)} images only {len(distinct)} differ, the others are copies of the same bytes; at least "
-            f"{2 * minimum} different ones are needed to hold {minimum} out; add some"
-        )
+        copies = f"of {len(paths)} images only {len(distinct)} differ, the others are copies of the same bytes"
+        needed = f"at least {2 * minimum} different ones are needed to hold {minimum} out; add some"
+        raise DataError(f"{paths[0].parent}: {copies}; {needed}")
     chosen = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count]}
     parts: tuple[list[Path], list[Path]] = ([], [])
     for path, digest in zip(paths, digests, strict=True):
@@ -231,10 +202,7 @@ def _folder(path: str | Path, expected: str) -> Path:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders directly inside, sorted.
-
-    Passed over are hidden ones, those put aside with an underscore, and links that lead back up.
-    """
+    """The folders directly inside, sorted, but hidden ones, those put aside with an underscore, and links that lead back up."""
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
     found = sorted(path / name for name in names if not name.startswith((".", "_")) and (path / name).is_dir())
@@ -265,11 +233,6 @@ def images_and_masks(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     return [image for image, key in keys.items() if key not in masks], masks
 
 
-def mask_files(parents: Sequence[Path]) -> list[Path]:
-    """Every file in the folders of masks directly inside some folders."""
-    return [mask for parent in parents for root in folders_named(parent, MASK_FOLDERS) for mask in list_images(root)]
-
-
 def absolute(path: Path) -> Path:
     """The whole path, without following links: what is named counts."""
     return Path(os.path.abspath(path))  # noqa: PTH100
@@ -278,10 +241,8 @@ def absolute(path: Path) -> Path:
 def product_name(path: Path) -> str:
     """The name of the product that a folder is of: its own, or where that is a split's or a label's, the one above."""
     path = absolute(path)
-    for folder in (path, *path.parents):
-        if folder.name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}:
-            return folder.name or path.name
-    return path.name
+    names = (folder.name for folder in (path, *path.parents))
+    return next(name for name in names if name.lower() not in NORMAL_NAMES | HELD_BACK | {"train"}) or path.name
 
 
 def visa_images(path: Path) -> list[Path]:
@@ -294,9 +255,8 @@ def category_folders(path: Path) -> list[Path]:
     if is_category(path):
         return [path]
     inner = subfolders(path)
-    if found := [folder for folder in inner if is_category(folder)]:
-        return found
-    return [folder for parent in inner for folder in subfolders(parent) if is_category(folder)] or [path]
+    found = [folder for folder in inner if is_category(folder)]
+    return found or [folder for parent in inner for folder in subfolders(parent) if is_category(folder)] or [path]
 
 
 def is_category(path: Path) -> bool:

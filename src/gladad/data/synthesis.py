@@ -1,10 +1,8 @@
 """Synthetic anomalies for training and for calibration: a random mask, something foreign inside it, the normal image outside.
 
-The published recipe (paper, section 3.3, after DRAEM): Perlin-noise masks, and inside them a texture image or the image's own
-shuffled tiles under three random colour augmentations. Two things are added, and can be switched off: small local blobs, because many
-real defects are much smaller than Perlin masks, and two more sources (the image itself shifted and re-lit; a flat colour).
-
-Everything is drawn from the generator given, so a sample depends on its seed alone.
+The published recipe (paper, section 3.3, after DRAEM): Perlin-noise masks, and inside them a texture image or the image's own shuffled
+tiles under three random colour augmentations. Two things are added, and can be switched off: small local blobs, because many real defects
+are much smaller, and two more sources (the image itself shifted and re-lit; a flat colour). A sample depends on its seed alone.
 """
 
 from __future__ import annotations
@@ -34,16 +32,12 @@ class SynthesisConfig:
     augmentations: int = 3  # random colour or geometry changes of a texture or tile source
 
 
+# The mix used for the ``lite`` base: half of the masks are small, and half of the sources stay close to the part's own look.
 LITE = SynthesisConfig(local_share=0.5, perlin_scales=(1, 5), source_weights=(0.35, 0.2, 0.3, 0.15), augmentations=1)
-"""The mix used for the ``lite`` base: half of the masks are small, and half of the sources stay close to the part's own look."""
 
 
 class Draw:
-    """Random numbers from a `numpy.random.Generator`, with the few shapes the recipe needs.
-
-    Args:
-        seed: One or several numbers >= 0, such as the seed of a training and the number of a sample. No two different ones draw the same.
-    """
+    """Random numbers of a seed: one or several numbers >= 0, such as a training's and a sample's. No two different ones draw the same."""
 
     def __init__(self, seed: int | Sequence[int]):
         numbers = (seed,) if isinstance(seed, int) else tuple(seed)
@@ -110,23 +104,9 @@ def local_mask(size: tuple[int, int], config: SynthesisConfig, draw: Draw, foreg
     return mask
 
 
-# Colour and geometry changes of a source image; each draws its own strength. The list is the published one.
-AUGMENTATIONS: tuple[Callable[[Image.Image, Draw], Image.Image], ...] = (
-    lambda image, draw: image.point(_gamma_table(draw.uniform(0.5, 2.0)) * 3),
-    lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.uniform(0.8, 1.2)),
-    lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.uniform(0.0, 3.0)),
-    lambda image, draw: _shift_hue(image, draw),
-    lambda image, draw: ImageOps.solarize(image, draw.integer(32, 128)),
-    lambda image, draw: ImageOps.posterize(image, draw.integer(2, 6)),
-    lambda image, draw: ImageOps.invert(image),
-    lambda image, draw: ImageOps.autocontrast(image),
-    lambda image, draw: ImageOps.equalize(image),
-    lambda image, draw: image.rotate(draw.uniform(-45, 45), Image.Resampling.BILINEAR),
-)
-
-
-def _gamma_table(gamma: float) -> list[int]:
-    return [round(255 * (level / 255) ** gamma) for level in range(256)]
+def _change_gamma(image: Image.Image, draw: Draw) -> Image.Image:
+    gamma = draw.uniform(0.5, 2.0)
+    return image.point([round(255 * (level / 255) ** gamma) for level in range(256)] * 3)
 
 
 def _shift_hue(image: Image.Image, draw: Draw) -> Image.Image:
@@ -134,6 +114,21 @@ def _shift_hue(image: Image.Image, draw: Draw) -> Image.Image:
     hsv[..., 0] = (hsv[..., 0] + draw.integer(-35, 35)) % 256
     hsv[..., 1] = np.clip(hsv[..., 1] + draw.integer(-50, 50), 0, 255)
     return Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
+
+
+# Colour and geometry changes of a source image; each draws its own strength. The list is the published one.
+AUGMENTATIONS: tuple[Callable[[Image.Image, Draw], Image.Image], ...] = (
+    _change_gamma,
+    lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.uniform(0.8, 1.2)),
+    lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.uniform(0.0, 3.0)),
+    _shift_hue,
+    lambda image, draw: ImageOps.solarize(image, draw.integer(32, 128)),
+    lambda image, draw: ImageOps.posterize(image, draw.integer(2, 6)),
+    lambda image, draw: ImageOps.invert(image),
+    lambda image, draw: ImageOps.autocontrast(image),
+    lambda image, draw: ImageOps.equalize(image),
+    lambda image, draw: image.rotate(draw.uniform(-45, 45), Image.Resampling.BILINEAR),
+)
 
 
 def augment(pixels: Pixels, count: int, draw: Draw) -> Pixels:
@@ -148,7 +143,7 @@ def shuffled_tiles(pixels: Pixels, draw: Draw, tiles: int = 8) -> Pixels:
     """The image cut into ``tiles`` x ``tiles`` pieces and shuffled; sides that do not divide keep a border."""
     height, width = pixels.shape[0] // tiles, pixels.shape[1] // tiles
     out = pixels.copy()
-    pieces = [(r * height, c * width) for r in range(tiles) for c in range(tiles)]
+    pieces = [(row * height, column * width) for row in range(tiles) for column in range(tiles)]
     for (y, x), source in zip(pieces, draw.rng.permutation(len(pieces)), strict=True):
         sy, sx = pieces[int(source)]
         out[y : y + height, x : x + width] = pixels[sy : sy + height, sx : sx + width]
@@ -156,7 +151,7 @@ def shuffled_tiles(pixels: Pixels, draw: Draw, tiles: int = 8) -> Pixels:
 
 
 def shifted_self(pixels: Pixels, draw: Draw) -> Pixels:
-    """The image moved by up to an eighth of its size and re-lit: content that belongs to the part, in the wrong place or light."""
+    """The image moved by up to an eighth of its size and re-lit: content of the part, in the wrong place or light."""
     height, width = pixels.shape[:2]
     moved = np.roll(pixels, (draw.integer(-height // 8, height // 8), draw.integer(-width // 8, width // 8)), axis=(0, 1))
     lit = (moved.astype(np.float32) - 127.5) * draw.uniform(0.6, 1.4) + 127.5 + draw.uniform(-50, 50)
@@ -172,15 +167,7 @@ def flat_colour(pixels: Pixels, draw: Draw) -> Pixels:
 
 
 def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
-    """A random texture without any texture images: two colours blended by stripes, cells, grain or clouds of random scale.
-
-    Args:
-        size: ``(H, W)``.
-        draw: Random numbers.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
-    """
+    """A random texture of ``(H, W)`` without any texture images: two colours blended by stripes, cells, grain or clouds of random scale."""
     high = max(1, int(math.log2(min(size))) - 1)
     cells = (2 ** draw.integer(1, high), 2 ** draw.integer(1, high))
     pattern = perlin_noise(size, cells, draw)
@@ -199,18 +186,14 @@ def procedural_texture(size: tuple[int, int], draw: Draw) -> Pixels:
 
 
 def synthesise(
-    pixels: Pixels,
-    draw: Draw,
-    config: SynthesisConfig,
-    textures: Sequence[Pixels] = (),
-    foreground: Foreground = "all",
+    pixels: Pixels, draw: Draw, config: SynthesisConfig, textures: Sequence[Pixels] = (), foreground: Foreground = "all"
 ) -> tuple[Pixels, NDArray[np.bool_]]:
     """Put one synthetic anomaly into a normal image.
 
     Args:
         pixels: ``[H, W, 3]`` uint8 normal image.
         draw: The sample's random numbers.
-        config: The recipe.
+        config: How anomalies look.
         textures: ``[H, W, 3]`` images of the same size to take content from; without any, textures are generated.
         foreground: Where anomalies may appear.
 
