@@ -18,7 +18,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gladad.metrics.image import (
     aupimo,
-    aupimo_per_image,
     aupro,
     auroc,
     average_precision,
@@ -31,6 +30,7 @@ from gladad.metrics.image import (
     pixel_metrics,
     wilson_interval,
 )
+from gladad.metrics.pixel import PixelMetrics
 
 CASES = [(seed, levels) for seed in range(6) for levels in (2, 5, 10_000)]
 
@@ -152,6 +152,13 @@ def test_regions_do_not_connect_across_images():
     assert aupro(maps, masks) == pytest.approx(slow_aupro(maps, masks, 0.3))
 
 
+def aupimo_per_image(maps, masks, bounds=(1e-5, 1e-4)) -> tuple[float, ...]:
+    with PixelMetrics() as collected:
+        for one, mask in zip(maps, masks, strict=True):
+            collected.add(one, mask)
+        return collected.aupimo(bounds)
+
+
 @pytest.mark.parametrize(("seed", "levels"), CASES)
 def test_aupimo_agrees_with_the_slow_reference(seed, levels):
     rng = np.random.default_rng(seed)
@@ -208,12 +215,13 @@ def test_image_curves_end_where_they_must_and_carry_the_area():
 
 def test_decisions_per_defect_type():
     rows = decisions([1, 0, 1, 1, 0], [True, False, False, True, True], ["scratch", "good", "scratch", "dent", "good"])
-    assert [(row.defect_type, row.anomalous, row.count, row.rejected, row.rate) for row in rows] == [
+    assert [tuple(row.values())[:5] for row in rows] == [
         ("good", False, 2, 1, 0.5),
         ("dent", True, 1, 1, 1.0),
         ("scratch", True, 2, 1, 0.5),
     ]
-    assert (rows[0].low, rows[0].high) == wilson_interval(1, 2)
+    assert list(rows[0]) == ["defect_type", "anomalous", "count", "rejected", "rate", "low", "high"]
+    assert (rows[0]["low"], rows[0]["high"]) == wilson_interval(1, 2)
 
 
 def test_undefined_pixel_metrics_are_refused():

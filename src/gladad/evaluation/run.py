@@ -316,16 +316,14 @@ def _per_type(
     rows: Sequence[dict[str, Any]], truths: NDArray[np.bool_], rejected: NDArray[np.bool_], scores: NDArray[np.float64]
 ) -> list[dict[str, Any]]:
     kinds = np.array([row["defect_type"] for row in rows])
-    found = []
-    for decision in decisions(truths, rejected, kinds.tolist()):
-        entry = asdict(decision)
-        members = truths & (kinds == decision.defect_type)
-        if decision.anomalous and not truths.all():
+    found = decisions(truths, rejected, kinds.tolist())
+    for entry in (entry for entry in found if entry["anomalous"]):
+        members = truths & (kinds == entry["defect_type"])
+        if not truths.all():
             entry["image_auroc"] = auroc(scores[members | ~truths], truths[members | ~truths])
         values = [row["aupimo"] for row, member in zip(rows, members, strict=True) if member and "aupimo" in row]
-        if decision.anomalous and values:
+        if values:
             entry["aupimo"] = float(np.mean(values))
-        found.append(entry)
     return found
 
 
