@@ -11,10 +11,10 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,48 +25,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What Matplotlib draws in -> what the page calls it.
-INK, SOFT, LINE, GOOD, BAD = "#010101", "#020202", "#030303", "#040404", "#050505"
-CSS = {INK: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
-
-STYLE: Any = {  # Matplotlib types its keys one by one
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": LINE,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
-SIZE = (5.2, 3.7)
-"""Of a chart in inches of 72 units; the page scales it."""
-
-LOG_FROM = 8
-"""Ratio of the largest to the smallest score from which on the axis is logarithmic."""
+INK, GOOD, BAD = "#010101", "#040404", "#050505"  # what Matplotlib draws in, beside the colours of its style
+CSS = {INK: "currentColor", "#020202": "var(--soft)", "#030303": "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+SIZE = (5.2, 3.7)  # of a chart in inches of 72 units; the page scales it
+LOG_FROM = 8  # ratio of the largest to the smallest score from which on the axis is logarithmic
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing ready for a page.
+class Chart(NamedTuple):
+    """A drawing ready for a page."""
 
-    Attributes:
-        name: "scores", "roc", "pr" or "pro".
-        title: What it shows.
-        svg: One ``<svg>`` element.
-    """
-
-    name: str
+    name: str  # "scores", "roc", "pr" or "pro"
     title: str
-    svg: str
+    svg: str  # one <svg> element
 
 
 def charts(report: Report) -> list[Chart]:
@@ -174,15 +144,14 @@ def _drawn(name: str, title: str, draw: Callable[[Figure], str]) -> Chart:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE | {"svg.hashsalt": name}):
+    with as_file(files("gladad.report") / "charts.mplstyle") as style, rc_context({"svg.hashsalt": name}, style):
         figure, buffer = Figure(SIZE, layout="constrained"), io.StringIO()
         label = draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    text = text[text.index("<svg") :]
-    text = f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + text[text.index(">") + 1 :]
+    start = f'<svg role="img" aria-label="{escape(label)}"'
+    text = re.sub(
+        r'^.*?<svg[^>]*( viewBox="[^"]*")[^>]*>', lambda match: f"{start}{match[1]}>", buffer.getvalue(), count=1, flags=re.DOTALL
+    )
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     used = set(re.findall(r"#([\w.]+)[\")]", text))  # names are those of this chart alone, and only where they are needed
