@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INK, GOOD, BAD = "#010101", "#040404", "#050505"  # what Matplotlib draws in, beside the colours of its style
 CSS = {INK: "currentColor", "#020202": "var(--soft)", "#030303": "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+Points = dict[str, list[float]]
 SIZE = (5.2, 3.7)  # of a chart in inches of 72 units; the page scales it
 LOG_FROM = 8  # ratio of the largest to the smallest score from which on the axis is logarithmic
 
@@ -105,13 +106,7 @@ def _draw_scores(report: Report, figure: Figure) -> str:
 
 
 def _curve(
-    name: str,
-    title: str,
-    curve: dict[str, list[float]],
-    label: str,
-    names: tuple[str, str],
-    point: tuple[float, float] | None = None,
-    limit: float = 1.0,
+    name: str, title: str, curve: Points, label: str, names: Sequence[str], point: Sequence[float] | None = None, limit: float = 1.0
 ) -> Chart:
     def draw(figure: Figure) -> str:
         axes = figure.add_subplot()
@@ -149,10 +144,8 @@ def _drawn(name: str, title: str, draw: Callable[[Figure], str]) -> Chart:
         label = draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     start = f'<svg role="img" aria-label="{escape(label)}"'
-    text = re.sub(
-        r'^.*?<svg[^>]*( viewBox="[^"]*")[^>]*>', lambda match: f"{start}{match[1]}>", buffer.getvalue(), count=1, flags=re.DOTALL
-    )
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
+    text = re.sub(r'(?s).*?<svg[^>]*( viewBox="[^"]*")[^>]*>', lambda match: f"{start}{match[1]}>", buffer.getvalue(), count=1)
+    text = re.sub(r"(?s)<style.*?</style>", "", text)  # would apply to the whole page
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     used = set(re.findall(r"#([\w.]+)[\")]", text))  # names are those of this chart alone, and only where they are needed
     text = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
