@@ -15,26 +15,16 @@ from gladad.core.records import Region
 
 Pixels = NDArray[np.uint8]
 
-VMAX = 2.0
-"""Map value at the top of the colour scale: twice the threshold."""
-
+VMAX = 2.0  # map value at the top of the colour scale: twice the threshold
 OUTLINE, BOX = (0, 230, 255), (255, 255, 255)
 
-# Dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
-ANCHORS = (
-    (0, 0, 6),
-    (34, 11, 76),
-    (88, 16, 110),
-    (139, 35, 105),
-    (188, 55, 84),
-    (227, 89, 50),
-    (249, 142, 9),
-    (248, 202, 52),
-    (252, 254, 164),
+# Red, green, blue: dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
+CHANNELS = (
+    (0, 34, 88, 139, 188, 227, 249, 248, 252),
+    (0, 11, 16, 35, 55, 89, 142, 202, 254),
+    (6, 76, 110, 105, 84, 50, 9, 52, 164),
 )
-COLOURS: Pixels = np.stack(
-    [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(ANCHORS)), channel) for channel in zip(*ANCHORS, strict=True)], axis=1
-).astype(np.uint8)
+COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), channel) for channel in CHANNELS], axis=1).astype(np.uint8)
 
 
 def heatmap(values: NDArray[np.floating]) -> Pixels:
