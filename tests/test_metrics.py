@@ -27,7 +27,6 @@ from gladad.metrics.image import (
     image_metrics,
     pb2,
     pg2,
-    pixel_metrics,
     wilson_interval,
 )
 from gladad.metrics.pixel import PixelMetrics
@@ -85,6 +84,17 @@ def test_one_class_only_is_refused(metric, labels):
 def test_bad_input_is_refused(metric, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         metric(scores, labels)
+
+
+def collected(maps, masks) -> PixelMetrics:
+    pixels = PixelMetrics()
+    for one, mask in zip(maps, masks, strict=True):
+        pixels.add(one, mask)
+    return pixels
+
+
+def pixel_metrics(maps, masks) -> dict[str, float]:
+    return collected(maps, masks).compute().metrics
 
 
 def random_maps(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,13 +162,6 @@ def test_regions_do_not_connect_across_images():
     assert aupro(maps, masks) == pytest.approx(slow_aupro(maps, masks, 0.3))
 
 
-def aupimo_per_image(maps, masks, bounds=(1e-5, 1e-4)) -> tuple[float, ...]:
-    with PixelMetrics() as collected:
-        for one, mask in zip(maps, masks, strict=True):
-            collected.add(one, mask)
-        return collected.aupimo(bounds)
-
-
 @pytest.mark.parametrize(("seed", "levels"), CASES)
 def test_aupimo_agrees_with_the_slow_reference(seed, levels):
     rng = np.random.default_rng(seed)
@@ -166,7 +169,7 @@ def test_aupimo_agrees_with_the_slow_reference(seed, levels):
     masks[[1, 4, 5]] = False
     maps = (rng.integers(0, levels, masks.shape) + masks * levels * 0.6).astype(np.float32)
     for bounds in ((1e-5, 1e-4), (1e-3, 2e-2), (0.05, 1.0)):
-        assert aupimo_per_image(maps, masks, bounds) == pytest.approx(slow_aupimo(maps, masks, bounds), abs=1e-10)
+        assert collected(maps, masks).aupimo(bounds) == pytest.approx(slow_aupimo(maps, masks, bounds), abs=1e-10)
         assert aupimo(maps, masks, bounds) == pytest.approx(np.mean(slow_aupimo(maps, masks, bounds)), abs=1e-10)
 
 
@@ -177,7 +180,7 @@ def test_aupimo_of_known_cases():
     assert aupimo(1 - masks.astype(float), masks) == 0.0
     half = masks.astype(float)
     half[0, 1] = -1  # half of the first defect is below everything normal
-    assert aupimo_per_image(half, masks) == (0.5, 1.0)
+    assert collected(half, masks).aupimo() == (0.5, 1.0)
 
 
 def test_aupimo_needs_normal_and_anomalous_images():

@@ -80,19 +80,16 @@ def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
     Raises:
         ValueError: Shapes differ, a value is not finite, the masks have no region or no normal pixel, or max_fpr is out of range.
     """
-    return pixel_metrics(maps, masks, max_fpr)["pixel_aupro"]
+    with _collected(maps, masks) as collected:
+        return collected.compute(max_fpr).metrics["pixel_aupro"]
 
 
 def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> float:
     """Mean over the anomalous images of the area under the per-image overlap curve (Bertoldo et al., BMVC 2024).
 
-    For each anomalous image, the share of its anomalous pixels at or above a threshold, against the mean over the *normal images* of the
-    share of their pixels at or above it, averaged over the logarithm of the latter between the bounds.
-
-    Args:
-        maps: ``[N, H, W]`` finite, higher is more anomalous.
-        masks: ``[N, H, W]`` 0 or False normal, 1 or True anomalous; images with an anomalous pixel are the anomalous ones.
-        fpr_bounds: Ends of the integral, rising, in (0, 1]. Below the first false positive the curve is what is found without any.
+    For each image with an anomalous pixel, the share of these at or above a threshold, against the mean over the *normal images* of the
+    share of their pixels at or above it, averaged over the logarithm of the latter between the bounds, which rise in (0, 1]. Below the
+    first false positive the curve is what is found without any. Maps and masks are as in `aupro`.
 
     Raises:
         ValueError: Shapes differ, a value is not finite, there is no normal or no anomalous image, or the bounds are out of order.
@@ -102,12 +99,6 @@ def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = 
     if not each:
         raise ValueError("AUPIMO needs at least one normal and one anomalous image")
     return float(np.mean(each))
-
-
-def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> dict[str, float]:
-    """All of `gladad.metrics.pixel.NAMES` that are defined; arguments and errors as in `aupro`. Without a normal image no AUPIMO."""
-    with _collected(maps, masks) as collected:
-        return collected.compute(max_fpr).metrics
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:

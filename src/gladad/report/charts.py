@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from gladad.core.records import Report
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, GOOD, BAD = "#010101", "#040404", "#050505"  # what Matplotlib draws in, beside the colours of its style
@@ -80,6 +79,8 @@ def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[n
 
 
 def _draw_scores(report: Report, figure: Figure) -> str:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rows = [row for row in report.rows if "error" not in row]
     edges, logarithmic = bin_edges([row["pred_score"] for row in rows])
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -99,8 +100,11 @@ def _draw_scores(report: Report, figure: Figure) -> str:
         for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
             axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
     if logarithmic:
-        lower.set_xscale("log")
-        _plain_ticks(lower)
+        low, high = lower.dataLim.intervalx
+        lower.set_xscale("log")  # with 0.5 and 2 on the axis, not powers of ten
+        lower.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
+        lower.xaxis.set_minor_locator(NullLocator())
+        lower.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     lower.set(xlim=(edges[0], edges[-1]), xlabel="score; above 1 is rejected")
     return f"Histogram of scores around the threshold 1. {'; '.join(labels)}."
 
@@ -121,16 +125,6 @@ def _curve(
         return described
 
     return _drawn(name, title, draw)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Write 0.5 and 2 on a logarithmic axis, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = axes.dataLim.intervalx
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _drawn(name: str, title: str, draw: Callable[[Figure], str]) -> Chart:

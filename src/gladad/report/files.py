@@ -124,12 +124,7 @@ def picture_names(images: Sequence[Path]) -> list[Path]:
 
 
 class PredictionWriter:
-    """Writes predictions into a folder as they come; the table follows in `close`.
-
-    Args:
-        folder: An empty folder that exists.
-        pictures: Write overlays and masks too.
-    """
+    """Writes predictions into an empty folder as they come, with overlays and masks if wanted; the table follows in `close`."""
 
     def __init__(self, folder: Path, *, pictures: bool = True):
         self.folder, self.pictures = folder, pictures

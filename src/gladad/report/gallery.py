@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gladad.core.records import Prediction
-from gladad.report.pictures import overlay, thumbnail
-
-Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
+from gladad.report.pictures import Mask, Pixels, overlay, thumbnail
 
 FOLDER = "pictures"
 OUTCOMES = ("false accept", "false reject", "found", "passed")  # from what needs a look to what does not
@@ -88,16 +85,13 @@ def item_bytes(count: int) -> int:
 
 
 def small_pictures(prediction: Prediction, pixels: Pixels, gt_mask: Mask | None, limit: int) -> list[tuple[str, bytes]]:
-    """Shrink and encode the pictures of one image, as large as the limit allows, so that large images need not be kept.
+    """The pictures of one image as ``(title, JPEG bytes)`` in the order of display, as large as the limit allows.
 
     Args:
         prediction: What inspection said.
         pixels: ``[H, W, 3]`` uint8, the inspected image.
         gt_mask: ``[H, W]`` bool; None if there is no picture of it.
         limit: Bytes of all of them together; exceeded only where 64 pixels at a low quality are too many.
-
-    Returns:
-        ``(title, JPEG bytes)`` in the order of display.
     """
     found: list[tuple[str, bytes]] = []
     for side in SIDES:
@@ -113,17 +107,9 @@ def small_pictures(prediction: Prediction, pixels: Pixels, gt_mask: Mask | None,
 
 
 def full_pictures(prediction: Prediction, pixels: Pixels, gt_mask: Mask | None, folder: Path, name: Path) -> dict[str, str]:
-    """Write the pictures of one image at its own size, in a folder for each title.
+    """Write the pictures of one image at its own size, in a folder for each title; the links from the page, by title.
 
-    Args:
-        prediction: What inspection said.
-        pixels: ``[H, W, 3]`` uint8, the inspected image.
-        gt_mask: ``[H, W]`` bool; None if there is no picture of it.
-        folder: Where; the page lies beside it.
-        name: Relative name of the image in it.
-
-    Returns:
-        Title -> link from the page.
+    The first arguments are those of `small_pictures`. The page lies beside ``folder``, ``name`` is the relative name of the image in it.
     """
     links = {}
     for title, picture in views(pixels, prediction.reconstruction, prediction.anomaly_map, prediction.pred_mask, gt_mask):

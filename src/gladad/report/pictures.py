@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from gladad.core.records import Region
 
 Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
 
 VMAX = 2.0  # map value at the top of the colour scale: twice the threshold
 OUTLINE, BOX = (0, 230, 255), (255, 255, 255)
@@ -28,13 +29,7 @@ COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), channel)
 
 
 def heatmap(values: NDArray[np.floating]) -> Pixels:
-    """Colour a map.
-
-    Args:
-        values: ``[H, W]``; 0 and less is the darkest colour, `VMAX` and more the lightest.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
+    """Colour a map ``[H, W]`` as ``[H, W, 3]`` uint8: 0 and less is the darkest colour, `VMAX` and more the lightest.
 
     Raises:
         ValueError: A value is NaN, which must not look normal.
@@ -45,19 +40,14 @@ def heatmap(values: NDArray[np.floating]) -> Pixels:
     return np.asarray(COLOURS[np.rint(level.clip(0, 1) * 255).astype(np.uint8)])
 
 
-def overlay(
-    pixels: Pixels, anomaly_map: NDArray[np.floating], mask: NDArray[np.bool_] | None = None, regions: Iterable[Region] = ()
-) -> Pixels:
-    """Lay a map over its image: untouched below half of the threshold, ever more colour above.
+def overlay(pixels: Pixels, anomaly_map: NDArray[np.floating], mask: Mask | None = None, regions: Iterable[Region] = ()) -> Pixels:
+    """Lay a map over a copy of its image: untouched below half of the threshold, ever more colour above.
 
     Args:
         pixels: ``[H, W, 3]`` uint8.
         anomaly_map: ``[H, W]`` of the same size.
         mask: ``[H, W]`` bool, drawn as an outline.
         regions: Drawn as boxes.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
 
     Raises:
         ValueError: The sizes differ, or a value is NaN.
@@ -78,7 +68,7 @@ def overlay(
     return np.array(picture)
 
 
-def _eroded(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
+def _eroded(mask: Mask, times: int) -> Mask:
     """The mask without its outermost pixels; the border of the image counts as outside."""
     for _ in range(times):
         padded = np.pad(mask, 1)
