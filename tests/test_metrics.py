@@ -18,7 +18,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gladad.metrics.image import (
     aupimo,
-    aupimo_per_image,
     aupro,
     auroc,
     average_precision,
@@ -28,9 +27,9 @@ from gladad.metrics.image import (
     image_metrics,
     pb2,
     pg2,
-    pixel_metrics,
     wilson_interval,
 )
+from gladad.metrics.pixel import PixelMetrics
 
 CASES = [(seed, levels) for seed in range(6) for levels in (2, 5, 10_000)]
 
@@ -85,6 +84,17 @@ def test_one_class_only_is_refused(metric, labels):
 def test_bad_input_is_refused(metric, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         metric(scores, labels)
+
+
+def collected(maps, masks) -> PixelMetrics:
+    pixels = PixelMetrics()
+    for one, mask in zip(maps, masks, strict=True):
+        pixels.add(one, mask)
+    return pixels
+
+
+def pixel_metrics(maps, masks) -> dict[str, float]:
+    return collected(maps, masks).compute().metrics
 
 
 def random_maps(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +169,7 @@ def test_aupimo_agrees_with_the_slow_reference(seed, levels):
     masks[[1, 4, 5]] = False
     maps = (rng.integers(0, levels, masks.shape) + masks * levels * 0.6).astype(np.float32)
     for bounds in ((1e-5, 1e-4), (1e-3, 2e-2), (0.05, 1.0)):
-        assert aupimo_per_image(maps, masks, bounds) == pytest.approx(slow_aupimo(maps, masks, bounds), abs=1e-10)
+        assert collected(maps, masks).aupimo(bounds) == pytest.approx(slow_aupimo(maps, masks, bounds), abs=1e-10)
         assert aupimo(maps, masks, bounds) == pytest.approx(np.mean(slow_aupimo(maps, masks, bounds)), abs=1e-10)
 
 
@@ -170,7 +180,7 @@ def test_aupimo_of_known_cases():
     assert aupimo(1 - masks.astype(float), masks) == 0.0
     half = masks.astype(float)
     half[0, 1] = -1  # half of the first defect is below everything normal
-    assert aupimo_per_image(half, masks) == (0.5, 1.0)
+    assert collected(half, masks).aupimo() == (0.5, 1.0)
 
 
 def test_aupimo_needs_normal_and_anomalous_images():
@@ -208,12 +218,13 @@ def test_image_curves_end_where_they_must_and_carry_the_area():
 
 def test_decisions_per_defect_type():
     rows = decisions([1, 0, 1, 1, 0], [True, False, False, True, True], ["scratch", "good", "scratch", "dent", "good"])
-    assert [(row.defect_type, row.anomalous, row.count, row.rejected, row.rate) for row in rows] == [
+    assert [tuple(row.values())[:5] for row in rows] == [
         ("good", False, 2, 1, 0.5),
         ("dent", True, 1, 1, 1.0),
         ("scratch", True, 2, 1, 0.5),
     ]
-    assert (rows[0].low, rows[0].high) == wilson_interval(1, 2)
+    assert list(rows[0]) == ["defect_type", "anomalous", "count", "rejected", "rate", "low", "high"]
+    assert (rows[0]["low"], rows[0]["high"]) == wilson_interval(1, 2)
 
 
 def test_undefined_pixel_metrics_are_refused():

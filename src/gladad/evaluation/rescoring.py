@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.records import Progress, Report, no_progress
-from gladad.decision.conformal import Calibration, Threshold, check_rate, conformal_threshold
+from gladad.decision.conformal import Calibration, Threshold, conformal_threshold
 from gladad.evaluation import stored_maps as kept_maps
 from gladad.evaluation.run import REPORT_FILE, SCHEMA, SCHEMA_VERSION, measure, take
 from gladad.metrics.pixel import PixelMetrics
@@ -48,8 +48,7 @@ def rescore(
         DataError: The folder holds no report, no maps, or damaged ones.
         ConfigError: A setting is out of range.
     """
-    folder = Path(folder)
-    output = folder if output is None else Path(output)
+    folder, output = Path(folder), Path(folder if output is None else output)
     stored = _read(folder)
     try:
         details = stored["details"]
@@ -58,8 +57,10 @@ def rescore(
             raise ConfigError(f"max_fpr must lie in (0, 1], not {limit}")
         if not details[kept_maps.FOLDER]:
             raise DataError(f"{folder}: its maps were not kept; run 'gladad evaluate --keep-maps' first")
-        before = Calibration.from_json(details["calibration"])
-        calibration = before if false_reject_rate is None else _at_rate(before, false_reject_rate)
+        calibration = before = Calibration.from_json(details["calibration"])
+        if false_reject_rate is not None:
+            threshold = conformal_threshold(before.scores, false_reject_rate, cross_fitted=before.cross_fitted, images=before.threshold.n)
+            calibration = replace(before, threshold=threshold)
         rows = [_decided(row, calibration.threshold, before.threshold) for row in stored["rows"]]
         _relink(rows, folder, output)
         items: list[GalleryItem] = []
@@ -83,11 +84,14 @@ def rescore(
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not a finite number")
+
     path = folder / REPORT_FILE
     if not path.is_file():
         raise DataError(f"{folder}: holds no report ({REPORT_FILE}); give the folder that 'gladad evaluate' wrote")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); evaluate again") from error
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
@@ -97,30 +101,13 @@ def _read(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a finite number")
-
-
-def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """A stored record under the names of today: version 1 has the old ones only, version 2 both."""
-    if "image_path" not in row:
-        new = {"image_path": row["image"]}
-        if "error" not in row:
-            new |= {"pred_score": row["score"], "pred_label": int(row["label"] == "anomalous"), "mask_vanished": False}
-        row = row | new
-    return {key: value for key, value in row.items() if key not in OLD_NAMES}
-
-
-def _at_rate(calibration: Calibration, rate: float) -> Calibration:
-    check_rate(rate)
-    cross_fitted, images = calibration.cross_fitted, calibration.threshold.n
-    return replace(calibration, threshold=conformal_threshold(calibration.scores, rate, cross_fitted=cross_fitted, images=images))
-
-
 def _decided(row: dict[str, Any], threshold: Threshold, before: Threshold) -> dict[str, Any]:
-    """The record of an image under another threshold; what follows from the pixels is left to `measure`."""
-    row = _renamed(row)
-    row.pop("aupimo", None)
+    """The record of an image under another threshold, by the names of today; what follows from the pixels is left to `measure`."""
+    if "image_path" not in row:  # version 1 has the old names only, version 2 both
+        row = row | {"image_path": row["image"]}
+        if "error" not in row:
+            row |= {"pred_score": row["score"], "pred_label": int(row["label"] == "anomalous"), "mask_vanished": False}
+    row = {key: value for key, value in row.items() if key not in (*OLD_NAMES, "aupimo")}
     if "error" in row or threshold == before:
         return row
     rejected = row["raw_score"] > threshold.value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from gladad.report.text import markdown
 EVALUATION_SIZE = (256, 256)
 """``(H, W)`` at which maps and masks are compared, whatever the size of the images."""
 
+SIZE_TEXT = "{1}x{0}".format(*EVALUATION_SIZE)
 REPORT_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "index.html"
 SCHEMA, SCHEMA_VERSION = "gladad-report", 2
 COLUMNS = (
@@ -47,16 +48,13 @@ class Inspector(Protocol):
     @property
     def calibration_(self) -> Calibration:
         """Its thresholds."""
-        ...
 
     @property
     def workers(self) -> int:
         """Images to inspect at the same time."""
-        ...
 
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect one image ``[H, W, 3]`` uint8."""
-        ...
 
 
 def evaluate(
@@ -69,7 +67,7 @@ def evaluate(
     maps: Path | None = None,
     processes: Processes | None = None,
 ) -> Report:
-    """Inspect labelled images and measure how well scores, maps and decisions agree with the labels.
+    """Inspect labelled images and measure how well scores, maps and decisions agree with the labels; `measure` says what a report has.
 
     Pixel metrics compare map and mask at 256x256: maps resized bilinearly, masks by nearest neighbour. Anomalous images without a
     mask take no part in them. What is not defined for the images given (an AUROC of one class) is left out, and the reason noted.
@@ -86,18 +84,18 @@ def evaluate(
             same arguments. The report does not depend on their number but for times, and all get it; ``collect`` and ``progress`` are
             called in the main one only. Maps go through temporary files, 0.3 MB per image.
 
-    Returns:
-        What `measure` makes of the images.
-
     Raises:
         DataError: None of the images can be read.
         NotFiniteError: The score or the map of an image is NaN or infinite.
     """
     processes = Processes() if processes is None else processes
     alone, total, rows = processes.count == 1, len(samples), list[dict[str, Any]]()
-    with PixelMetrics() as pixels, _folder_of_maps(maps, processes) as folder:
-        names, limit = picture_names([sample.image_path for sample in samples]), 0 if collect is None else item_bytes(total)
-        look = partial(_look, detector, samples, names=names, pictures=pictures, limit=limit, folder=folder)
+    named = list(zip(samples, picture_names([sample.image_path for sample in samples]), strict=True))
+    # Maps are kept for good, or until the main process has read what the others found.
+    kept_in = nullcontext(maps) if alone or maps else processes.one(partial(tempfile.TemporaryDirectory, prefix="gladad-"))
+    with PixelMetrics() as pixels, kept_in as place:
+        folder = None if place is None else Path(place)
+        look = partial(_look, detector, named, pictures, 0 if collect is None else item_bytes(total), folder)
         wanted = pixels if any(sample.gt_label and sample.mask_path for sample in samples) else None
         for number, (row, kept) in processes.share(look, total, detector.workers):
             if processes.main:
@@ -119,31 +117,11 @@ def evaluate(
     return report
 
 
-@contextmanager
-def _folder_of_maps(maps: Path | None, processes: Processes) -> Iterator[Path | None]:
-    """Where maps are kept: for good, or until the main process has read what the others found; None if there is no need to."""
-    if maps is not None or processes.count == 1:
-        yield maps
-        return
-    with processes.one(partial(tempfile.TemporaryDirectory, prefix="gladad-")) as folder:
-        yield Path(folder)
-
-
 def _look(
-    detector: Inspector,
-    samples: Sequence[Sample],
-    number: int,
-    *,
-    names: Sequence[Path],
-    pictures: Path | None,
-    limit: int,
-    folder: Path | None,
+    detector: Inspector, named: Sequence[tuple[Sample, Path]], pictures: Path | None, limit: int, folder: Path | None, number: int
 ) -> tuple[dict[str, Any], KeptMap | None]:
-    """The record of one image and what is kept of it, in the folder too if there is one; None of an image that cannot be read.
-
-    Its full-size pictures go into the folder ``pictures`` under its name; those of the page may take ``limit`` bytes, 0 is none.
-    """
-    sample = samples[number]
+    """The record of one image and what is kept of it, in the folder too if there is one; None of an image that cannot be read."""
+    sample, name = named[number]
     path = printable(sample.image_path)
     truth = {"gt_label": sample.gt_label, "defect_type": sample.defect_type, "category": sample.category, "split": sample.split}
     try:
@@ -163,19 +141,17 @@ def _look(
         "mask_vanished": mask is not None and not visible,
     }
     if pictures is not None:
-        record["pictures"] = full_pictures(prediction, pixels, whole, pictures, names[number])
+        record["pictures"] = full_pictures(prediction, pixels, whole, pictures, name)
     small = small_pictures(prediction, pixels, whole, limit) if limit else []
-    kept = KeptMap(_at_evaluation_size(prediction.anomaly_map), mask if visible else None, small)
+    resized = resize_map(torch.from_numpy(prediction.anomaly_map)[None, None], EVALUATION_SIZE)[0, 0].numpy()
+    kept = KeptMap(resized, mask if visible else None, small)
     if folder is not None:
         kept_maps.save_map(folder, number, kept)
     return record | truth, kept
 
 
 def _masks_of(sample: Sample, size: tuple[int, int]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-    """The mask of an anomalous image at ``(H, W)`` and at `EVALUATION_SIZE`, where nothing may be left of it.
-
-    None if there is none, none that can be read, or (the second one) none with a defect in it.
-    """
+    """The mask of an anomalous image at ``(H, W)``, if it can be read, and at `EVALUATION_SIZE`, if it has a defect, which may vanish."""
     if not sample.gt_label or sample.mask_path is None:
         return None, None
     try:
@@ -186,28 +162,15 @@ def _masks_of(sample: Sample, size: tuple[int, int]) -> tuple[NDArray[np.bool_] 
     return whole, mask if defective else None
 
 
-def _at_evaluation_size(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-    resized: NDArray[np.float32] = resize_map(torch.from_numpy(anomaly_map)[None, None], EVALUATION_SIZE)[0, 0].numpy()
-    return resized
-
-
 def take(row: dict[str, Any], kept: KeptMap, pixels: PixelMetrics | None, collect: Callable[[GalleryItem], None] | None) -> None:
     """Add an image to the pixel metrics, unless it is anomalous and nobody knows where, and to the page, if it has pictures."""
     if pixels is not None and (not row["gt_label"] or kept.mask is not None):
         pixels.add(kept.anomaly_map, np.zeros(kept.anomaly_map.shape, bool) if kept.mask is None else kept.mask)
     if collect is not None and kept.pictures:
         links = row.get("pictures", {})
-        item = GalleryItem(
-            name=f"{row['defect_type']}/{Path(row['image_path']).name}",
-            pred_score=row["pred_score"],
-            p_value=row["p_value"],
-            pred_label=bool(row["pred_label"]),
-            step=row["step"],
-            pictures=tuple(Picture(title, data, links.get(title, "")) for title, data in kept.pictures),
-            gt_label=row["gt_label"],
-            defect_type=row["defect_type"],
-        )
-        collect(item)
+        shown = tuple(Picture(title, data, links.get(title, "")) for title, data in kept.pictures)
+        fields = {name: row[name] for name in ("pred_score", "p_value", "pred_label", "step", "gt_label", "defect_type")}
+        collect(GalleryItem(f"{row['defect_type']}/{Path(row['image_path']).name}", pictures=shown, **fields))
 
 
 def measure(
@@ -224,11 +187,10 @@ def measure(
         max_fpr: Upper end of the integral of ``pixel_aupro``, in (0, 1].
 
     Returns:
-        Metrics of `image_metrics` and `pixel_metrics`; ``threshold`` (raw score), ``recall`` and
-        ``false_reject_rate`` of the decisions; ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals, the decisions
-        ``per_type`` (fields of `DecisionRow`, for kinds of defect ``image_auroc`` against all normal images and mean
-        ``aupimo`` where defined), and ``curves``: ``roc``, ``pr`` of images and ``pro`` of pixels, each ``{"x": [...], "y": [...]}`` and
-        absent where not defined.
+        Metrics of `image_metrics` and `PixelMetrics`; ``threshold`` (raw score), ``recall`` and ``false_reject_rate`` of the decisions;
+        ``seconds_per_image`` (median). ``details`` has 95 % Wilson intervals, the `decisions` ``per_type`` (for kinds of defect also
+        ``image_auroc`` against all normal images and mean ``aupimo`` where defined), and ``curves``: ``roc``, ``pr`` of images and ``pro``
+        of pixels, each ``{"x": [...], "y": [...]}`` and absent where not defined.
 
     Raises:
         DataError: There is no image.
@@ -238,17 +200,14 @@ def measure(
         raise DataError(f"none of the {len(rows)} images could be read" if rows else "there are no images to evaluate")
     truths, rejected = (np.array([row[name] for row in seen], bool) for name in ("gt_label", "pred_label"))
     scores = np.array([row["pred_score"] for row in seen])
-    metrics: dict[str, float] = {}
-    curves: dict[str, Any] = {}
+    metrics, curves = dict[str, float](), dict[str, Any]()
     if truths.any() and not truths.all():
-        metrics |= image_metrics(scores, truths)
-        curves |= image_curves(scores, truths)
+        metrics, curves = image_metrics(scores, truths), image_curves(scores, truths)
     if pixels.has_both_classes:
-        result = pixels.compute(max_fpr)
-        metrics |= result.metrics
-        curves["pro"] = result.pro
-        if result.aupimo:
-            for row, value in zip((row for row in seen if row["mask"]), result.aupimo, strict=True):
+        found, curves["pro"], aupimo = pixels.compute(max_fpr)
+        metrics |= found
+        if aupimo:
+            for row, value in zip((row for row in seen if row["mask"]), aupimo, strict=True):
                 row["aupimo"] = value
     classes = {"recall": truths, "false_reject_rate": ~truths}
     rates = {name: (int(rejected[members].sum()), int(members.sum())) for name, members in classes.items() if members.any()}
@@ -290,10 +249,7 @@ def _notes(counts: dict[str, int], pixel_metrics: bool) -> list[str]:
     if not pixel_metrics:
         notes.append("pixel metrics need masks with defects in them; there are none")
     if counts["masks_vanished"]:
-        height, width = EVALUATION_SIZE
-        notes.append(
-            f"{counts['masks_vanished']} defects are smaller than a pixel at {width}x{height} and take no part in the pixel metrics"
-        )
+        notes.append(f"{counts['masks_vanished']} defects are smaller than a pixel at {SIZE_TEXT} and take no part in the pixel metrics")
     if counts["anomalous_without_mask"] and counts["masks"]:
         notes.append(f"{counts['anomalous_without_mask']} anomalous images have no readable mask and take no part in the pixel metrics")
     if counts["skipped"]:
@@ -302,11 +258,10 @@ def _notes(counts: dict[str, int], pixel_metrics: bool) -> list[str]:
 
 
 def _units(max_fpr: float, workers: int) -> dict[str, str]:
-    height, width = EVALUATION_SIZE
     return {
         "pred_score": "multiples of the decision threshold: above 1 is rejected",
         "threshold": "raw score of the model that is called 1",
-        "pixel_*": f"compared at {width}x{height} pixels; maps bilinear, masks nearest neighbour and > 0.5",
+        "pixel_*": f"compared at {SIZE_TEXT} pixels; maps bilinear, masks nearest neighbour and > 0.5",
         "pixel_aupro": f"up to a false-positive rate of {max_fpr:g}",
         "seconds_per_image": f"median, without reading the file, {workers} images at a time",
     }
@@ -316,16 +271,14 @@ def _per_type(
     rows: Sequence[dict[str, Any]], truths: NDArray[np.bool_], rejected: NDArray[np.bool_], scores: NDArray[np.float64]
 ) -> list[dict[str, Any]]:
     kinds = np.array([row["defect_type"] for row in rows])
-    found = []
-    for decision in decisions(truths, rejected, kinds.tolist()):
-        entry = asdict(decision)
-        members = truths & (kinds == decision.defect_type)
-        if decision.anomalous and not truths.all():
+    found = decisions(truths, rejected, kinds.tolist())
+    for entry in (entry for entry in found if entry["anomalous"]):
+        members = truths & (kinds == entry["defect_type"])
+        if not truths.all():
             entry["image_auroc"] = auroc(scores[members | ~truths], truths[members | ~truths])
         values = [row["aupimo"] for row, member in zip(rows, members, strict=True) if member and "aupimo" in row]
-        if decision.anomalous and values:
+        if values:
             entry["aupimo"] = float(np.mean(values))
-        found.append(entry)
     return found
 
 
@@ -339,7 +292,7 @@ def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Pat
         title: Heading of the page.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         WriteError: A file cannot be written.
@@ -350,9 +303,8 @@ def write_report(report: Report, items: Sequence[GalleryItem], folder: str | Pat
     write_json(folder / REPORT_FILE, stored)
     write_text(folder / TABLE_FILE, to_csv(rows, COLUMNS))
     write_text(folder / MARKDOWN_FILE, markdown(report, title))
-    page = folder / PAGE_FILE
-    write_page(page, report, items, title)
-    return page
+    write_page(folder / PAGE_FILE, report, items, title)
+    return folder / PAGE_FILE
 
 
 def leftovers(folder: Path, report: Report) -> list[Path]:

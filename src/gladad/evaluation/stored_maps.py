@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,12 @@ from gladad.core.errors import DataError
 FOLDER = "maps"
 
 
-@dataclass(frozen=True)
-class KeptMap:
-    """What is kept of one image.
+class KeptMap(NamedTuple):
+    """What is kept of one image."""
 
-    Attributes:
-        anomaly_map: ``[H, W]`` float32 at the size of evaluation.
-        mask: ``[H, W]`` bool, the ground truth at that size; None if there is none.
-        pictures: ``(title, JPEG bytes)`` of the page.
-    """
-
-    anomaly_map: NDArray[np.float32]
-    mask: NDArray[np.bool_] | None
-    pictures: Sequence[tuple[str, bytes]] = ()
+    anomaly_map: NDArray[np.float32]  # [H, W] at the size of evaluation
+    mask: NDArray[np.bool_] | None  # [H, W], the ground truth at that size; None if there is none
+    pictures: Sequence[tuple[str, bytes]] = ()  # (title, JPEG bytes) of the page
 
 
 def map_file(folder: Path, number: int) -> Path:
@@ -38,15 +31,10 @@ def map_file(folder: Path, number: int) -> Path:
 def save_map(folder: Path, number: int, kept: KeptMap) -> None:
     """Write one image's file. The map is stored as it is, the mask as bits, the pictures as they were encoded."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, NDArray[np.generic]] = {
-        "anomaly_map": kept.anomaly_map,
-        "titles": np.array([title for title, _ in kept.pictures], np.str_),
-    }
-    if kept.mask is not None:
-        arrays["mask"] = np.packbits(kept.mask)
-    for index, (_, data) in enumerate(kept.pictures):
-        arrays[f"picture_{index}"] = np.frombuffer(data, np.uint8)
-    np.savez(map_file(folder, number), allow_pickle=False, **arrays)
+    titles = np.array([title for title, _ in kept.pictures], np.str_)
+    mask = {} if kept.mask is None else {"mask": np.packbits(kept.mask)}
+    pictures = {f"picture_{index}": np.frombuffer(data, np.uint8) for index, (_, data) in enumerate(kept.pictures)}
+    np.savez(map_file(folder, number), allow_pickle=False, anomaly_map=kept.anomaly_map, titles=titles, **mask, **pictures)
 
 
 def load_map(folder: Path, number: int) -> KeptMap:

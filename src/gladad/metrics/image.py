@@ -7,42 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from gladad.metrics.curves import curve_points
 from gladad.metrics.pixel import MAX_FPR, PIMO_BOUNDS, PixelMetrics, checked
 
-TOLERATED = 0.02
-"""Share of wrong decisions at which PG2 and PB2 are read."""
-
-Z_95 = 1.959964
-"""Quantile of the normal distribution that leaves 2.5 % above it."""
-
-
-@dataclass(frozen=True)
-class DecisionRow:
-    """The decisions on the images of one kind.
-
-    Attributes:
-        defect_type: The kind.
-        anomalous: Whether its images are to be rejected.
-        count: Images.
-        rejected: Images that were rejected.
-        rate: Their share: recall of a defect type, false-reject rate of a normal one.
-        low: Lower end of its 95 % Wilson interval.
-        high: Upper end.
-    """
-
-    defect_type: str
-    anomalous: bool
-    count: int
-    rejected: int
-    rate: float
-    low: float
-    high: float
+TOLERATED = 0.02  # share of wrong decisions at which PG2 and PB2 are read
+Z_95 = 1.959964  # quantile of the normal distribution that leaves 2.5 % above it
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -55,16 +30,12 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: Sizes differ, a score is not finite, a label is neither 0 nor 1, or one class is absent.
     """
-    from sklearn.metrics import roc_auc_score
-
     values, positive = _classes(scores, labels)
     return float(roc_auc_score(positive, values))
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve as a sum of steps, without interpolation; arguments and errors as in `auroc`."""
-    from sklearn.metrics import average_precision_score
-
     values, positive = _classes(scores, labels)
     return float(average_precision_score(positive, values))
 
@@ -109,68 +80,62 @@ def aupro(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> float:
     Raises:
         ValueError: Shapes differ, a value is not finite, the masks have no region or no normal pixel, or max_fpr is out of range.
     """
-    return pixel_metrics(maps, masks, max_fpr)["pixel_aupro"]
+    with _collected(maps, masks) as collected:
+        return collected.compute(max_fpr).metrics["pixel_aupro"]
 
 
 def aupimo(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> float:
     """Mean over the anomalous images of the area under the per-image overlap curve (Bertoldo et al., BMVC 2024).
 
-    For each anomalous image, the share of its anomalous pixels at or above a threshold, against the mean over the *normal images* of the
-    share of their pixels at or above it, averaged over the logarithm of the latter between the bounds.
-
-    Args:
-        maps: ``[N, H, W]`` finite, higher is more anomalous.
-        masks: ``[N, H, W]`` 0 or False normal, 1 or True anomalous; images with an anomalous pixel are the anomalous ones.
-        fpr_bounds: Ends of the integral, rising, in (0, 1]. Below the first false positive the curve is what is found without any.
+    For each image with an anomalous pixel, the share of these at or above a threshold, against the mean over the *normal images* of the
+    share of their pixels at or above it, averaged over the logarithm of the latter between the bounds, which rise in (0, 1]. Below the
+    first false positive the curve is what is found without any. Maps and masks are as in `aupro`.
 
     Raises:
         ValueError: Shapes differ, a value is not finite, there is no normal or no anomalous image, or the bounds are out of order.
     """
-    return float(np.mean(aupimo_per_image(maps, masks, fpr_bounds)))
-
-
-def aupimo_per_image(maps: ArrayLike, masks: ArrayLike, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> tuple[float, ...]:
-    """AUPIMO of each anomalous image, in order; arguments and errors as in `aupimo`."""
     with _collected(maps, masks) as collected:
-        return collected.aupimo(fpr_bounds)
-
-
-def pixel_metrics(maps: ArrayLike, masks: ArrayLike, max_fpr: float = MAX_FPR) -> dict[str, float]:
-    """All of `gladad.metrics.pixel.NAMES` that are defined; arguments and errors as in `aupro`. Without a normal image no AUPIMO."""
-    with _collected(maps, masks) as collected:
-        return collected.compute(max_fpr).metrics
+        each = collected.aupimo(fpr_bounds)
+    if not each:
+        raise ValueError("AUPIMO needs at least one normal and one anomalous image")
+    return float(np.mean(each))
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """``image_auroc``, ``image_ap``, ``image_f1max``, ``image_pg2`` and ``image_pb2``; arguments and errors as in `auroc`."""
-    functions = {"auroc": auroc, "ap": average_precision, "f1max": f1_max, "pg2": pg2, "pb2": pb2}
-    return {f"image_{name}": function(scores, labels) for name, function in functions.items()}
+    functions = {"image_auroc": auroc, "image_ap": average_precision, "image_f1max": f1_max, "image_pg2": pg2, "image_pb2": pb2}
+    return {name: function(scores, labels) for name, function in functions.items()}
 
 
 def image_curves(scores: ArrayLike, labels: ArrayLike) -> dict[str, dict[str, list[float]]]:
     """``roc`` and ``pr`` as ``{"x": [...], "y": [...]}`` of at most 200 points; arguments and errors as in `auroc`."""
-    from sklearn.metrics import roc_curve
-
     precision, recall = _precision_recall(scores, labels)
     values, positive = _classes(scores, labels)
     return {"roc": curve_points(*roc_curve(positive, values)[:2]), "pr": curve_points(recall, precision)}
 
 
-def decisions(labels: ArrayLike, rejected: ArrayLike, defect_types: Sequence[str]) -> list[DecisionRow]:
+def decisions(labels: ArrayLike, rejected: ArrayLike, defect_types: Sequence[str]) -> list[dict[str, Any]]:
     """How many images of each kind were rejected, normal kinds first.
 
     Args:
         labels: ``[N]`` 0 normal, 1 anomalous.
         rejected: ``[N]`` the decisions.
         defect_types: ``[N]`` the kind of each image.
+
+    Returns:
+        For each kind ``defect_type``, ``anomalous``, ``count`` of images, ``rejected`` of them, ``rate`` (their share: recall of a defect
+        type, false-reject rate of a normal one), and ``low`` and ``high``, the ends of its 95 % Wilson interval.
     """
     kinds: dict[tuple[bool, str], list[bool]] = {}
     for label, decision, kind in zip(np.asarray(labels), np.asarray(rejected), defect_types, strict=True):
         kinds.setdefault((bool(label), kind), []).append(bool(decision))
-    return [
-        DecisionRow(kind, anomalous, len(found), sum(found), sum(found) / len(found), *wilson_interval(sum(found), len(found)))
-        for (anomalous, kind), found in sorted(kinds.items())
-    ]
+    rows = []
+    for (anomalous, kind), found in sorted(kinds.items()):
+        hits, count = sum(found), len(found)
+        low, high = wilson_interval(hits, count)
+        row = {"defect_type": kind, "anomalous": anomalous, "count": count, "rejected": hits, "rate": hits / count}
+        rows.append(row | {"low": low, "high": high})
+    return rows
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -199,8 +164,6 @@ def _classes(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
 
 def _precision_recall(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Precision and recall while the threshold falls, from where the first anomalous item is found."""
-    from sklearn.metrics import precision_recall_curve
-
     values, positive = _classes(scores, labels)
     precision, recall, _ = precision_recall_curve(positive, values)
     return precision[recall > 0][::-1], recall[recall > 0][::-1]

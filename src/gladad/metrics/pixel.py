@@ -11,8 +11,7 @@ import math
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,40 +25,25 @@ PIMO_BOUNDS = (1e-5, 1e-4)
 SLICE = 4_000_000
 SAMPLES = 256  # values of each image that say where to cut
 EIGHT_CONNECTED = np.ones((3, 3), bool)
+NORMAL, ANOMALOUS, AREAS = range(3)  # what is kept of an image: its sorted values, and the areas of the regions of the anomalous ones
 
 NAMES = ("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_05", "pixel_aupimo")
 
 
-@dataclass(frozen=True)
-class PixelResult:
-    """What `PixelMetrics.compute` found.
+class PixelResult(NamedTuple):
+    """What `PixelMetrics.compute` found."""
 
-    Attributes:
-        metrics: Of ``pixel_auroc``, ``pixel_ap``, ``pixel_f1max``, ``pixel_aupro`` (to a false-positive rate of 0.3),
-            ``pixel_aupro_05`` (0.05) and ``pixel_aupimo`` those that are defined.
-        pro: The curve of ``pixel_aupro`` as ``{"x": [...], "y": [...]}`` of at most 200 points.
-        aupimo: One value for each anomalous image, in the order of adding; empty where not defined.
-    """
-
-    metrics: dict[str, float]
-    pro: dict[str, list[float]]
-    aupimo: tuple[float, ...] = ()
+    metrics: dict[str, float]  # those of `NAMES` that are defined; pixel_aupro is up to max_fpr, pixel_aupro_05 to 0.05
+    pro: dict[str, list[float]]  # the curve of pixel_aupro as {"x": [...], "y": [...]} of at most 200 points
+    aupimo: tuple[float, ...]  # one value for each anomalous image, in the order of adding; empty where not defined
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Where the values of one image lie in the file: normal pixels, anomalous ones, areas of the regions of these."""
+class _Stored(NamedTuple):
+    """Where an array lies in the file."""
 
-    offset: int
-    normal: int
-    anomalous: int
+    place: int
+    length: int
     dtype: np.dtype[Any]
-
-    @property
-    def places(self) -> tuple[int, int, int]:
-        """Byte offsets of the three arrays."""
-        second = self.offset + self.normal * self.dtype.itemsize
-        return self.offset, second, second + self.anomalous * self.dtype.itemsize
 
 
 class PixelMetrics:
@@ -74,7 +58,7 @@ class PixelMetrics:
 
     def __init__(self, slice_size: int = SLICE):
         self.slice_size = slice_size
-        self._runs: list[_Run] = []
+        self._runs: list[list[_Stored]] = []
         self._samples: list[tuple[Floats, float]] = []
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=16 * slice_size)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
@@ -100,21 +84,25 @@ class PixelMetrics:
         if values.ndim != 2:
             raise ValueError(f"a map must be [H, W], not {list(values.shape)}")
         values = values.astype(np.result_type(values.dtype, np.float32))
-        areas = _region_areas(positive)
-        normal, anomalous = np.sort(values[~positive]), values[positive]
+        normal, anomalous, areas = np.sort(values[~positive]), values[positive], _region_areas(positive)
         order = np.lexsort((areas, anomalous))
-        offset = self._file.seek(0, io.SEEK_END)
-        for array in (normal, anomalous[order], areas[order]):
+        arrays, run = (normal, anomalous[order], areas[order]), list[_Stored]()
+        self._file.seek(0, io.SEEK_END)
+        for array in arrays:
+            run.append(_Stored(self._file.tell(), len(array), array.dtype))
             self._file.write(array.tobytes())
-        self._runs.append(_Run(offset, len(normal), len(anomalous), normal.dtype))
-        for array in (normal, anomalous[order]):
+        self._runs.append(run)
+        for array in arrays[:AREAS]:
             picked = array[np.linspace(0, len(array) - 1, min(SAMPLES, len(array))).astype(int)].astype(np.float64)
             self._samples.append((picked, len(array)))
 
     @property
     def has_both_classes(self) -> bool:
         """Whether there are normal and anomalous pixels by now, so that metrics are defined."""
-        return any(run.normal for run in self._runs) and any(run.anomalous for run in self._runs)
+        return all(self._total(which) for which in (NORMAL, ANOMALOUS))
+
+    def _total(self, which: int) -> int:
+        return sum(run[which].length for run in self._runs)
 
     def compute(self, max_fpr: float = MAX_FPR) -> PixelResult:
         """All metrics of what was added so far; more may be added afterwards.
@@ -129,32 +117,39 @@ class PixelMetrics:
             raise ValueError(f"max_fpr must lie in (0, 1], not {max_fpr}")
         if not self.has_both_classes:
             raise ValueError("not defined for one class only: both normal and anomalous items are needed")
-        negatives, positives = sum(run.normal for run in self._runs), sum(run.anomalous for run in self._runs)
-        sums = _Sums(negatives, positives, (max_fpr, MAX_FPR_STRICT))
+        sums = _Sums(self._total(NORMAL), self._total(ANOMALOUS), (max_fpr, MAX_FPR_STRICT))
         for piece in self._pieces():
             sums.take(piece)
-        metrics, each = sums.metrics(), self._aupimo(PIMO_BOUNDS)
+        metrics, each = sums.metrics(), self.aupimo()
         if each:
             metrics["pixel_aupimo"] = float(np.mean(each))
         return PixelResult(metrics, sums.curve(), each)
 
     def aupimo(self, fpr_bounds: tuple[float, float] = PIMO_BOUNDS) -> tuple[float, ...]:
-        """AUPIMO of each anomalous image, in the order of adding; see `gladad.metrics.image.aupimo`.
+        """AUPIMO (`gladad.metrics.image.aupimo`) of each anomalous image, in the order of adding; none without a normal image.
 
         Raises:
-            ValueError: There is no normal or no anomalous image, or the bounds are out of order.
+            ValueError: The bounds are out of order.
         """
         low, high = fpr_bounds
         if not 0 < low < high <= 1:
             raise ValueError(f"fpr_bounds must rise within (0, 1], not {fpr_bounds}")
-        each = self._aupimo(fpr_bounds)
-        if not each:
-            raise ValueError("AUPIMO needs at least one normal and one anomalous image")
-        return each
+        anomalous = [run[ANOMALOUS] for run in self._runs if run[ANOMALOUS].length]
+        normal = [run[NORMAL] for run in self._runs if not run[ANOMALOUS].length]
+        if not normal or not anomalous:
+            return ()
+        values, rates = self._shared_rates(normal, high)
+        each = []
+        for stored in anomalous:
+            found = self._read(stored)
+            above, within = (1 - found.searchsorted(values, side) / len(found) for side in ("right", "left"))
+            each.append(_pimo_area(rates, above, within, fpr_bounds))
+        return tuple(each)
 
-    def _read(self, place: int, dtype: np.dtype[Any], start: int, stop: int) -> NDArray[Any]:
-        self._file.seek(place + start * dtype.itemsize)
-        return np.frombuffer(self._file.read((stop - start) * dtype.itemsize), dtype)
+    def _read(self, stored: _Stored, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        stop, size = stored.length if stop is None else stop, stored.dtype.itemsize
+        self._file.seek(stored.place + start * size)
+        return np.frombuffer(self._file.read((stop - start) * size), stored.dtype)
 
     def _cuts(self) -> Floats:
         """Rising values that cut all pixels into parts of about `self.slice_size`."""
@@ -166,68 +161,43 @@ class PixelMetrics:
 
     def _pieces(self) -> Iterator[Floats]:
         """The `corners` from the highest value to the lowest, slice by slice; the fp of the last is that of its lowest anomalous value."""
-        cuts = self._cuts()
-        bounds = [self._bounds(run, cuts) for run in self._runs]
-        before = np.zeros((3, 1))
+        cuts, before = self._cuts(), np.zeros((3, 1))
+        normal_bounds, bounds = ([self._bounds(run[which], cuts) for run in self._runs] for which in (NORMAL, ANOMALOUS))
         for part in range(2 * len(cuts), -1, -1):  # even parts lie between two cuts, odd ones are a cut itself
-            at_cut = part % 2 == 1
-            normal, anomalous, areas = [np.empty(0, np.float32)], [np.empty(0, np.float32)], [np.empty(0, np.int32)]
-            count = 0
-            for run, (normal_bounds, anomalous_bounds) in zip(self._runs, bounds, strict=True):
-                start, stop = normal_bounds[part : part + 2]
-                count += int(stop - start)
-                if not at_cut and stop > start:
-                    normal.append(self._read(run.places[0], run.dtype, start, stop))
-                start, stop = anomalous_bounds[part : part + 2]
-                if stop > start:
-                    anomalous.append(self._read(run.places[1], run.dtype, start, stop))
-                    areas.append(self._read(run.places[2], np.dtype(np.int32), start, stop))
-            found, sizes = np.concatenate(anomalous), np.concatenate(areas)
+            found, sizes = self._part(ANOMALOUS, part, bounds), self._part(AREAS, part, bounds)
             order = np.lexsort((sizes, found))[::-1]
             weights = 1 / sizes[order].astype(np.float64)
+            count = sum(ends[part + 1] - ends[part] for ends in normal_bounds)
             end = before + np.array([[count], [len(found)], [0.0]])
             if len(found):
-                if at_cut:  # all of one value: counting is enough, however many there are
+                if part % 2:  # all of one value: counting is enough, however many there are
                     piece = before + np.array([[0, count], [0, len(found)], [0, float(weights.sum())]])
                 else:
-                    piece = before + corners(np.concatenate(normal), found[order], weights)
+                    piece = before + corners(self._part(NORMAL, part, normal_bounds), found[order], weights)
                 end[2] = piece[2, -1]
                 yield piece
             before = end
 
-    def _bounds(self, run: _Run, cuts: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the parts begin in the sorted values of an image, normal and anomalous: ``[2 * len(cuts) + 2]`` each."""
-        found = []
-        for place, count in zip(run.places[:2], (run.normal, run.anomalous), strict=True):
-            values = self._read(place, run.dtype, 0, count)
-            inner = np.stack([values.searchsorted(cuts, "left"), values.searchsorted(cuts, "right")], axis=1).ravel()
-            found.append(np.concatenate([[0], inner, [count]]))
-        return found[0], found[1]
+    def _bounds(self, stored: _Stored, cuts: Floats) -> NDArray[np.int64]:
+        """Where the parts begin in the sorted values of an image: ``2 * len(cuts) + 2`` places."""
+        values = self._read(stored)
+        inner = np.stack([values.searchsorted(cuts, "left"), values.searchsorted(cuts, "right")], axis=1)
+        return np.concatenate([[0], inner.ravel(), [len(values)]])
 
-    def _aupimo(self, bounds: tuple[float, float]) -> tuple[float, ...]:
-        normal = [run for run in self._runs if not run.anomalous]
-        if not normal or len(normal) == len(self._runs):
-            return ()
-        values, rates = self._shared_rates(normal, bounds[1])
-        each = []
-        for run in self._runs:
-            if run.anomalous:
-                found = self._read(run.places[1], run.dtype, 0, run.anomalous)
-                above = 1 - found.searchsorted(values, "right") / run.anomalous
-                within = 1 - found.searchsorted(values, "left") / run.anomalous
-                each.append(_pimo_area(rates, above, within, bounds))
-        return tuple(each)
+    def _part(self, which: int, part: int, bounds: list[NDArray[np.int64]]) -> NDArray[Any]:
+        """The values of one part of all images."""
+        return np.concatenate([self._read(run[which], *ends[part : part + 2]) for run, ends in zip(self._runs, bounds, strict=True)])
 
-    def _shared_rates(self, normal: Sequence[_Run], limit: float) -> tuple[Floats, Floats]:
+    def _shared_rates(self, normal: Sequence[_Stored], limit: float) -> tuple[Floats, Floats]:
         """The highest distinct values of normal images, falling, and the mean false-positive rate at each, until it passes the limit."""
         values, weights = np.empty(0), np.empty(0)
-        for run in normal:
+        for stored in normal:
             # What one image alone can add before the mean passes the limit; what others add only lowers that.
-            most = min(run.normal, math.floor(limit * len(normal) * run.normal) + 1)
-            top = self._read(run.places[0], run.dtype, run.normal - most, run.normal)
+            most = min(stored.length, math.floor(limit * len(normal) * stored.length) + 1)
+            top = self._read(stored, stored.length - most)
             top = top[top >= _floor_of(values, weights, limit)]
             values = np.concatenate([values, top])
-            weights = np.concatenate([weights, np.full(len(top), 1 / (run.normal * len(normal)))])
+            weights = np.concatenate([weights, np.full(len(top), 1 / (stored.length * len(normal)))])
             if len(values) > self.slice_size:
                 keep = values >= _floor_of(values, weights, limit)
                 values, weights = values[keep], weights[keep]
@@ -302,10 +272,8 @@ def _region_areas(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Area of the 8-connected region of each anomalous pixel of a mask ``[H, W]``, in the order of ``mask[mask]``."""
     if not mask.any():
         return np.empty(0, np.int32)
-    labels, _ = ndimage.label(mask, EIGHT_CONNECTED)
-    ids = labels[mask]
-    areas: NDArray[np.int32] = np.bincount(ids)[ids].astype(np.int32)
-    return areas
+    ids = ndimage.label(mask, EIGHT_CONNECTED)[0][mask]
+    return np.asarray(np.bincount(ids)[ids], np.int32)
 
 
 def _spread(x: Floats, y: Floats, count: int = 1000) -> NDArray[np.int64]:

@@ -11,10 +11,10 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,51 +22,21 @@ from numpy.typing import NDArray
 from gladad.core.records import Report
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What Matplotlib draws in -> what the page calls it.
-INK, SOFT, LINE, GOOD, BAD = "#010101", "#020202", "#030303", "#040404", "#050505"
-CSS = {INK: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
-
-STYLE: Any = {  # Matplotlib types its keys one by one
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": LINE,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
-SIZE = (5.2, 3.7)
-"""Of a chart in inches of 72 units; the page scales it."""
-
-LOG_FROM = 8
-"""Ratio of the largest to the smallest score from which on the axis is logarithmic."""
+INK, GOOD, BAD = "#010101", "#040404", "#050505"  # what Matplotlib draws in, beside the colours of its style
+CSS = {INK: "currentColor", "#020202": "var(--soft)", "#030303": "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+Points = dict[str, list[float]]
+SIZE = (5.2, 3.7)  # of a chart in inches of 72 units; the page scales it
+LOG_FROM = 8  # ratio of the largest to the smallest score from which on the axis is logarithmic
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing ready for a page.
+class Chart(NamedTuple):
+    """A drawing ready for a page."""
 
-    Attributes:
-        name: "scores", "roc", "pr" or "pro".
-        title: What it shows.
-        svg: One ``<svg>`` element.
-    """
-
-    name: str
+    name: str  # "scores", "roc", "pr" or "pro"
     title: str
-    svg: str
+    svg: str  # one <svg> element
 
 
 def charts(report: Report) -> list[Chart]:
@@ -109,6 +79,8 @@ def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[n
 
 
 def _draw_scores(report: Report, figure: Figure) -> str:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rows = [row for row in report.rows if "error" not in row]
     edges, logarithmic = bin_edges([row["pred_score"] for row in rows])
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -128,20 +100,17 @@ def _draw_scores(report: Report, figure: Figure) -> str:
         for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
             axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
     if logarithmic:
-        lower.set_xscale("log")
-        _plain_ticks(lower)
+        low, high = lower.dataLim.intervalx
+        lower.set_xscale("log")  # with 0.5 and 2 on the axis, not powers of ten
+        lower.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
+        lower.xaxis.set_minor_locator(NullLocator())
+        lower.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     lower.set(xlim=(edges[0], edges[-1]), xlabel="score; above 1 is rejected")
     return f"Histogram of scores around the threshold 1. {'; '.join(labels)}."
 
 
 def _curve(
-    name: str,
-    title: str,
-    curve: dict[str, list[float]],
-    label: str,
-    names: tuple[str, str],
-    point: tuple[float, float] | None = None,
-    limit: float = 1.0,
+    name: str, title: str, curve: Points, label: str, names: Sequence[str], point: Sequence[float] | None = None, limit: float = 1.0
 ) -> Chart:
     def draw(figure: Figure) -> str:
         axes = figure.add_subplot()
@@ -158,32 +127,19 @@ def _curve(
     return _drawn(name, title, draw)
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """Write 0.5 and 2 on a logarithmic axis, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = axes.dataLim.intervalx
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _drawn(name: str, title: str, draw: Callable[[Figure], str]) -> Chart:
     """A chart from a function that draws it and returns a description for who cannot see it; without pyplot, which asks for a display."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that its font cache is made is nobody's business
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE | {"svg.hashsalt": name}):
+    with as_file(files("gladad.report") / "charts.mplstyle") as style, rc_context({"svg.hashsalt": name}, style):
         figure, buffer = Figure(SIZE, layout="constrained"), io.StringIO()
         label = draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    text = text[text.index("<svg") :]
-    text = f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + text[text.index(">") + 1 :]
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
+    start = f'<svg role="img" aria-label="{escape(label)}"'
+    text = re.sub(r'(?s).*?<svg[^>]*( viewBox="[^"]*")[^>]*>', lambda match: f"{start}{match[1]}>", buffer.getvalue(), count=1)
+    text = re.sub(r"(?s)<style.*?</style>", "", text)  # would apply to the whole page
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     used = set(re.findall(r"#([\w.]+)[\")]", text))  # names are those of this chart alone, and only where they are needed
     text = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)

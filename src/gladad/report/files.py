@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def check_output(folder: Path) -> None:
         raise WriteError(f"{folder}: is a file; give a folder for the results")
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".gladad-", dir=folder if folder.is_dir() else folder.absolute().parent):
-            pass
+        shutil.rmtree(_temporary(folder))
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written to ({error.strerror or error})") from error
 
@@ -77,8 +77,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
     """
     check_output(folder)
     folder = folder.absolute()
-    # Inside it if it is there: it may be a file system of its own.
-    temporary = Path(tempfile.mkdtemp(prefix=".gladad-", suffix=".partial", dir=folder if folder.is_dir() else folder.parent))
+    temporary = _temporary(folder)
     try:
         yield temporary
         ours = (folder / TABLE_FILE).is_file()
@@ -98,67 +97,50 @@ def output_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(folder: Path) -> Path:
+    """A new folder beside one, or in it if it is there, which may be a file system of its own."""
+    return Path(tempfile.mkdtemp(prefix=".gladad-", suffix=".partial", dir=folder if folder.is_dir() else folder.absolute().parent))
+
+
 def picture_names(images: Sequence[Path]) -> list[Path]:
     """A relative ``.png`` name for each image: its path below the folder they have in common, never the same one twice.
 
     Two images that differ in their suffix only keep it in the name.
     """
-    absolute = [Path(os.path.normpath(image.absolute())) for image in images]
-    if not absolute:
+    if not images:
         return []
-    try:
-        root = Path(os.path.commonpath([path.parent for path in absolute]))
-    except ValueError:  # several drives
-        root = None
-    relative = [Path(path.name) if root is None else path.relative_to(root) for path in absolute]
+    absolute = [Path(os.path.normpath(image.absolute())) for image in images]
+    root = os.path.commonpath([path.parent for path in absolute])
+    relative = [path.relative_to(root) for path in absolute]
     # Compared without case: there are file systems that do not tell.
     stems = Counter(str(path.with_suffix("")).casefold() for path in relative)
-    names: list[Path] = []
-    taken: set[str] = set()
+    names: dict[str, Path] = {}
     for path in relative:
-        alone = stems[str(path.with_suffix("")).casefold()] == 1
-        base = path.stem if alone else path.name
-        name, number = f"{base}.png", 1
-        while str(path.with_name(name)).casefold() in taken:
-            number += 1
-            name = f"{base}-{number}.png"
-        names.append(path.with_name(name))
-        taken.add(str(names[-1]).casefold())
-    return names
+        base = path.stem if stems[str(path.with_suffix("")).casefold()] == 1 else path.name
+        candidates = (path.with_name(f"{base}{end}.png") for end in chain([""], (f"-{number}" for number in count(2))))
+        name = next(name for name in candidates if str(name).casefold() not in names)
+        names[str(name).casefold()] = name
+    return list(names.values())
 
 
 class PredictionWriter:
-    """Writes predictions into a folder as they come; the table follows in `close`.
-
-    Args:
-        folder: An empty folder that exists.
-        pictures: Write overlays and masks too.
-    """
+    """Writes predictions into an empty folder as they come, with overlays and masks if wanted; the table follows in `close`."""
 
     def __init__(self, folder: Path, *, pictures: bool = True):
         self.folder, self.pictures = folder, pictures
         self.rows: list[dict[str, Any]] = []
 
     def draw(self, prediction: Prediction, pixels: NDArray[np.uint8], name: Path) -> None:
-        """Write the pictures of one prediction, if any are wanted. Different images may be drawn at the same time.
+        """Write the pictures of one prediction about ``[H, W, 3]`` uint8 under a relative name, if any are wanted.
 
-        Args:
-            prediction: What inspection said.
-            pixels: ``[H, W, 3]`` uint8, the inspected image.
-            name: Relative name of its pictures.
+        Different images may be drawn at the same time.
         """
         if self.pictures:
             self._save("overlays" / name, overlay(pixels, prediction.anomaly_map, prediction.pred_mask, prediction.regions))
             self._save("masks" / name, prediction.pred_mask.astype(np.uint8) * np.uint8(255))
 
     def add(self, prediction: Prediction, image: Path, name: Path) -> None:
-        """Record one prediction; the records are in the order of these calls.
-
-        Args:
-            prediction: What inspection said.
-            image: The file.
-            name: Relative name of its pictures.
-        """
+        """Record one prediction about a file, and the relative name of its pictures; records are in the order of these calls."""
         record = prediction.to_record() | {"image_path": printable(image)}
         if self.pictures:
             record |= {"overlay": printable("overlays" / name), "mask": printable("masks" / name)}

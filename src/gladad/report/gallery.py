@@ -17,39 +17,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gladad.core.records import Prediction
-from gladad.report.pictures import overlay, thumbnail
-
-Pixels = NDArray[np.uint8]
+from gladad.report.pictures import Mask, Pixels, overlay, thumbnail
 
 FOLDER = "pictures"
-
-# From what needs a look to what does not.
-OUTCOMES = ("false accept", "false reject", "found", "passed")
+OUTCOMES = ("false accept", "false reject", "found", "passed")  # from what needs a look to what does not
 WRONG = OUTCOMES[:2]
-
-MAX_PICTURES = 1000
-"""Images on a page; more would not open on a phone."""
-
-PICTURE_BYTES = 9_500_000
-"""All pictures of a page: base64 makes 4 bytes of 3, and the page is to stay below 15 MB."""
-
+MAX_PICTURES = 1000  # images on a page; more would not open on a phone
+PICTURE_BYTES = 9_500_000  # all pictures of a page: base64 makes 4 bytes of 3, and the page is to stay below 15 MB
 MAX_ITEM_BYTES = 64_000
 SIDES = (256, 224, 192, 176, 160, 144, 128, 112, 96, 80, 64)
 QUALITY, LOWEST_QUALITY, FULL_QUALITY = 80, 50, 92
 
 
 class Picture(NamedTuple):
-    """One picture of an image.
+    """One picture of an image."""
 
-    Attributes:
-        title: "input", "reconstruction", "map" or "ground truth".
-        jpeg: The small one, encoded.
-        link: Where the full-size one is, relative to the page and ready for a link; empty if there is none.
-    """
-
-    title: str
-    jpeg: bytes
-    link: str = ""
+    title: str  # "input", "reconstruction", "map" or "ground truth"
+    jpeg: bytes  # the small one, encoded
+    link: str = ""  # where the full-size one is, relative to the page and ready for a link; empty if there is none
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,27 +50,16 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One image of the page, ready to be written: the pictures are already small and encoded.
+    """One image of the page, ready to be written: the pictures are already small and encoded."""
 
-    Attributes:
-        name: What to call it, such as its path in the data set.
-        pred_score: Anomaly score; above 1 is rejected.
-        p_value: As in `Prediction`.
-        pred_label: Rejected.
-        step: The image's diffusion timestep.
-        pictures: In the order of display.
-        gt_label: 0 normal, 1 anomalous.
-        defect_type: Its kind.
-    """
-
-    name: str
-    pred_score: float
-    p_value: float
-    pred_label: bool
-    step: int
-    pictures: tuple[Picture, ...]
-    gt_label: int
-    defect_type: str
+    name: str  # what to call it, such as its path in the data set
+    pred_score: float  # above 1 is rejected
+    p_value: float  # as in `Prediction`, like the score
+    pred_label: bool  # rejected
+    step: int  # the image's diffusion timestep
+    pictures: tuple[Picture, ...]  # in the order of display
+    gt_label: int  # 0 normal, 1 anomalous
+    defect_type: str  # its kind
 
     @property
     def outcome(self) -> str:
@@ -95,7 +69,7 @@ class GalleryItem:
     @property
     def wrong(self) -> bool:
         """Whether the decision contradicts the truth."""
-        return self.pred_label != bool(self.gt_label)
+        return self.outcome in WRONG
 
 
 def outcome_of(gt_label: int, pred_label: bool) -> str:
@@ -110,50 +84,32 @@ def item_bytes(count: int) -> int:
     return min(MAX_ITEM_BYTES, PICTURE_BYTES // max(1, min(count, MAX_PICTURES)))
 
 
-def small_pictures(prediction: Prediction, pixels: Pixels, gt_mask: NDArray[np.bool_] | None, limit: int) -> list[tuple[str, bytes]]:
-    """Shrink and encode the pictures of one image, as large as the limit allows, so that large images need not be kept.
+def small_pictures(prediction: Prediction, pixels: Pixels, gt_mask: Mask | None, limit: int) -> list[tuple[str, bytes]]:
+    """The pictures of one image as ``(title, JPEG bytes)`` in the order of display, as large as the limit allows.
 
     Args:
         prediction: What inspection said.
         pixels: ``[H, W, 3]`` uint8, the inspected image.
         gt_mask: ``[H, W]`` bool; None if there is no picture of it.
         limit: Bytes of all of them together; exceeded only where 64 pixels at a low quality are too many.
-
-    Returns:
-        ``(title, JPEG bytes)`` in the order of display.
     """
     found: list[tuple[str, bytes]] = []
     for side in SIDES:
         small = thumbnail(pixels, side)
-        size = (small.shape[0], small.shape[1])
-        pictures = list(
-            views(
-                small,
-                None if prediction.reconstruction is None else thumbnail(prediction.reconstruction, side),
-                _averaged(prediction.anomaly_map, size),
-                _averaged(prediction.pred_mask.astype(np.float32), size) > 0,
-                None if gt_mask is None else _averaged(gt_mask.astype(np.float32), size) > 0,
-            )
-        )
+        reconstruction = None if prediction.reconstruction is None else thumbnail(prediction.reconstruction, side)
+        anomaly_map, pred_mask = _averaged(prediction.anomaly_map, small), _averaged(prediction.pred_mask, small) > 0
+        truth = None if gt_mask is None else _averaged(gt_mask, small) > 0
         quality = QUALITY if side > SIDES[-1] else LOWEST_QUALITY
-        found = [(title, _jpeg(picture, quality)) for title, picture in pictures]
+        found = [(title, _jpeg(picture, quality)) for title, picture in views(small, reconstruction, anomaly_map, pred_mask, truth)]
         if sum(len(data) for _, data in found) <= limit:
             break
     return found
 
 
-def full_pictures(prediction: Prediction, pixels: Pixels, gt_mask: NDArray[np.bool_] | None, folder: Path, name: Path) -> dict[str, str]:
-    """Write the pictures of one image at its own size, in a folder for each title.
+def full_pictures(prediction: Prediction, pixels: Pixels, gt_mask: Mask | None, folder: Path, name: Path) -> dict[str, str]:
+    """Write the pictures of one image at its own size, in a folder for each title; the links from the page, by title.
 
-    Args:
-        prediction: What inspection said.
-        pixels: ``[H, W, 3]`` uint8, the inspected image.
-        gt_mask: ``[H, W]`` bool; None if there is no picture of it.
-        folder: Where; the page lies beside it.
-        name: Relative name of the image in it.
-
-    Returns:
-        Title -> link from the page.
+    The first arguments are those of `small_pictures`. The page lies beside ``folder``, ``name`` is the relative name of the image in it.
     """
     links = {}
     for title, picture in views(pixels, prediction.reconstruction, prediction.anomaly_map, prediction.pred_mask, gt_mask):
@@ -165,11 +121,7 @@ def full_pictures(prediction: Prediction, pixels: Pixels, gt_mask: NDArray[np.bo
 
 
 def views(
-    pixels: Pixels,
-    reconstruction: Pixels | None,
-    anomaly_map: NDArray[np.float32],
-    pred_mask: NDArray[np.bool_],
-    gt_mask: NDArray[np.bool_] | None,
+    pixels: Pixels, reconstruction: Pixels | None, anomaly_map: NDArray[np.float32], pred_mask: Mask, gt_mask: Mask | None
 ) -> Iterator[tuple[str, Pixels]]:
     """The pictures of one image with their titles: the map and both masks are drawn on the input. All of one size."""
     yield "input", pixels
@@ -197,9 +149,9 @@ def chosen(items: Iterable[GalleryItem]) -> list[GalleryItem]:
     return [*wrong, *sorted((rest[place] for place in places), key=key)]
 
 
-def _averaged(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """A map at a smaller size ``(H, W)``, each value the mean of its area, so that nothing small is passed over."""
-    return np.asarray(Image.fromarray(values).resize((size[1], size[0]), Image.Resampling.BOX))
+def _averaged(values: NDArray[np.generic], like: Pixels) -> NDArray[np.float32]:
+    """A map at the smaller size of a picture, each value the mean of its area, so that nothing small is passed over."""
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize((like.shape[1], like.shape[0]), Image.Resampling.BOX))
 
 
 def _jpeg(pixels: Pixels, quality: int) -> bytes:

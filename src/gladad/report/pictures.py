@@ -14,37 +14,22 @@ from PIL import Image, ImageDraw
 from gladad.core.records import Region
 
 Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
 
-VMAX = 2.0
-"""Map value at the top of the colour scale: twice the threshold."""
-
+VMAX = 2.0  # map value at the top of the colour scale: twice the threshold
 OUTLINE, BOX = (0, 230, 255), (255, 255, 255)
 
-# Dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
-ANCHORS = (
-    (0, 0, 6),
-    (34, 11, 76),
-    (88, 16, 110),
-    (139, 35, 105),
-    (188, 55, 84),
-    (227, 89, 50),
-    (249, 142, 9),
-    (248, 202, 52),
-    (252, 254, 164),
+# Red, green, blue: dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
+CHANNELS = (
+    (0, 34, 88, 139, 188, 227, 249, 248, 252),
+    (0, 11, 16, 35, 55, 89, 142, 202, 254),
+    (6, 76, 110, 105, 84, 50, 9, 52, 164),
 )
-COLOURS: Pixels = np.stack(
-    [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(ANCHORS)), channel) for channel in zip(*ANCHORS, strict=True)], axis=1
-).astype(np.uint8)
+COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), channel) for channel in CHANNELS], axis=1).astype(np.uint8)
 
 
 def heatmap(values: NDArray[np.floating]) -> Pixels:
-    """Colour a map.
-
-    Args:
-        values: ``[H, W]``; 0 and less is the darkest colour, `VMAX` and more the lightest.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
+    """Colour a map ``[H, W]`` as ``[H, W, 3]`` uint8: 0 and less is the darkest colour, `VMAX` and more the lightest.
 
     Raises:
         ValueError: A value is NaN, which must not look normal.
@@ -55,19 +40,14 @@ def heatmap(values: NDArray[np.floating]) -> Pixels:
     return np.asarray(COLOURS[np.rint(level.clip(0, 1) * 255).astype(np.uint8)])
 
 
-def overlay(
-    pixels: Pixels, anomaly_map: NDArray[np.floating], mask: NDArray[np.bool_] | None = None, regions: Iterable[Region] = ()
-) -> Pixels:
-    """Lay a map over its image: untouched below half of the threshold, ever more colour above.
+def overlay(pixels: Pixels, anomaly_map: NDArray[np.floating], mask: Mask | None = None, regions: Iterable[Region] = ()) -> Pixels:
+    """Lay a map over a copy of its image: untouched below half of the threshold, ever more colour above.
 
     Args:
         pixels: ``[H, W, 3]`` uint8.
         anomaly_map: ``[H, W]`` of the same size.
         mask: ``[H, W]`` bool, drawn as an outline.
         regions: Drawn as boxes.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
 
     Raises:
         ValueError: The sizes differ, or a value is NaN.
@@ -88,7 +68,7 @@ def overlay(
     return np.array(picture)
 
 
-def _eroded(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
+def _eroded(mask: Mask, times: int) -> Mask:
     """The mask without its outermost pixels; the border of the image counts as outside."""
     for _ in range(times):
         padded = np.pad(mask, 1)

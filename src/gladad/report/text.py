@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from gladad.core.records import Report
-from gladad.metrics.pixel import NAMES
 
-ORDER = ("image_auroc", "image_ap", "image_f1max", "image_pg2", "image_pb2", *NAMES, "recall", "false_reject_rate", "seconds_per_image")
 LABELS = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
@@ -30,7 +27,7 @@ TYPE_HEAD = ("type", "rate", "95 % interval", "rejected", "images", "image AUROC
 
 def summary(report: Report) -> list[tuple[str, float]]:
     """The numbers that people look at first, those that are there, in order: ``(name, value)``."""
-    return [(name, report.metrics[name]) for name in ORDER if name in report.metrics]
+    return [(name, report.metrics[name]) for name in LABELS if name in report.metrics]
 
 
 def cell(name: str, value: float) -> str:
@@ -44,7 +41,7 @@ def interval(report: Report, name: str) -> str:
     return "" if low is None else f"{low:.1%} to {high:.1%}"
 
 
-def numbers(report: Report, names: Sequence[str] = ORDER) -> list[tuple[str, str, str]]:
+def numbers(report: Report, names: Sequence[str] = tuple(LABELS)) -> list[tuple[str, str, str]]:
     """Those of the named numbers that are there as people read them: ``(label, value, 95 % interval)``."""
     return [(LABELS[name], cell(name, report.metrics[name]), interval(report, name)) for name in names if name in report.metrics]
 
@@ -66,24 +63,20 @@ def headline(report: Report) -> str:
 
 def type_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table of kinds as text, good ones first: head and rows, without the columns that nothing is known for."""
-    rows = [_type_row(row) for row in report.details["per_type"]]
-    known = [place for place in range(len(TYPE_HEAD)) if any(row[place] for row in rows)]
-
-    def only_known(row: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(row[place] for place in known)
-
-    return only_known(TYPE_HEAD), [only_known(row) for row in rows]
-
-
-def _type_row(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        row["defect_type"],
-        f"{row['rate']:.1%} {'found' if row['anomalous'] else 'falsely rejected'}",
-        f"{row['low']:.1%} to {row['high']:.1%}",
-        str(row["rejected"]),
-        str(row["count"]),
-        *(f"{row[name]:.1%}" if name in row else "" for name in ("image_auroc", "aupimo")),
-    )
+    rows = [
+        (
+            row["defect_type"],
+            f"{row['rate']:.1%} {'found' if row['anomalous'] else 'falsely rejected'}",
+            f"{row['low']:.1%} to {row['high']:.1%}",
+            str(row["rejected"]),
+            str(row["count"]),
+            *(f"{row[name]:.1%}" if name in row else "" for name in ("image_auroc", "aupimo")),
+        )
+        for row in report.details["per_type"]
+    ]
+    columns = [column for column in zip(TYPE_HEAD, *rows, strict=True) if any(column[1:])]
+    head, *body = zip(*columns, strict=True)
+    return head, body
 
 
 def markdown(report: Report, title: str) -> str:
