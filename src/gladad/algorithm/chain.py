@@ -58,17 +58,12 @@ def reconstruct(networks: Networks, latent: Tensor, noise: Tensor, schedule: Sch
         noise: Same shape, one independent standard normal draw per image.
         schedule: The denoiser's schedule.
         config: The step search and fusion; each part can be switched off.
-
-    Returns:
-        The rebuilt latents, and for every image the step it was given.
     """
-    noise_step = config.max_step if config.noise_step is None else config.noise_step
-    x_t = add_noise(latent, noise, schedule.alpha_bar(noise_step))
+    x_t = add_noise(latent, noise, schedule.alpha_bar(config.max_step if config.noise_step is None else config.noise_step))
     start = PENDING if config.adaptive else config.max_step
     step = torch.full((len(latent),), start, dtype=torch.int64, device=latent.device)
     gap_score = torch.full((len(latent),), float("nan"), device=latent.device)
-    probes = 0
-    traces = []
+    probes, traces = 0, []
 
     for t, t_prev in chain_timesteps(config.max_step, config.num_steps):
         alpha_bar = schedule.alpha_bar(t)

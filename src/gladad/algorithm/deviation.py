@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gladad.algorithm.networks import Networks, Reconstruction
-from gladad.algorithm.schedule import Schedule
+from gladad.algorithm.schedule import Schedule, add_noise
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
 
@@ -41,17 +41,13 @@ def random_cells(
     Every latent draws the side of its patches, where their lattice begins, and its expected share of noised cells.
 
     Args:
-        shape: ``(B, h, w)``.
+        shape: ``(B, h, w)``; the masks are ``[B, 1, h, w]`` bool, on the generator's device.
         generator: Of all draws; the same state gives the same masks.
         share: Limits between which the expected share is uniform, in [0, 1].
         sides: Sides of a patch in cells, each as likely as the others.
-
-    Returns:
-        ``[B, 1, h, w]`` bool, on the generator's device.
     """
     count, height, width = shape
-    device = generator.device
-    masks = []
+    device, masks = generator.device, []
     for _ in range(count):
         side = sides[int(torch.randint(len(sides), (), generator=generator, device=device))]
         top, left = torch.randint(side, (2,), generator=generator, device=device).tolist()
@@ -70,11 +66,8 @@ def corrupt_cells(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) -> 
         mask: ``[B, 1, h, w]`` bool, true where noise is added.
         noise: ``[B, C, h, w]``, standard normal.
         alpha_bar: Of the timestep, see `Schedule.alpha_bar`.
-
-    Returns:
-        ``[B, C, h, w]``.
     """
-    return torch.where(mask, alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise, z)
+    return torch.where(mask, add_noise(z, noise, alpha_bar), z)
 
 
 def deviation_target(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -94,8 +87,7 @@ def reconstruct_deviation(networks: Networks, latent: Tensor, schedule: Schedule
         config: Timesteps of the corrections.
 
     Returns:
-        The corrected latents. There is no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of
-        every correction.
+        There is no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction.
     """
     x, trace = latent, []
     sigmas = [float((1 - schedule.alpha_bar(timestep)).sqrt()) for timestep in config.timesteps]

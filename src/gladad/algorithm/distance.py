@@ -38,8 +38,7 @@ def patch_distance(features: Tensor, others: Tensor) -> Tensor:
     Returns:
         ``[B, 1, h, w]`` in [0, 2].
     """
-    f = F.normalize(features.flatten(2), dim=1)
-    g = F.normalize(others.flatten(2), dim=1)
+    f, g = F.normalize(features.flatten(2), dim=1), F.normalize(others.flatten(2), dim=1)
     nearest = torch.bmm(f.transpose(1, 2), g).amax(dim=2)
     return (1 - nearest).view(len(features), 1, *features.shape[-2:])
 
