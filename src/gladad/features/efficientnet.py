@@ -82,14 +82,7 @@ class EfficientNetLite0(Extractor):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Features of an image.
-
-        Args:
-            image: ``[B, 3, H, W]`` RGB in [0, 1]; ``H`` and ``W`` multiples of 16.
-
-        Returns:
-            ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``.
-        """
+        """``[B, 3, H, W]`` in [0, 1], sides multiples of 16 -> ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``."""
         # normalised in float32 before the network's own dtype: bfloat16 would round neighbouring grey levels together
         x = ((image.float() * 255.0 - 127.0) / 128.0).to(self.stem.conv.weight.dtype)
         x = self.stem(x.to(memory_format=torch.channels_last))
