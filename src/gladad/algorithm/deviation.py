@@ -59,14 +59,7 @@ def random_cells(
 
 
 def corrupt_cells(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The forward process inside a mask, and the clean latent outside.
-
-    Args:
-        z: ``[B, C, h, w]``, clean latents.
-        mask: ``[B, 1, h, w]`` bool, true where noise is added.
-        noise: ``[B, C, h, w]``, standard normal.
-        alpha_bar: Of the timestep, see `Schedule.alpha_bar`.
-    """
+    """Clean latents ``[B, C, h, w]`` after the forward process inside a mask ``[B, 1, h, w]`` (bool), with noise ``[B, C, h, w]``."""
     return torch.where(mask, add_noise(z, noise, alpha_bar), z)
 
 

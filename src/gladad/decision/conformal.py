@@ -57,11 +57,7 @@ def required_images(false_reject_rate: float) -> int:
 
 
 def check_rate(false_reject_rate: float) -> None:
-    """Refuse rates outside (0, 0.5].
-
-    Raises:
-        ConfigError: The rate makes no sense.
-    """
+    """Refuse rates outside (0, 0.5] by a `ConfigError`."""
     if not 0 < false_reject_rate <= 0.5:
         raise ConfigError(f"false_reject_rate must be above 0 and at most 0.5, not {false_reject_rate}")
 
@@ -153,9 +149,9 @@ def calibrate(
     Args:
         scores: Raw image scores of held-out normal images.
         peaks: Largest raw map value of each.
-        false_reject_rate: Requested rate, in (0, 0.5].
-        cross_fitted: Recorded, see `Calibration`.
-        images: Number of different images, see `conformal_threshold`.
+        false_reject_rate: In (0, 0.5].
+        cross_fitted: See `Calibration`.
+        images: See `conformal_threshold`.
 
     Raises:
         DataError: As for `conformal_threshold`; or a threshold would be 0, in whose units nothing can be said.

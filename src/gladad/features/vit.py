@@ -60,13 +60,9 @@ class DinoFeatures(ModelMixin):
     Saved and loaded like any component of a diffusers pipeline, but its folder is the plain transformer's. (A subclass of ``ViTModel``
     would not do: transformers reads older checkpoints, DINO's among them, into its own classes only.)
 
-    DINOv2's position embeddings are those of 518 px (37 x 37 patches of 14); at other sizes transformers resizes them, bicubically and in
-    float32. With registers it does so as the original code does: to a grid of the size needed, antialiased. Without registers the original
-    asks for a scale of ``(n + 0.1) / 37``, as DINO does, and transformers for the size: sampling points then differ by up to a tenth of a
-    patch, so that features at sizes other than 518 px are not quite the original's.
-
-    Args:
-        vit: The transformer, of any of the three architectures. A ViT's position embeddings are taken over by `DinoEmbeddings`.
+    DINOv2's position embeddings are those of 518 px (37 x 37 patches of 14); at other sizes transformers resizes them. With registers it
+    does so as the original code does. Without, the original asks for a scale of ``(n + 0.1) / 37``, as DINO does, and transformers for the
+    size: sampling points then differ by up to a tenth of a patch, and features are not quite the original's.
     """
 
     def __init__(self, vit: Transformer) -> None:

@@ -40,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one training, in a folder of their own.
 
     Args:
-        folder: Made when the first checkpoint is written.
+        folder: Made by `start`.
         identity: JSON-ready description of what decides the result: settings, images, base. A folder of another training is refused.
         keep: Newest checkpoints that are kept, at least 1.
         tell: Called with a sentence when a checkpoint cannot be used.

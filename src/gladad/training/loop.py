@@ -118,10 +118,7 @@ def make_accelerator() -> Accelerator:
 def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:
     """The results of some work for the numbers below ``count``, which the processes of a training divide among them; all get all.
 
-    Args:
-        work: Its result depends on the number alone and can be pickled.
-        count: How many numbers there are.
-        told: Called with how many are done and ``count``.
+    A result depends on its number alone and can be pickled. ``told`` is called with how many are done and ``count``.
     """
     processes = process_count()
     rank = make_accelerator().process_index if processes > 1 else 0
@@ -139,12 +136,7 @@ def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int]
 def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, progress: Progress = no_progress, stage: str) -> list[float]:
     """Train a module in place, or go on where its checkpoints stopped.
 
-    Args:
-        task: Module and loss.
-        config: Budget and arithmetic.
-        run: Checkpoints, logs and examples; None writes nothing.
-        progress: Told of every step, by the main process only.
-        stage: Name of the training for the progress and the logs.
+    Without a run nothing is written. ``stage`` names the training in the logs and for the progress, which the main process alone tells.
 
     Returns:
         The loss of every step, of earlier runs too.
@@ -170,8 +162,12 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
         run.tell(f"going on after step {found.step} of {config.steps}")
         del found  # as large as the training itself
     token = run.cancel or CancelToken()
-    signals = contextlib.nullcontext() if checkpoints is None else cancelled_by_signals(token)
-    with loop, Tracker(tracked, run.folder if main else None, stage, first_step=len(losses)) as tracker, signals:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(task.module.train().eval)
+        tracker = Tracker(tracked, run.folder if main else None, stage, first_step=len(losses))
+        at_end.callback(tracker.close)
+        if checkpoints is not None:
+            at_end.enter_context(cancelled_by_signals(token))
         for done in range(len(losses) + 1, config.steps + 1):
             started = time.monotonic()
             losses.append(loop.step(done - 1))
@@ -239,13 +235,6 @@ class _Loop:
         if self.sharded and config.batch_size % count:
             raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}
-
-    def __enter__(self) -> _Loop:
-        self.task.module.train()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.task.module.eval()
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

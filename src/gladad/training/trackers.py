@@ -19,8 +19,7 @@ TENSORBOARD = "tensorboard"
 def tracker_name(name: str) -> str | None:
     """Which of accelerate's trackers a training uses; refuses one that cannot be used, before anything is loaded.
 
-    Args:
-        name: ``auto`` is TensorBoard where it is installed; ``none``; or the name of one of accelerate's.
+    ``auto`` is TensorBoard where it is installed, and ``none`` is none.
 
     Raises:
         ConfigError: There is none of this name.
@@ -39,7 +38,7 @@ def tracker_name(name: str) -> str | None:
 
 
 class Tracker:
-    """Takes numbers and pictures of a training; to be used in a ``with`` block.
+    """Takes numbers and pictures of a training, until it is closed.
 
     Args:
         name: Of `tracker_name`; None keeps picture files only.
@@ -61,10 +60,8 @@ class Tracker:
         self._inner = kind(run.replace(" ", "-"), **place, **more)
         self._inner.start()
 
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Finish the logs."""
         if self._inner is not None:
             self._inner.finish()
 
