@@ -71,16 +71,10 @@ def deviation_target(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) 
 
 @torch.no_grad()
 def reconstruct_deviation(networks: Networks, latent: Tensor, schedule: Schedule, config: DeviationConfig) -> Reconstruction:
-    """Take off each latent what the network believes to be its deviation, in a few corrections and without noise.
+    """Take off each latent ``[B, C, h, w]`` what the network believes to be its deviation, in a few corrections and without noise.
 
-    Args:
-        networks: Only ``predict_noise`` is used; it returns the predicted *deviation* here.
-        latent: ``[B, C, h, w]``.
-        schedule: That of training, of ``config.num_timesteps`` timesteps.
-        config: Timesteps of the corrections.
-
-    Returns:
-        There is no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction.
+    Of the networks only ``predict_noise`` is used, which returns the predicted *deviation* here; the schedule is that of training. There is
+    no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction.
     """
     x, trace = latent, []
     sigmas = [float((1 - schedule.alpha_bar(timestep)).sqrt()) for timestep in config.timesteps]

@@ -143,15 +143,8 @@ def calibrate(
 ) -> Calibration:
     """Fit the decision and the pixel threshold on held-out normal images.
 
-    The pixel threshold is chosen the same way from the largest map value of each image, so that a normal image has any masked
-    pixel at all with about the requested probability.
-
-    Args:
-        scores: Raw image scores of held-out normal images.
-        peaks: Largest raw map value of each.
-        false_reject_rate: In (0, 0.5].
-        cross_fitted: See `Calibration`.
-        images: See `conformal_threshold`.
+    The pixel threshold is chosen the same way from the ``peaks``, the largest raw map value of each image, so that a normal image has any
+    masked pixel at all with about the requested probability. The other arguments are those of `conformal_threshold`.
 
     Raises:
         DataError: As for `conformal_threshold`; or a threshold would be 0, in whose units nothing can be said.

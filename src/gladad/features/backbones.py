@@ -29,12 +29,9 @@ WEIGHTS = "model*.safetensors"
 
 
 class TransformersBackbone(Extractor):
-    """A frozen backbone of transformers.
+    """A frozen backbone of transformers, from a folder with ``config.json`` and safetensors.
 
-    Args:
-        folder: With ``config.json`` and safetensors; ``preprocessor_config.json`` tells mean and deviation of images, ImageNet's if absent.
-        identity: Of the weights in it.
-        dtype: Of the weights.
+    ``preprocessor_config.json`` tells mean and deviation of images, ImageNet's if absent.
 
     Raises:
         ModelFormatError: The folder does not hold a complete backbone.

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 
 class FeatureSpace(nn.Module):
-    """The affine map between stacked features and the latent: standardise, project, whiten.
+    """The affine map between features of C channels and the latent of D dimensions: standardise, project, whiten.
 
-    Args:
-        channels: C, of the features.
-        dimensions: D, principal components kept as the latent; fewer than C.
-        whitening: Exponent: 0 = PCA, 1 = full whitening.
+    D < C is the number of principal components kept; ``whitening`` is an exponent, from 0, PCA, to 1, full whitening.
     """
 
     mean: Tensor  # [1, C, 1, 1], of the features on normal images

@@ -16,13 +16,10 @@ CELL = 8
 
 
 class FeatureStack:
-    """The levels of an image, and all but the finest of the image at half size, stacked on one grid.
+    """The levels of an image of ``(H, W)`` pixels, and all but the finest of the image at half size, stacked on one grid.
 
-    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part.
-
-    Args:
-        extractor: The frozen network, of any dtype and device.
-        image_size: ``(H, W)`` in pixels of the images.
+    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part. The extractor
+    may be of any dtype and device.
 
     Raises:
         ConfigError: The image size does not suit the extractor.

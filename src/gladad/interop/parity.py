@@ -121,8 +121,7 @@ def reconstruction_result(golden: Golden, case: Mapping[str, Any], pipeline: Gla
 def scoring_result(golden: Golden, case: Mapping[str, Any], pipeline: GladPipeline) -> Result:
     """Score the stored reconstructions of one case.
 
-    The description need not say whose reconstruction was scored; then all are tried, and the one that agrees best is reported (two
-    cases' maps differ by far more than the tolerance).
+    Where the description does not say whose, all are tried, and the one that agrees best is reported: maps differ by far more than that.
     """
     name, size = case["name"], case["feature_resolution"]
     size = (size, size) if isinstance(size, int) else tuple(size)

@@ -38,13 +38,10 @@ def tracker_name(name: str) -> str | None:
 
 
 class Tracker:
-    """Takes numbers and pictures of a training, until it is closed.
+    """Takes numbers and pictures of a training, named ``run`` in the logs, until it is closed.
 
-    Args:
-        name: Of `tracker_name`; None keeps picture files only.
-        folder: For logs and pictures; None takes nothing.
-        run: Name of the training in the logs.
-        first_step: Steps done already; TensorBoard forgets what it knows of later ones.
+    Without a name of `tracker_name` it keeps picture files only, and without a folder nothing. ``first_step`` steps are done already;
+    TensorBoard forgets what it knows of later ones.
     """
 
     def __init__(self, name: str | None, folder: Path | None, run: str, *, first_step: int = 0):
