@@ -50,25 +50,15 @@ def fusion_mask(gap: Tensor, config: ReconstructionConfig) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(networks: Networks, latent: Tensor, noise: Tensor, schedule: Schedule, config: ReconstructionConfig) -> Reconstruction:
-    """Rebuild each latent as its anomaly-free counterpart, along the chain (sections 3.2 to 3.4).
+    """Rebuild each latent ``[B, C, h, w]`` as its anomaly-free counterpart, along the chain (sections 3.2 to 3.4).
 
-    Args:
-        networks: The four callables.
-        latent: ``[B, C, h, w]``, z.
-        noise: Same shape, one independent standard normal draw per image.
-        schedule: The denoiser's schedule.
-        config: The step search and fusion; each part can be switched off.
-
-    Returns:
-        The rebuilt latents, and for every image the step it was given.
+    The noise is of the same shape, one independent standard normal draw per image. Each part, step search and fusion, can be switched off.
     """
-    noise_step = config.max_step if config.noise_step is None else config.noise_step
-    x_t = add_noise(latent, noise, schedule.alpha_bar(noise_step))
+    x_t = add_noise(latent, noise, schedule.alpha_bar(config.max_step if config.noise_step is None else config.noise_step))
     start = PENDING if config.adaptive else config.max_step
     step = torch.full((len(latent),), start, dtype=torch.int64, device=latent.device)
     gap_score = torch.full((len(latent),), float("nan"), device=latent.device)
-    probes = 0
-    traces = []
+    probes, traces = 0, []
 
     for t, t_prev in chain_timesteps(config.max_step, config.num_steps):
         alpha_bar = schedule.alpha_bar(t)

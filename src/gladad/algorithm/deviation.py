@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gladad.algorithm.networks import Networks, Reconstruction
-from gladad.algorithm.schedule import Schedule
+from gladad.algorithm.schedule import Schedule, add_noise
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
 
@@ -41,17 +41,13 @@ def random_cells(
     Every latent draws the side of its patches, where their lattice begins, and its expected share of noised cells.
 
     Args:
-        shape: ``(B, h, w)``.
+        shape: ``(B, h, w)``; the masks are ``[B, 1, h, w]`` bool, on the generator's device.
         generator: Of all draws; the same state gives the same masks.
         share: Limits between which the expected share is uniform, in [0, 1].
         sides: Sides of a patch in cells, each as likely as the others.
-
-    Returns:
-        ``[B, 1, h, w]`` bool, on the generator's device.
     """
     count, height, width = shape
-    device = generator.device
-    masks = []
+    device, masks = generator.device, []
     for _ in range(count):
         side = sides[int(torch.randint(len(sides), (), generator=generator, device=device))]
         top, left = torch.randint(side, (2,), generator=generator, device=device).tolist()
@@ -63,18 +59,8 @@ def random_cells(
 
 
 def corrupt_cells(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The forward process inside a mask, and the clean latent outside.
-
-    Args:
-        z: ``[B, C, h, w]``, clean latents.
-        mask: ``[B, 1, h, w]`` bool, true where noise is added.
-        noise: ``[B, C, h, w]``, standard normal.
-        alpha_bar: Of the timestep, see `Schedule.alpha_bar`.
-
-    Returns:
-        ``[B, C, h, w]``.
-    """
-    return torch.where(mask, alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise, z)
+    """Clean latents ``[B, C, h, w]`` after the forward process inside a mask ``[B, 1, h, w]`` (bool), with noise ``[B, C, h, w]``."""
+    return torch.where(mask, add_noise(z, noise, alpha_bar), z)
 
 
 def deviation_target(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -85,17 +71,10 @@ def deviation_target(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) 
 
 @torch.no_grad()
 def reconstruct_deviation(networks: Networks, latent: Tensor, schedule: Schedule, config: DeviationConfig) -> Reconstruction:
-    """Take off each latent what the network believes to be its deviation, in a few corrections and without noise.
+    """Take off each latent ``[B, C, h, w]`` what the network believes to be its deviation, in a few corrections and without noise.
 
-    Args:
-        networks: Only ``predict_noise`` is used; it returns the predicted *deviation* here.
-        latent: ``[B, C, h, w]``.
-        schedule: That of training, of ``config.num_timesteps`` timesteps.
-        config: Timesteps of the corrections.
-
-    Returns:
-        The corrected latents. There is no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of
-        every correction.
+    Of the networks only ``predict_noise`` is used, which returns the predicted *deviation* here; the schedule is that of training. There is
+    no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction.
     """
     x, trace = latent, []
     sigmas = [float((1 - schedule.alpha_bar(timestep)).sqrt()) for timestep in config.timesteps]

@@ -29,17 +29,11 @@ class ScoringConfig:
 
 
 def patch_distance(features: Tensor, others: Tensor) -> Tensor:
-    """Distance of every patch to its nearest patch of the other image: ``min_j (1 - cos(F_i, G_j))``.
+    """Distance of every patch to its nearest patch of the other image: ``min_j (1 - cos(F_i, G_j))``, in [0, 2].
 
-    Args:
-        features: ``[B, D, h, w]``, F.
-        others: ``[B, D, h', w']``, G.
-
-    Returns:
-        ``[B, 1, h, w]`` in [0, 2].
+    ``[B, D, h, w]``, F, and ``[B, D, h', w']``, G -> ``[B, 1, h, w]``.
     """
-    f = F.normalize(features.flatten(2), dim=1)
-    g = F.normalize(others.flatten(2), dim=1)
+    f, g = F.normalize(features.flatten(2), dim=1), F.normalize(others.flatten(2), dim=1)
     nearest = torch.bmm(f.transpose(1, 2), g).amax(dim=2)
     return (1 - nearest).view(len(features), 1, *features.shape[-2:])
 
@@ -59,14 +53,8 @@ def gaussian_blur(x: Tensor, sigma: float, kernel: int) -> Tensor:
 def soft_foreground(mask: Tensor, config: ScoringConfig) -> Tensor:
     """The published scoring weight of a foreground mask: blurred, binarised at > 0 and blurred again.
 
-    So the part itself and a margin of a kernel's radius around it keep full weight, and the ground fades to 0.
-
-    Args:
-        mask: ``[B, 1, H, W]`` in {0, 1} or bool.
-        config: Its blur.
-
-    Returns:
-        ``[B, 1, H, W]`` float in [0, 1].
+    ``[B, 1, H, W]`` in {0, 1} or bool -> float in [0, 1]. The part itself and a margin of a kernel's radius around it keep full weight,
+    and the ground fades to 0.
     """
     weight = mask if mask.is_floating_point() else mask.float()
     grown = gaussian_blur(weight, config.blur_sigma, config.blur_kernel) > 0

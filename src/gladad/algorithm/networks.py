@@ -13,38 +13,26 @@ class Networks(Protocol):
 
     def encode(self, image: Tensor) -> Tensor:
         """``[B, 3, H, W]`` image -> ``[B, C, h, w]`` latent."""
-        ...
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` latent -> ``[B, 3, H, W]`` image."""
-        ...
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """Noise prediction for noisy latents ``[B, C, h, w]`` at timesteps ``[B]``; conditioning and guidance are inside.
 
         Under the method "deviation" (`gladad.algorithm.deviation`) it is the predicted deviation instead.
         """
-        ...
 
     def latent_features(self, latent: Tensor) -> Tensor:
         """What the step search compares: ``[B, D, h', w']`` features of what a latent shows."""
-        ...
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the chain made of a batch.
+    """What the chain made of a batch."""
 
-    Attributes:
-        latent: ``[B, C, h, w]`` anomaly-free latent.
-        step: ``[B]`` int64, the denoising step each image was given (``max_step`` when the search is off).
-        gap_score: ``[B]``, the difference seen at that step (NaN when the search is off).
-        probes: Number of image-level comparisons the search made.
-        trace: ``[B, P]``, the gap score of every comparison from the highest timestep down, NaN where none was made.
-    """
-
-    latent: Tensor
-    step: Tensor
-    gap_score: Tensor
-    probes: int
-    trace: Tensor
+    latent: Tensor  # [B, C, h, w], anomaly-free
+    step: Tensor  # [B] int64, the denoising step each image was given (max_step when the search is off)
+    gap_score: Tensor  # [B], the difference seen at that step (NaN when the search is off)
+    probes: int  # image-level comparisons that the search made
+    trace: Tensor  # [B, P], the gap score of every comparison from the highest timestep down, NaN where none was made

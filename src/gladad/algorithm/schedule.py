@@ -12,13 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The cumulative noise schedule of a trained denoiser.
+    """The cumulative noise schedule of a trained denoiser."""
 
-    Attributes:
-        alphas_cumprod: ``[T]``, decreasing, in (0, 1).
-    """
-
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor  # [T], decreasing, in (0, 1)
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000) -> Schedule:

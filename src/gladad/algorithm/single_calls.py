@@ -56,7 +56,7 @@ def reconstruct_one_call(
         scale: ``[1, D, 1, 1]``, usual magnitude of each feature's residual on normal images.
 
     Returns:
-        The rebuilt latents; ``step`` is the timestep each image was decided at.
+        ``step`` is the timestep each image was decided at.
     """
     count = len(config.timesteps)
     grid = torch.tensor(config.timesteps, device=latent.device)
@@ -74,18 +74,11 @@ def reconstruct_one_call(
 
     choice = torch.full((len(latent),), count - 1, device=latent.device)
     if config.adaptive:
-        delta = trace.new_tensor(config.step_thresholds)
-        differs = trace > delta
+        differs = trace > trace.new_tensor(config.step_thresholds)
         choice = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), choice)
     rows = torch.arange(len(latent), device=latent.device)
     chosen, chosen_gap = estimates[rows, choice], gap[rows, choice][:, None]
     if config.fusion != "none":  # local: keep the input where it is normal
         mask = torch.sigmoid((chosen_gap - config.fusion_center) / config.fusion_width)
         chosen = mask * chosen + (1 - mask) * latent
-    return Reconstruction(
-        latent=chosen,
-        step=grid[choice],
-        gap_score=trace[rows, choice],
-        probes=int(count * len(latent)),
-        trace=trace,
-    )
+    return Reconstruction(latent=chosen, step=grid[choice], gap_score=trace[rows, choice], probes=count * len(latent), trace=trace)

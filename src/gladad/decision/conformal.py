@@ -27,20 +27,15 @@ MIN_HELD_OUT = 4
 class Threshold:
     """A decision threshold and what is known of it.
 
-    Attributes:
-        value: Scores above it are rejected.
-        false_reject_rate: The rate asked for.
-        n: Held-out normal images it was made from.
-        method: "conformal" (the guarantee holds), "cross-fitted" (the same rank of scores of other models than the final one: it holds
-            approximately), "extrapolated" (too few images: no guarantee) or "copies" (scores of copies of a few images: none either).
-        needed: Held-out images from which on the guarantee would hold.
+    Its method is "conformal" (the guarantee holds), "cross-fitted" (the same rank of scores of other models than the final one: it holds
+    approximately), "extrapolated" (too few images: no guarantee) or "copies" (scores of copies of a few images: none either).
     """
 
-    value: float
-    false_reject_rate: float
-    n: int
+    value: float  # scores above it are rejected
+    false_reject_rate: float  # asked for
+    n: int  # held-out normal images it was made from
     method: str
-    needed: int
+    needed: int  # held-out images from which on the guarantee would hold
 
     @property
     def statement(self) -> str:
@@ -52,10 +47,8 @@ class Threshold:
             return f"about {rate} of good parts like these {self.n} are rejected, or fewer (cross-fitted: an approximation, no guarantee)"
         if self.method == "copies":
             return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
-        return (
-            f"no guarantee: {rate} false rejects need {self.needed} held-out images and there are {self.n}; "
-            "the threshold is extrapolated from their scores"
-        )
+        missing = f"{rate} false rejects need {self.needed} held-out images and there are {self.n}"
+        return f"no guarantee: {missing}; the threshold is extrapolated from their scores"
 
 
 def required_images(false_reject_rate: float) -> int:
@@ -64,11 +57,7 @@ def required_images(false_reject_rate: float) -> int:
 
 
 def check_rate(false_reject_rate: float) -> None:
-    """Refuse rates outside (0, 0.5].
-
-    Raises:
-        ConfigError: The rate makes no sense.
-    """
+    """Refuse rates outside (0, 0.5] by a `ConfigError`."""
     if not 0 < false_reject_rate <= 0.5:
         raise ConfigError(f"false_reject_rate must be above 0 and at most 0.5, not {false_reject_rate}")
 
@@ -110,17 +99,13 @@ def conformal_threshold(
 class Calibration:
     """What inspection needs to know of normal images.
 
-    Attributes:
-        scores: Sorted raw scores of the held-out normal images.
-        threshold: Decision threshold on the raw score.
-        pixel_threshold: Threshold of the raw map for masks.
-        cross_fitted: Whether each score comes from a model that did not see its image, over folds of all images (then the
-            guarantee is approximate: the final model saw more images than each fold's).
+    Where it is cross-fitted, each score comes from a model that did not see its image, over folds of all images (then the guarantee is
+    approximate: the final model saw more images than each fold's).
     """
 
-    scores: tuple[float, ...]
-    threshold: Threshold
-    pixel_threshold: float
+    scores: tuple[float, ...]  # sorted raw scores of the held-out normal images
+    threshold: Threshold  # on the raw score
+    pixel_threshold: float  # of the raw map, for masks
     cross_fitted: bool = False
 
     def p_value(self, score: float) -> float:
@@ -143,12 +128,8 @@ class Calibration:
             ModelFormatError: A key is missing or of the wrong type, or a number is not finite.
         """
         try:
-            found = cls(
-                scores=tuple(float(s) for s in value["scores"]),
-                threshold=Threshold(**value["threshold"]),
-                pixel_threshold=float(value["pixel_threshold"]),
-                cross_fitted=bool(value["cross_fitted"]),
-            )
+            scores, pixel_threshold = tuple(map(float, value["scores"])), float(value["pixel_threshold"])
+            found = cls(scores, Threshold(**value["threshold"]), pixel_threshold, bool(value["cross_fitted"]))
             numbers = (*found.scores, found.threshold.value, found.pixel_threshold)
             if not np.isfinite(numbers).all() or min(numbers[-2:]) <= 0:
                 raise ValueError("a score or threshold is not finite, or a threshold is not positive")
@@ -158,37 +139,19 @@ class Calibration:
 
 
 def calibrate(
-    normal_scores: Sequence[float],
-    normal_map_peaks: Sequence[float],
-    false_reject_rate: float,
-    *,
-    cross_fitted: bool = False,
-    images: int | None = None,
+    scores: Sequence[float], peaks: Sequence[float], false_reject_rate: float, *, cross_fitted: bool = False, images: int | None = None
 ) -> Calibration:
     """Fit the decision and the pixel threshold on held-out normal images.
 
-    The pixel threshold is chosen the same way from the largest map value of each image, so that a normal image has any masked
-    pixel at all with about the requested probability.
-
-    Args:
-        normal_scores: Raw image scores of held-out normal images.
-        normal_map_peaks: Largest raw map value of each.
-        false_reject_rate: Requested rate, in (0, 0.5].
-        cross_fitted: Recorded, see `Calibration`.
-        images: Number of different images, see `conformal_threshold`.
+    The pixel threshold is chosen the same way from the ``peaks``, the largest raw map value of each image, so that a normal image has any
+    masked pixel at all with about the requested probability. The other arguments are those of `conformal_threshold`.
 
     Raises:
         DataError: As for `conformal_threshold`; or a threshold would be 0, in whose units nothing can be said.
     """
     threshold, pixel_threshold = (
-        conformal_threshold(values, false_reject_rate, cross_fitted=cross_fitted, images=images)
-        for values in (normal_scores, normal_map_peaks)
+        conformal_threshold(values, false_reject_rate, cross_fitted=cross_fitted, images=images) for values in (scores, peaks)
     )
     if min(threshold.value, pixel_threshold.value) <= 0:
         raise DataError("held-out good images score 0, so nothing can be measured against them; are they all the same picture?")
-    return Calibration(
-        scores=tuple(sorted(float(s) for s in normal_scores)),
-        threshold=threshold,
-        pixel_threshold=pixel_threshold.value,
-        cross_fitted=cross_fitted,
-    )
+    return Calibration(tuple(sorted(map(float, scores))), threshold, pixel_threshold.value, cross_fitted)

@@ -20,13 +20,6 @@ def find_regions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> t
     index = np.arange(1, count + 1)
     peaks = ndimage.maximum(anomaly_map, labels, index)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    boxes = ndimage.find_objects(labels)
     order = np.argsort(-np.asarray(peaks), kind="stable")[:MAX_REGIONS]
-    return tuple(
-        Region(
-            box=(boxes[i][1].start, boxes[i][0].start, boxes[i][1].stop, boxes[i][0].stop),
-            area=int(areas[i]),
-            peak=float(peaks[i]),
-        )
-        for i in order
-    )
+    edges = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in ndimage.find_objects(labels)]
+    return tuple(Region(box=edges[i], area=int(areas[i]), peak=float(peaks[i])) for i in order)

@@ -20,24 +20,18 @@ from torch import Tensor
 from transformers import AutoBackbone, AutoConfig
 
 from gladad.core.errors import ModelFormatError
-from gladad.features.extractor import Extractor, Identity, Level, files_sha256
+from gladad.features.extractor import IMAGENET_MEAN, IMAGENET_STD, Extractor, Identity, Level, files_sha256, missing_weights
 
 STRIDES = (4, 8, 16)
 PROBE_SIDE = 448
 """Pixels per side of the image that tells the strides: a multiple of the usual patches and windows."""
 WEIGHTS = "model*.safetensors"
-UNTRAINED = "hidden_states_norms"
-"""Norms of the maps, which no checkpoint holds: they start as plain standardisation of each place, and stay so."""
-IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 
 
 class TransformersBackbone(Extractor):
-    """A frozen backbone of transformers.
+    """A frozen backbone of transformers, from a folder with ``config.json`` and safetensors.
 
-    Args:
-        folder: With ``config.json`` and safetensors; ``preprocessor_config.json`` tells mean and deviation of images, ImageNet's if absent.
-        identity: Of the weights in it.
-        dtype: Of the weights.
+    ``preprocessor_config.json`` tells mean and deviation of images, ImageNet's if absent.
 
     Raises:
         ModelFormatError: The folder does not hold a complete backbone.
@@ -52,9 +46,10 @@ class TransformersBackbone(Extractor):
         try:
             self.network, self.levels = _load(folder, dtype)
             processor = folder / "preprocessor_config.json"
-            stated = IMAGENET | (json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {})
-            for name, key in (("mean", "image_mean"), ("std", "image_std")):
-                self.register_buffer(name, torch.tensor(stated[key]).view(1, 3, 1, 1), persistent=False)
+            usual = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+            stated = usual | (json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {})
+            for name in ("mean", "std"):
+                self.register_buffer(name, torch.tensor(stated[f"image_{name}"]).view(1, 3, 1, 1), persistent=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelFormatError(f"{identity.name} cannot be read as a feature extractor (safetensors only): {reason}") from error
@@ -74,10 +69,9 @@ def load_backbone(name: str, revision: str | None = None, offline: bool = False)
     """Find and load a backbone; arguments and errors as of `gladad.features.extractor.load_extractor`."""
     folder, commit = Path(name), None
     if not folder.is_dir():
+        which = f"{name} at revision {revision}" if revision else name
         where = "in the local cache of the Hub" if offline else "a reachable Hugging Face repository"
-        complaint = (
-            f"{name}{f' at revision {revision}' if revision else ''} is neither a folder nor {where}; check the name of the features"
-        )
+        complaint = f"{which} is neither a folder nor {where}; check the name of the features"
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise ModelFormatError(complaint)
         try:
@@ -115,7 +109,6 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, tuple[Level, ...]]:
     network, info = type(probe).from_pretrained(
         folder, config=config, use_safetensors=True, dtype=dtype, output_loading_info=True, local_files_only=True
     )
-    missing = sorted(key for key in map(str, [*info["missing_keys"], *info["mismatched_keys"]]) if not key.startswith(UNTRAINED))
-    if missing:
-        raise ValueError(f"{len(missing)} weights are missing or misshapen, such as {missing[0]}")
+    if missing := missing_weights(info):
+        raise ValueError(missing)
     return network, tuple(levels[index] for index in chosen)

@@ -8,6 +8,7 @@ function, and the folded one is faster and has no mode to get wrong.
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self, cast
@@ -39,11 +40,11 @@ class _Conv(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, padding=(kernel - 1) // 2 if stride == 1 else 0)
         self.relu = relu
         total = kernel - stride  # SAME padding of an even side under stride 2: one more pixel at the end
-        self.pad = (total // 2, total - total // 2) if stride > 1 else None
+        self.pad = (total // 2, total - total // 2) * 2 if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad is not None:
-            x = F.pad(x, (*self.pad, *self.pad))
+            x = F.pad(x, self.pad)
         y: Tensor = self.conv(x)
         return F.relu6(y, inplace=True) if self.relu else y
 
@@ -67,11 +68,11 @@ class _Block(nn.Module):
 class EfficientNetLite0(Extractor):
     """Frozen trunk of EfficientNet-Lite0. ``forward`` gives the tapped block outputs, finest first."""
 
+    identity = Identity(name=DEFAULT_EXTRACTOR)
     levels = tuple(map(Level, CHANNELS, TAPS.values()))
 
-    def __init__(self, identity: Identity = Identity(name=DEFAULT_EXTRACTOR)) -> None:  # noqa: B008 (it is frozen)
+    def __init__(self) -> None:
         super().__init__()
-        self.identity = identity
         self.stem = _Conv(3, STEM_CHANNELS, 3, 2)
         blocks, inputs = [], STEM_CHANNELS
         for expansion, outputs, repeats, stride, kernel in STAGES:
@@ -82,14 +83,7 @@ class EfficientNetLite0(Extractor):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Features of an image.
-
-        Args:
-            image: ``[B, 3, H, W]`` RGB in [0, 1]; ``H`` and ``W`` multiples of 16.
-
-        Returns:
-            ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``.
-        """
+        """``[B, 3, H, W]`` in [0, 1], sides multiples of 16 -> ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``."""
         # normalised in float32 before the network's own dtype: bfloat16 would round neighbouring grey levels together
         x = ((image.float() * 255.0 - 127.0) / 128.0).to(self.stem.conv.weight.dtype)
         x = self.stem(x.to(memory_format=torch.channels_last))
@@ -102,7 +96,7 @@ class EfficientNetLite0(Extractor):
 
     def fast(self) -> Self:
         """A bfloat16 copy for inference, on the same device."""
-        return inference_copy(self, type(self)(self.identity).to(self.stem.conv.weight.device))
+        return inference_copy(self, copy.deepcopy(self))
 
 
 def pretrained() -> EfficientNetLite0:
@@ -123,11 +117,7 @@ def pretrained() -> EfficientNetLite0:
 
 
 def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetLite0:
-    """Fold a state dict in the naming of ``efficientnet-lite-pytorch`` into a trunk.
-
-    Args:
-        state: Reference tensors; keys beyond the eleventh block (later blocks, head, classifier) are ignored.
-        source: Name used in the error.
+    """Fold a state dict in the naming of ``efficientnet-lite-pytorch`` into a trunk; what lies beyond its last block is ignored.
 
     Raises:
         ModelFormatError: A tensor is missing or has another shape.

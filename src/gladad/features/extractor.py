@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from gladad.core.errors import ModelFormatError
 from gladad.core.settings import validated
 
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UNTRAINED = "hidden_states_norms"
+"""Norms of the maps, which no checkpoint holds: they start as plain standardisation of each place, and stay so."""
 
 
 @validated
@@ -26,11 +29,7 @@ class Identity:
     sha256: str = ""  # SHA-256 of the weight files; empty = not known
 
     def check(self, expected: Identity, model: Path) -> None:
-        """Refuse to serve a model that was fitted with other weights.
-
-        Args:
-            expected: What the model was fitted with.
-            model: Its folder, for the message.
+        """Refuse to serve a model, in the folder ``model``, that was fitted with other weights than these.
 
         Raises:
             ModelFormatError: Both are known, and they differ.
@@ -49,15 +48,10 @@ class Level:
 
 
 class Extractor(nn.Module):
-    """A frozen network that turns images into feature maps. It is always in inference mode, and normalises images itself.
+    """A frozen network that turns images into feature maps. It is always in inference mode, and normalises images itself."""
 
-    Attributes:
-        identity: Of its weights.
-        levels: Of the maps, finest first.
-    """
-
-    identity: Identity
-    levels: tuple[Level, ...]
+    identity: Identity  # of its weights
+    levels: tuple[Level, ...]  # of the maps, finest first
 
     @property
     def size_multiple(self) -> int:
@@ -99,6 +93,13 @@ def load_extractor(name: str = DEFAULT_EXTRACTOR, revision: str | None = None, o
     return load_backbone(name, revision, offline)
 
 
+def missing_weights(loading_info: Mapping[str, Any]) -> str:
+    """What a checkpoint lacks, by the loading info of transformers, which alone would draw it at random and go on; empty if nothing."""
+    keys = map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]])
+    missing = sorted(key for key in keys if not key.startswith(UNTRAINED))
+    return f"{len(missing)} weights are missing or misshapen, such as {missing[0]}" if missing else ""
+
+
 def files_sha256(paths: Sequence[Path]) -> str:
     """SHA-256 (hexadecimal) of the contents of files, one after the other. A file is not read again while it stays the same."""
     return _sha256(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
@@ -109,6 +110,5 @@ def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     found = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as stream:
-            while block := stream.read(2**20):
-                found.update(block)
+            hashlib.file_digest(stream, lambda: found)
     return found.hexdigest()

@@ -10,25 +10,16 @@ from torch import Tensor, nn
 
 
 class FeatureSpace(nn.Module):
-    """The affine map between stacked features and the latent: standardise, project, whiten.
+    """The affine map between features of C channels and the latent of D dimensions: standardise, project, whiten.
 
-    Args:
-        channels: C, of the features.
-        dimensions: D, principal components kept as the latent; fewer than C.
-        whitening: Exponent: 0 = PCA, 1 = full whitening.
-
-    Buffers:
-        mean, std: ``[1, C, 1, 1]`` of the features on normal images.
-        basis: ``[D, C]`` principal directions of the standardised features, rows by falling variance.
-        scale: ``[1, D, 1, 1]``, what the coordinates along them are divided by.
-        unexplained: scalar in [0, 1], share of the normal images' variance that the ``D`` directions leave out.
+    D < C is the number of principal components kept; ``whitening`` is an exponent, from 0, PCA, to 1, full whitening.
     """
 
-    mean: Tensor
-    std: Tensor
-    basis: Tensor
-    scale: Tensor
-    unexplained: Tensor
+    mean: Tensor  # [1, C, 1, 1], of the features on normal images
+    std: Tensor  # [1, C, 1, 1], likewise
+    basis: Tensor  # [D, C], principal directions of the standardised features, rows by falling variance
+    scale: Tensor  # [1, D, 1, 1], what the coordinates along them are divided by
+    unexplained: Tensor  # scalar in [0, 1], share of the normal images' variance that the D directions leave out
 
     def __init__(self, channels: int, dimensions: int, whitening: float):
         super().__init__()

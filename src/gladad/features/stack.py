@@ -16,20 +16,10 @@ CELL = 8
 
 
 class FeatureStack:
-    """The levels of an image, and all but the finest of the image at half size, stacked on one grid.
+    """The levels of an image of ``(H, W)`` pixels, and all but the finest of the image at half size, stacked on one grid.
 
-    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part.
-
-    Args:
-        extractor: The frozen network, of any dtype and device.
-        image_size: ``(H, W)`` in pixels of the images.
-
-    Attributes:
-        channels: Of the stack.
-        levels: Slices of the channels that belong to each level, those of the image first, from fine to coarse.
-        cell: Pixels per side of a grid cell.
-        grid: ``(h, w)``.
-        size_multiple: Image sides are multiples of this: the extractor's own multiple at half size.
+    Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part. The extractor
+    may be of any dtype and device.
 
     Raises:
         ConfigError: The image size does not suit the extractor.
@@ -37,14 +27,15 @@ class FeatureStack:
 
     def __init__(self, extractor: Extractor, image_size: tuple[int, int]):
         self.extractor = extractor
-        self.size_multiple = 2 * extractor.size_multiple
+        self.size_multiple = 2 * extractor.size_multiple  # of image sides: the extractor's own multiple at half size
         if any(side % self.size_multiple or side < 2 * self.size_multiple for side in image_size):
             needed = f"two multiples of {self.size_multiple}, each at least {2 * self.size_multiple}"
             raise ConfigError(f"image_size must be {needed} for the features of {extractor.identity.name}, not {image_size}")
-        self.cell = min((level.stride for level in extractor.levels), key=lambda stride: abs(stride - CELL))
+        self.cell = min((level.stride for level in extractor.levels), key=lambda stride: abs(stride - CELL))  # pixels per side
         self.grid = (image_size[0] // self.cell, image_size[1] // self.cell)
         widths = [level.channels for level in (*extractor.levels, *extractor.levels[1:])]
         self.channels = sum(widths)
+        # channels of each level, those of the image first, from fine to coarse
         self.levels = tuple(slice(sum(widths[:level]), sum(widths[: level + 1])) for level in range(len(widths)))
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -66,12 +57,11 @@ def size_for_aspect(aspect: float, side: int, multiple: int) -> tuple[int, int]:
 
     It never has more pixels, unless ``side`` is below the smallest size, two multiples a side.
     """
-    best, found = math.inf, (multiple * 2, multiple * 2)
+
+    def error(size: tuple[int, int]) -> float:
+        height, width = size
+        return round(abs(math.log(width / height / aspect)) + 0.5 * math.log(side * side / (height * width)), 9)
+
     sides = range(2 * multiple, 8 * side, multiple)
-    for height in sides:
-        for width in sides:
-            if height * width <= side * side:
-                error = abs(math.log(width / height / aspect)) + 0.5 * math.log(side * side / (height * width))
-                if error < best - 1e-9:
-                    best, found = error, (height, width)
-    return found
+    sizes = ((height, width) for height in sides for width in sides if height * width <= side * side)
+    return min(sizes, key=error, default=(2 * multiple, 2 * multiple))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,8 @@ from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedConfig
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.features.extractor import IMAGENET_MEAN, IMAGENET_STD, missing_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Architecture = Literal["vit", "dinov2", "dinov2_with_registers"]
 Transformer = ViTModel | Dinov2Model | Dinov2WithRegistersModel
 TRANSFORMERS: dict[str, Any] = {"vit": ViTModel, "dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 """The model of each ``model_type`` that a folder's ``config.json`` may name."""
@@ -63,13 +60,9 @@ class DinoFeatures(ModelMixin):
     Saved and loaded like any component of a diffusers pipeline, but its folder is the plain transformer's. (A subclass of ``ViTModel``
     would not do: transformers reads older checkpoints, DINO's among them, into its own classes only.)
 
-    DINOv2's position embeddings are those of 518 px (37 x 37 patches of 14); at other sizes transformers resizes them, bicubically and in
-    float32. With registers it does so as the original code does: to a grid of the size needed, antialiased. Without registers the original
-    asks for a scale of ``(n + 0.1) / 37``, as DINO does, and transformers for the size: sampling points then differ by up to a tenth of a
-    patch, so that features at sizes other than 518 px are not quite the original's.
-
-    Args:
-        vit: The transformer, of any of the three architectures. A ViT's position embeddings are taken over by `DinoEmbeddings`.
+    DINOv2's position embeddings are those of 518 px (37 x 37 patches of 14); at other sizes transformers resizes them. With registers it
+    does so as the original code does. Without, the original asks for a scale of ``(n + 0.1) / 37``, as DINO does, and transformers for the
+    size: sampling points then differ by up to a tenth of a patch, and features are not quite the original's.
     """
 
     def __init__(self, vit: Transformer) -> None:
@@ -79,6 +72,7 @@ class DinoFeatures(ModelMixin):
             embeddings.load_state_dict(vit.embeddings.state_dict())
             vit.embeddings = embeddings
         self.vit = vit
+        self.architecture: str = vit.config.model_type
         patch_size: Any = vit.config.patch_size
         self.patch_size = int(patch_size)  # side of a patch in pixels
         self.depth = vit.config.num_hidden_layers
@@ -95,20 +89,14 @@ class DinoFeatures(ModelMixin):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
         model_type = PreTrainedConfig.get_config_dict(folder, **kept)[0].get("model_type")
         if model_type not in TRANSFORMERS:
-            raise ModelFormatError(
-                f"{folder} is a model of type {model_type!r}; a feature extractor must be of type {', '.join(TRANSFORMERS)}"
-                " (model_type in its config.json)"
-            )
+            known = f"{', '.join(TRANSFORMERS)} (model_type in its config.json)"
+            raise ModelFormatError(f"{folder} is a model of type {model_type!r}; a feature extractor must be of type {known}")
         kind = TRANSFORMERS[model_type]
         if kind is ViTModel:
             kept["add_pooling_layer"] = False
         vit, info = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **kept)
-        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if missing:
-            name = kind.__name__.removesuffix("Model")
-            raise ModelFormatError(
-                f"{folder} is not a complete {name}: {len(missing)} weights are missing or misshapen, such as {missing[0]}"
-            )
+        if missing := missing_weights(info):
+            raise ModelFormatError(f"{folder} is not a complete {kind.__name__.removesuffix('Model')}: {missing}")
         model = cls(vit)
         model.eval()  # type: ignore[attr-defined]
         return model
@@ -118,33 +106,19 @@ class DinoFeatures(ModelMixin):
         self.vit.save_pretrained(save_directory)
 
     @property
-    def architecture(self) -> Architecture:
-        """The transformer's ``model_type``."""
-        return cast(Architecture, self.vit.config.model_type)
-
-    @property
     def default_layers(self) -> tuple[int, ...]:
         """Blocks at each quarter of the depth, counted from 1: the paper's 3, 6, 9, 12 of ViT-B."""
         return tuple(sorted({max(1, self.depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
 
     def nearest_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """The ``(height, width)`` nearest to ``size`` that are multiples of the patch size, of one patch at least.
-
-        Halfway between two multiples it is the larger.
-        """
+        """The ``(height, width)`` nearest to ``size`` in multiples of the patch, one at least; the larger halfway between two."""
         height, width = (max(1, (side + self.patch_size // 2) // self.patch_size) * self.patch_size for side in size)
         return height, width
 
     def mlp_parameters(self, blocks: Sequence[int]) -> list[tuple[str, nn.Parameter]]:
-        """Parameters of the MLPs of some blocks: what fine-tuning trains.
+        """Named parameters of the MLPs of some blocks, counted from 1, which fine-tuning trains: from the first block to the last.
 
         Layer norms before and layer scales after an MLP (DINOv2) are not among them.
-
-        Args:
-            blocks: Counted from 1; in any order.
-
-        Returns:
-            Names, as in ``named_parameters()``, and parameters, from the first block to the last, each once.
 
         Raises:
             ConfigError: A block does not exist.
@@ -163,8 +137,7 @@ class DinoFeatures(ModelMixin):
         Args:
             image: ``[B, 3, H, W]`` RGB in [0, 1]; H and W are multiples of the patch size.
             layers: Blocks to return, counted from 1; None means `default_layers`.
-            imagenet: Normalise by ImageNet's mean and deviation. False maps to [-1, 1] instead, which is what the paper's step
-                search feeds the extractor.
+            imagenet: Normalise by ImageNet's mean and deviation. False maps to [-1, 1] instead, as the paper's step search does.
 
         Returns:
             One float32 ``[B, D, h, w]`` per layer, before the final layer norm, without the class token and registers.
@@ -174,9 +147,8 @@ class DinoFeatures(ModelMixin):
         """
         height, width = image.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ConfigError(
-                f"the feature extractor needs image sides that are multiples of {self.patch_size}, got {height}x{width} (height x width)"
-            )
+            needed = f"image sides that are multiples of {self.patch_size}"
+            raise ConfigError(f"the feature extractor needs {needed}, got {height}x{width} (height x width)")
         layers = self.default_layers if layers is None else layers
         self._check_blocks(layers, "feature layers")
         pixels = imagenet_normalise(image) if imagenet else image * 2 - 1

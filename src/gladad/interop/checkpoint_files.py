@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def read_state_dict(path: Path, *, torch_version: str = torch.__version__) -> di
     if not isinstance(content, dict):
         raise ModelFormatError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
     for weights in (*(content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content):
-        if tensors := _named_tensors(weights):
+        if tensors := {name: value.detach() for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}:
             return tensors
     found = f" (but {', '.join(shown(key) for key in list(content)[:6])})" if content else ""
     raise ModelFormatError(f"{path}: holds no named tensors{found}; give the file with the network's weights")
@@ -66,10 +65,6 @@ def shown(name: object) -> str:
     """A name out of a foreign file, fit for a message: printable, on one line, not long."""
     text = str(name).encode("unicode_escape").decode("ascii")
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _named_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _load(path: Path, torch_version: str) -> Any:

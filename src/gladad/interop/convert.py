@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,32 +54,20 @@ LDM_NAMES = (
 
 @dataclass(frozen=True)
 class ConvertedComponent:
-    """One network that was read from a checkpoint.
+    """One network that was read from a checkpoint."""
 
-    Attributes:
-        source: The file.
-        tensors: Tensors of the file that the network took.
-        ignored: Group of tensors that it has no use for, such as ``loss`` -> how many.
-    """
-
-    source: Path
-    tensors: int
-    ignored: Mapping[str, int]
+    source: Path  # the file
+    tensors: int  # of the file, that the network took
+    ignored: Mapping[str, int]  # group of tensors that it has no use for, such as "loss" -> how many
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """What a conversion did."""
 
-    Attributes:
-        output: The folder that was written.
-        base: Where everything else came from.
-        components: ``unet``, ``features``, ``tuned_features``, ``vae``: those that were converted.
-    """
-
-    output: Path
-    base: str
-    components: Mapping[str, ConvertedComponent]
+    output: Path  # the folder that was written
+    base: str  # where everything else came from
+    components: Mapping[str, ConvertedComponent]  # unet, features, tuned_features, vae: those that were converted
 
 
 def convert(
@@ -134,46 +123,36 @@ def convert(
     return ConversionReport(output, str(base), components)
 
 
-class Place(NamedTuple):
-    """Where a tensor of a network lies in a checkpoint."""
-
-    key: str
-    shape: tuple[int, ...]  # it has there
-    third: int | None = None  # of its rows, where the checkpoint fuses three matrices
-
-
 Tensors = Mapping[str, Tensor]
 Names = Sequence[tuple[str, str]]
 
 
-def _places(state: Tensors, checkpoint: Tensors, names: Names) -> dict[str, Place]:
-    """Name in our network -> where the tensor lies in a checkpoint.
+class _Place(NamedTuple):
+    key: str  # of a tensor of ours in a checkpoint
+    shape: tuple[int, ...]  # it has there
+    third: int | None  # of its rows, where the checkpoint fuses three matrices
 
-    DINO fuses query, key and value, in this order, into one matrix of three times the rows. Latent diffusion counts the decoder's levels
-    from the output, and its attention is of 1x1 convolutions. (diffusers has a converter for it, too, but it passes over what it does not
-    know instead of naming it.)
-    """
+
+def _places(state: Tensors, checkpoint: Tensors, names: Names) -> dict[str, _Place]:
+    """Name in our network -> where the tensor lies in a checkpoint."""
+    # DINO fuses query, key and value, in this order, into one matrix of three times the rows. Latent diffusion counts the decoder's levels
+    # from the output, and its attention is of 1x1 convolutions. (diffusers has a converter for it, too, but it passes over what it does not
+    # know instead of naming it.)
     if any(key.startswith("encoder.down_blocks.") for key in checkpoint):
         names = ()  # an autoencoder under diffusers' own names
     last = max((int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))), default=0)
     places = {}
     for name, tensor in state.items():
-        key, shape, third = _renamed(name, names), tuple(tensor.shape), None
+        key = next((found.expand(theirs) for ours, theirs in names if (found := re.fullmatch(ours, name))), name)
+        shape, third = tuple(tensor.shape), None
         if names is DINO_NAMES and (fused := re.search(r"\.([qkv])_proj\.", name)):
             shape, third = (3 * shape[0], *shape[1:]), "qkv".index(fused[1])
         if names is LDM_NAMES:
             key = key.replace(".conv_shortcut.", ".nin_shortcut.")
             key = re.sub(r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", key)
             shape = (*shape, 1, 1) if ".mid.attn_1." in key and tensor.ndim == 2 else shape
-        places[name] = Place(key, shape, third)
+        places[name] = _Place(key, shape, third)
     return places
-
-
-def _renamed(name: str, names: Names) -> str:
-    for ours, theirs in names:
-        if found := re.fullmatch(ours, name):
-            return found.expand(theirs)
-    return name
 
 
 @dataclass(frozen=True)
@@ -199,18 +178,13 @@ _FORMATS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- accounting
-
-
 def _sorted(path: Path, checkpoint: Tensors, form: _Format) -> tuple[dict[str, Tensor], Counter[str]]:
     """Tensors that the network must take, by their names without prefixes, and how many others there are by group."""
     tensors: dict[str, Tensor] = {}
     ignored: Counter[str] = Counter()
     only = form.part if form.part and any(key.startswith(form.part) for key in checkpoint) else ""
     for key, tensor in checkpoint.items():
-        name = key
-        for prefix in form.prefixes:
-            name = name.removeprefix(prefix)
+        name = reduce(str.removeprefix, form.prefixes, key)
         if not key.startswith(only):
             ignored[f"outside {only}*"] += 1
         elif (group := name.partition(".")[0]) in form.useless:
@@ -223,11 +197,7 @@ def _sorted(path: Path, checkpoint: Tensors, form: _Format) -> tuple[dict[str, T
 
 
 def _fill(pipeline: GladPipeline, component: str, path: Path, checkpoint: Tensors) -> ConvertedComponent:
-    """Give a network the tensors of a checkpoint, all or none.
-
-    Raises:
-        ModelFormatError: Tensors are missing, left over, of other shapes, or no plain numbers.
-    """
+    """Give a network the tensors of a checkpoint, all or none."""
     tuned = copy.deepcopy(pipeline.features) if component == "tuned_features" else None
     network = (tuned or pipeline.features).vit if component in {"features", "tuned_features"} else getattr(pipeline, component)
     form = _FORMATS[component]
@@ -243,10 +213,10 @@ def _fill(pipeline: GladPipeline, component: str, path: Path, checkpoint: Tensor
         "misshapen": [f"{key} {list(shape)} instead of {list(expected[key])}" for key, shape in shapes.items() if shape != expected[key]],
         "not of plain floating-point numbers": [key for key in expected if key in tensors and key not in plain],
     }
-    found = [f"{len(names)} {problem} ({_several(names)})" for problem, names in problems.items() if names]
-    if found:
+    if found := [f"{len(names)} {problem} ({_several(names)})" for problem, names in problems.items() if names]:
         raise ModelFormatError(f"{path}: does not fit the {component}: {', '.join(found)}; {form.hint}")
-    weights = {name: _take(plain[place.key], place).reshape(state[name].shape) for name, place in places.items()}
+    taken = {name: plain[key] if third is None else plain[key].chunk(3)[third] for name, (key, _, third) in places.items()}
+    weights = {name: tensor.reshape(state[name].shape) for name, tensor in taken.items()}
     network.load_state_dict(weights)  # copied into the network's own tensors, which are float32
     if tuned is not None:
         frozen = dict(pipeline.features.named_parameters())
@@ -254,13 +224,9 @@ def _fill(pipeline: GladPipeline, component: str, path: Path, checkpoint: Tensor
     return ConvertedComponent(path, len(expected), dict(ignored))
 
 
-def _take(tensor: Tensor, place: Place) -> Tensor:
-    return tensor if place.third is None else tensor.chunk(3)[place.third]
-
-
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
 
 
-def _several(names: Sequence[str], limit: int = 4) -> str:
-    return ", ".join([shown(name) for name in names[:limit]] + (["..."] if len(names) > limit else []))
+def _several(names: Sequence[str]) -> str:
+    return ", ".join([shown(name) for name in names[:4]] + (["..."] if len(names) > 4 else []))

@@ -24,16 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gladad.algorithm import (
-    ReconstructionConfig,
-    ScoringConfig,
-    add_noise,
-    denoising_target,
-    image_score,
-    mix_anomaly,
-    predict_x0,
-    reconstruct,
-)
+from gladad import algorithm
+from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.errors import DataError, GladError, ModelFormatError
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 
@@ -41,8 +33,10 @@ TOLERANCE = 1e-4
 """Largest accepted absolute difference, in the units of each tensor (images in [-1, 1])."""
 
 CASE_KEYS = {
-    "name", "start_timestep", "denoise_step", "inference_steps", "threshold", "min_step", "guidance_scale", "prompt", "adaptive"
+    "max_step": "denoise_step", "noise_step": "start_timestep", "min_step": "min_step", "num_steps": "inference_steps",
+    "adaptive": "adaptive", "step_threshold": "threshold",
 }  # fmt: skip
+"""Setting of a reconstruction -> its name in a case."""
 SCORING_KEYS = {"name", "bidirectional", "pixel_weight", "feature_resolution"}
 
 
@@ -95,7 +89,7 @@ def load_golden(folder: Path) -> Golden:
         description = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "golden.safetensors")
         golden = Golden(folder, description["cases"], description.get("scoring", []), tensors)
-        missing = [key for case in golden.cases for key in CASE_KEYS - case.keys()]
+        missing = [key for case in golden.cases for key in {"name", "guidance_scale", "prompt", *CASE_KEYS.values()} - case.keys()]
         missing += [key for case in golden.scoring for key in SCORING_KEYS - case.keys()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} is not a golden directory: {type(error).__name__}: {error}") from error
@@ -112,16 +106,9 @@ def difference(ours: Tensor, expected: Tensor) -> float:
 def reconstruction_result(golden: Golden, case: Mapping[str, Any], pipeline: GladPipeline) -> Result:
     """Run the denoising chain of one case, from its latents and noise."""
     name = case["name"]
-    config = ReconstructionConfig(
-        max_step=case["denoise_step"],
-        noise_step=case["start_timestep"],
-        min_step=case["min_step"],
-        num_steps=case["inference_steps"],
-        adaptive=case["adaptive"],
-        step_threshold=case["threshold"],
-    )
+    config = ReconstructionConfig(**{ours: case[theirs] for ours, theirs in CASE_KEYS.items()})
     pipeline.guidance_scale = case["guidance_scale"]
-    found = reconstruct(pipeline, golden[f"{name}.latents"], golden[f"{name}.noise"], pipeline.schedule, config)
+    found = algorithm.reconstruct(pipeline, golden[f"{name}.latents"], golden[f"{name}.noise"], pipeline.schedule, config)
     with torch.no_grad():
         image = pipeline.decode(found.latent) * 2 - 1
     result = Result(name, {"reconstruction": difference(image, golden[f"{name}.reconstruction"])})
@@ -134,27 +121,19 @@ def reconstruction_result(golden: Golden, case: Mapping[str, Any], pipeline: Gla
 def scoring_result(golden: Golden, case: Mapping[str, Any], pipeline: GladPipeline) -> Result:
     """Score the stored reconstructions of one case.
 
-    The description need not say whose reconstruction was scored; then all are tried, and the one that agrees best is reported (two
-    cases' maps differ by far more than the tolerance).
+    Where the description does not say whose, all are tried, and the one that agrees best is reported: maps differ by far more than that.
     """
     name, size = case["name"], case["feature_resolution"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     config = ScoringConfig(symmetric=case["bidirectional"], pixel_weight=case["pixel_weight"])
     mask = golden.tensors.get(f"{name}.object_mask")
     foreground = None if mask is None else mask[:, None]
-    sources = [case["reconstruction"]] if "reconstruction" in case else [source["name"] for source in golden.cases]
     best: Result | None = None
-    for source in sources:
+    for source in [case["reconstruction"]] if "reconstruction" in case else [source["name"] for source in golden.cases]:
         pair = (golden["images"] / 2 + 0.5, golden[f"{source}.reconstruction"] / 2 + 0.5)
         maps = pipeline.score_maps(*pair, config, size, foreground)
-        found = Result(
-            name,
-            {
-                "map": difference(maps[:, 0], golden[f"{name}.maps"]),
-                "score": difference(image_score(maps, config), golden[f"{name}.scores"]),
-            },
-            notes=[f"(of {source})"],
-        )
+        score = difference(algorithm.image_score(maps, config), golden[f"{name}.scores"])
+        found = Result(name, {"map": difference(maps[:, 0], golden[f"{name}.maps"]), "score": score}, notes=[f"(of {source})"])
         if best is None or max(found.differences.values()) < max(best.differences.values()):
             best = found
         if best.ok:
@@ -170,18 +149,16 @@ def training_result(golden: Golden, pipeline: GladPipeline) -> Result:
     """Recompute the anomaly-oriented training target, and what it implies."""
     normal, timesteps = golden["train.x_normal"], golden["train.timesteps"]
     alpha_bar = pipeline.schedule.alpha_bar(timesteps)
-    mixed = mix_anomaly(normal, golden["train.x_anomalous"], timesteps, pipeline.schedule.num_timesteps)
-    noisy = add_noise(mixed, golden["train.noise"], alpha_bar)
-    target = denoising_target(noisy, normal, alpha_bar)
-    return Result(
-        "train",
-        {
-            "mixed": difference(mixed, golden["train.x_mixed"]),
-            "noisy": difference(noisy, golden["train.noisy_input"]),
-            "target": difference(target, golden["train.target"]),
-            "implied normal": difference(predict_x0(noisy, target, alpha_bar), normal),
-        },
-    )
+    mixed = algorithm.mix_anomaly(normal, golden["train.x_anomalous"], timesteps, pipeline.schedule.num_timesteps)
+    noisy = algorithm.add_noise(mixed, golden["train.noise"], alpha_bar)
+    target = algorithm.denoising_target(noisy, normal, alpha_bar)
+    differences = {
+        "mixed": difference(mixed, golden["train.x_mixed"]),
+        "noisy": difference(noisy, golden["train.noisy_input"]),
+        "target": difference(target, golden["train.target"]),
+        "implied normal": difference(algorithm.predict_x0(noisy, target, alpha_bar), normal),
+    }
+    return Result("train", differences)
 
 
 def run(golden: Golden) -> Iterator[Result]:
@@ -205,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="parity", description="Compare this code with golden vectors of the published algorithm.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="golden directory: golden.json, golden.safetensors, sd/, dino/")
     folder: Path = parser.parse_args(argv).folder
-
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -29,24 +29,18 @@ LEFTOVERS = frozenset({".partial", ".old"})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training at one moment.
+    """A training at one moment."""
 
-    Attributes:
-        step: Optimiser steps done.
-        tensors: Name -> tensor on the CPU: weights, moments of the optimiser, averages.
-        state: Everything else, JSON-ready.
-    """
-
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    step: int  # optimiser steps done
+    tensors: dict[str, Tensor]  # on the CPU: weights, moments of the optimiser, averages
+    state: dict[str, Any]  # everything else, JSON-ready
 
 
 class Checkpoints:
     """The checkpoints of one training, in a folder of their own.
 
     Args:
-        folder: Made when the first checkpoint is written.
+        folder: Made by `start`.
         identity: JSON-ready description of what decides the result: settings, images, base. A folder of another training is refused.
         keep: Newest checkpoints that are kept, at least 1.
         tell: Called with a sentence when a checkpoint cannot be used.
@@ -57,8 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2, tell: Callable[[str], None] = lambda line: None):
-        self.folder, self.keep, self.tell = folder, keep, tell
-        self._identity = identity
+        self.folder, self.keep, self.tell, self._identity = folder, keep, tell, identity
         if folder.exists():
             self._check()
 
@@ -66,16 +59,15 @@ class Checkpoints:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: is not a folder; checkpoints need one")
         if not (self.folder / RUN_FILE).is_file():
-            left = {LOGS, EXAMPLES}  # of a training that is finished
-            if any(path.name not in left and path.suffix not in LEFTOVERS for path in self.folder.iterdir()):
+            finished = {LOGS, EXAMPLES}  # what remains of a training
+            if any(path.name not in finished and path.suffix not in LEFTOVERS for path in self.folder.iterdir()):
                 raise DataError(f"{self.folder}: exists and holds no checkpoints; choose another folder for the training, or remove it")
             return
         found = read_json(self.folder / RUN_FILE)
         if found != self._identity:
             differs = sorted(key for key in {*found, *self._identity} if found.get(key) != self._identity.get(key))
-            raise ConfigError(
-                f"{self.folder}: holds checkpoints of another training ({', '.join(differs)} differ); remove the folder to start anew"
-            )
+            another = f"holds checkpoints of another training ({', '.join(differs)} differ)"
+            raise ConfigError(f"{self.folder}: {another}; remove the folder to start anew")
 
     def start(self) -> None:
         """Make the folder and remove what a killed process left half-written. One process at a time may do this."""
@@ -107,8 +99,7 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none."""
-        places = self._places()
-        for number, place in reversed(list(enumerate(places))):
+        for number, place in reversed(list(enumerate(self._places()))):
             try:
                 return _read(place)
             except (ModelFormatError, OSError) as error:
@@ -117,9 +108,7 @@ class Checkpoints:
 
     def _places(self) -> list[Path]:
         """Folders of the checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{7,}", path.name) and path.is_dir())
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name) and path.is_dir())
 
 
 def discard(folder: Path) -> None:

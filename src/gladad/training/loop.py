@@ -82,20 +82,16 @@ class Task(Protocol):
     @property
     def module(self) -> nn.Module:
         """Its parameters that require a gradient are trained, in place."""
-        ...
 
     @property
     def identity(self) -> dict[str, Any]:
         """JSON-ready: what the result depends on besides the loop's settings, such as images and base."""
-        ...
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Mean loss of some samples of a step, which depend on their numbers alone; ``module`` is `module`, perhaps wrapped."""
-        ...
 
     def examples(self) -> dict[str, NDArray[np.uint8]]:
         """Pictures ``[H, W, 3]`` of what has been learnt so far, by name; may be empty."""
-        ...
 
 
 def seed_of(*numbers: int) -> int:
@@ -122,14 +118,10 @@ def make_accelerator() -> Accelerator:
 def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:
     """The results of some work for the numbers below ``count``, which the processes of a training divide among them; all get all.
 
-    Args:
-        work: Its result depends on the number alone and can be pickled.
-        count: How many there are.
-        told: Called with how many are done and ``count``.
+    A result depends on its number alone and can be pickled. ``told`` is called with how many are done and ``count``.
     """
-    rank, processes = 0, process_count()
-    if processes > 1:
-        rank = make_accelerator().process_index
+    processes = process_count()
+    rank = make_accelerator().process_index if processes > 1 else 0
     own = []
     for number in range(rank, count, processes):
         own.append((number, work(number)))
@@ -144,12 +136,7 @@ def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int]
 def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, progress: Progress = no_progress, stage: str) -> list[float]:
     """Train a module in place, or go on where its checkpoints stopped.
 
-    Args:
-        task: Module and loss.
-        config: Budget and arithmetic.
-        run: Checkpoints, logs and examples; None writes nothing.
-        progress: Told of every step, by the main process only.
-        stage: Name of the training for the progress and the logs.
+    Without a run nothing is written. ``stage`` names the training in the logs and for the progress, which the main process alone tells.
 
     Returns:
         The loss of every step, of earlier runs too.
@@ -175,8 +162,12 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
         run.tell(f"going on after step {found.step} of {config.steps}")
         del found  # as large as the training itself
     token = run.cancel or CancelToken()
-    signals = contextlib.nullcontext() if checkpoints is None else cancelled_by_signals(token)
-    with loop, Tracker(tracked, run.folder if main else None, stage, first_step=len(losses)) as tracker, signals:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(task.module.train().eval)
+        tracker = Tracker(tracked, run.folder if main else None, stage, first_step=len(losses))
+        at_end.callback(tracker.close)
+        if checkpoints is not None:
+            at_end.enter_context(cancelled_by_signals(token))
         for done in range(len(losses) + 1, config.steps + 1):
             started = time.monotonic()
             losses.append(loop.step(done - 1))
@@ -201,10 +192,8 @@ def _stored(task: Task, config: LoopConfig, run: TrainingRun, stage: str) -> tup
     """Where this training is kept, and how far it has come; None if it is not kept, or not begun."""
     if run.folder is None:
         return None, None
-    identity = {"stage": stage, **to_json(config), **task.identity}
-    for name in FREE_OF_RESULT:
-        identity.pop(name)
-    checkpoints = Checkpoints(run.folder, identity, run.keep, run.tell)
+    settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
+    checkpoints = Checkpoints(run.folder, {"stage": stage, **settings, **task.identity}, run.keep, run.tell)
     found = checkpoints.newest()
     if found is not None and found.step > config.steps:
         raise ConfigError(f"{run.folder}: has {found.step} steps already, more than the {config.steps} asked for; remove the folder")
@@ -213,24 +202,16 @@ def _stored(task: Task, config: LoopConfig, run: TrainingRun, stage: str) -> tup
 
 def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: float, seconds: float) -> None:
     """What people follow a training by; it goes on without it."""
-    values = {
-        "loss": loss,
-        "learning_rate": loop.rate(done - 1),
-        "images_per_second": loop.config.batch_size / max(seconds, 1e-9),
-        "memory_gib": used_memory(loop.device) / 2**30,
-    }
+    on_gpu = loop.device.type == "cuda"  # there the largest amount so far, elsewhere what the process holds now
+    memory = torch.cuda.max_memory_allocated(loop.device) if on_gpu else psutil.Process().memory_info().rss
+    rates = {"learning_rate": loop.rate(done - 1), "images_per_second": loop.config.batch_size / max(seconds, 1e-9)}
     try:
-        tracker.log(values, done)
+        tracker.log({"loss": loss, **rates, "memory_gib": memory / 2**30}, done)
         # The parts of a sharded network are needed by all processes, and only this one shows anything.
         if not loop.sharded and (done % run.sample_every == 0 or done == loop.config.steps):
             tracker.show(loop.task.examples(), done)
     except Exception as error:
         run.tell(f"step {done} is not shown: {type(error).__name__}: {error}")
-
-
-def used_memory(device: torch.device) -> int:
-    """Bytes: the largest amount allocated on a GPU, or what the process holds now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 class _Loop:
@@ -239,10 +220,9 @@ class _Loop:
     def __init__(self, task: Task, config: LoopConfig):
         self.task, self.config = task, config
         self.accelerator = make_accelerator()
-        self.device = self.accelerator.device
+        self.device, count = self.accelerator.device, self.accelerator.num_processes
         if config.precision == "float16" and self.device.type == "cpu":
             raise ConfigError("precision float16 trains on a GPU only; use bfloat16 or float32")
-        count = self.accelerator.num_processes
         if config.batch_size < count:
             raise ConfigError(f"batch_size {config.batch_size} is smaller than the number of processes, {count}")
         trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
@@ -255,13 +235,6 @@ class _Loop:
         if self.sharded and config.batch_size % count:
             raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}
-
-    def __enter__(self) -> _Loop:
-        self.task.module.train()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.task.module.eval()
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -280,9 +253,8 @@ class _Loop:
             torch.manual_seed(seed_of(config.seed, step, accelerator.process_index))  # for layers that draw, such as dropout
             for piece in pieces:
                 # Gradients travel once per step, with the last piece. Processes average them: a share counts as its part of the batch.
-                waits = contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(self.module)
-                with waits:
-                    with self.arithmetic():
+                with contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(self.module):
+                    with torch.autocast(self.device.type, DTYPES[config.precision], enabled=config.precision != "float32"):
                         loss = self.task.loss(self.module, step, piece) * (len(piece) / config.batch_size)
                     self.scaler.scale(loss * accelerator.num_processes).backward()
                 total += loss.detach().float()
@@ -300,12 +272,6 @@ class _Loop:
             self.averages[name].lerp_(parameter.detach(), 1 - config.ema)
         return mean
 
-    def arithmetic(self) -> contextlib.AbstractContextManager[object]:
-        """Where the networks run in the precision of the settings."""
-        if self.config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.config.precision])
-
     def agree(self, token: CancelToken) -> int | None:
         """Whether all processes stop, because the token of one is cancelled: its signal; None if they go on."""
         number = token.signal if token.cancelled else -1
@@ -322,10 +288,9 @@ class _Loop:
     def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float]) -> None:
         """Write where the training is; every process has to call it, the main one writes."""
         tensors, scalars = {}, {}
-        inner = self.optimizer.optimizer
         for name, parameter in self._trained():
             tensors[f"weights.{name}"] = _whole(parameter)
-            for key, value in inner.state.get(parameter, {}).items():
+            for key, value in self.optimizer.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{name}.{key}"] = _whole(value)
                 else:

@@ -15,13 +15,9 @@ OptimizerName = Literal["adamw", "adamw8bit"]
 
 
 def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> Any:
-    """AdamW over parameters.
+    """AdamW with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101) over float32 parameters.
 
-    Args:
-        name: ``adamw``: 8 bytes of moments per weight. ``adamw8bit``: 2, through bitsandbytes.
-        parameters: Float32.
-        learning_rate: Of all.
-        weight_decay: Decoupled (Loshchilov & Hutter, arXiv 1711.05101).
+    ``adamw`` holds 8 bytes of moments per weight, ``adamw8bit`` 2, through bitsandbytes.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.

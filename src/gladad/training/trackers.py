@@ -19,8 +19,7 @@ TENSORBOARD = "tensorboard"
 def tracker_name(name: str) -> str | None:
     """Which of accelerate's trackers a training uses; refuses one that cannot be used, before anything is loaded.
 
-    Args:
-        name: ``auto`` is TensorBoard where it is installed; ``none``; or the name of one of accelerate's.
+    ``auto`` is TensorBoard where it is installed, and ``none`` is none.
 
     Raises:
         ConfigError: There is none of this name.
@@ -39,13 +38,10 @@ def tracker_name(name: str) -> str | None:
 
 
 class Tracker:
-    """Takes numbers and pictures of a training; to be used in a ``with`` block.
+    """Takes numbers and pictures of a training, named ``run`` in the logs, until it is closed.
 
-    Args:
-        name: Of `tracker_name`; None keeps picture files only.
-        folder: For logs and pictures; None takes nothing.
-        run: Name of the training in the logs.
-        first_step: Steps done already; TensorBoard forgets what it knows of later ones.
+    Without a name of `tracker_name` it keeps picture files only, and without a folder nothing. ``first_step`` steps are done already;
+    TensorBoard forgets what it knows of later ones.
     """
 
     def __init__(self, name: str | None, folder: Path | None, run: str, *, first_step: int = 0):
@@ -61,10 +57,8 @@ class Tracker:
         self._inner = kind(run.replace(" ", "-"), **place, **more)
         self._inner.start()
 
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Finish the logs."""
         if self._inner is not None:
             self._inner.finish()
 
