@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-SLOW = 1.0
-"""Seconds that a stage has to last for a bar."""
+SLOW = 1.0  # seconds that a stage has to last for a bar
 
 
 class RateColumn(ProgressColumn):
@@ -26,7 +25,7 @@ class RateColumn(ProgressColumn):
 
 
 class Bars:
-    """Progress bars on standard error, one for each stage that lasts; calling it reports progress (`gladad.core.records.Progress`)."""
+    """Progress bars, one for each stage that lasts; calling it reports progress (`gladad.core.records.Progress`)."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -57,10 +56,7 @@ def bars(quiet: bool) -> Iterator[Bars]:
 
 @contextmanager
 def waiting(text: str, quiet: bool) -> Iterator[None]:
-    """Show that something of unknown length is going on."""
+    """Show that something of unknown length is going on; nothing if quiet, or if standard error is not a terminal."""
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
-        return
-    with console.status(text):
+    with console.status(text) if console.is_terminal and not quiet else nullcontext():
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ class CancelToken:
 
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, cancel: CancelToken | None = None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Apply a function to every item on several threads; yields the results in the order of the items.
 
     At most twice as many items as workers are under way or waiting to be taken, so memory does not grow with their number. The first
