@@ -202,7 +202,7 @@ def benchmark(
     tell = complain_unless(quiet)
     check_output(output)
     everything, notes = plan(chosen, data, seeds=seed or ())
-    cells = select(everything, shift=shift, configurations=configuration or (), categories=category or (), seeds=seed or chosen.seeds)
+    cells = select(everything, shift=shift, configuration=configuration, category=category, seed=seed or chosen.seeds)
     cells, missing = runnable(cells)
     for note in (*notes, *missing):
         tell(f"note: {note}")
