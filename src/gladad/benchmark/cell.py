@@ -80,7 +80,6 @@ def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Pat
     facts = {"fit_seconds": (time.monotonic() - started) / len(detectors), "fit_threads": torch.get_num_threads()}
     for category, detector in detectors.items():
         own = place.with_name(file_name(category)) if cell.together else place
-        own.parent.mkdir(parents=True, exist_ok=True)
         detector.save_pretrained(own)
         write_json(own / FIT_FILE, facts)  # last: what is there with it is whole
     return detectors[cell.category], facts | {"fitted": True}

@@ -7,16 +7,14 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from gladad.cli.console import waiting
+from gladad.cli.console import show, waiting
 from gladad.core.errors import GladError, Interrupted
 
 if TYPE_CHECKING:
@@ -78,23 +76,16 @@ def complain(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
-def complain_unless(silent: bool) -> Callable[[str], None]:
-    """`complain`, or nothing."""
+def teller(silent: bool) -> Callable[[str], None]:
+    """`complain`, or a function that does nothing."""
     return (lambda message: None) if silent else complain
 
 
-def complain_of_skipped(rows: Iterable[Mapping[str, Any]]) -> None:
+def tell_skipped(rows: Iterable[Mapping[str, Any]]) -> None:
     """A line for every image that could not be inspected."""
     for row in rows:
         if "error" in row:
             complain(f"skipped: {row['error']}")
-
-
-def show(table: Table, rows: Iterable[Sequence[object]]) -> None:
-    """Print a table, whose cells may hold any text."""
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
 
 
 def show_report(report: Report) -> None:

@@ -1,13 +1,14 @@
-"""What people see of a long run: bars with rate and time left, on standard error, and only if that is a terminal."""
+"""What people see: tables, and of a long run bars with rate and time left, on standard error, and only if that is a terminal."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 SLOW = 1.0  # seconds that a stage has to last for a bar
@@ -60,3 +61,10 @@ def waiting(text: str, quiet: bool) -> Iterator[None]:
     console = Console(stderr=True)
     with console.status(text) if console.is_terminal and not quiet else nullcontext():
         yield
+
+
+def show(table: Table, rows: Iterable[Sequence[object]]) -> None:
+    """Print a table, whose cells may hold any text."""
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gladad.cli.common import Category, Images, Layout, Model, Quiet, complain, guarded, hush, load_model, show
-from gladad.cli.console import bars, waiting
+from gladad.cli.common import Category, Images, Layout, Model, Quiet, complain, guarded, hush, load_model
+from gladad.cli.console import bars, show, waiting
 from gladad.cli.fit import alone, discard_checkpoints, save, training_run
 from gladad.cli.options import AUTOENCODER_TUNING, CONVERSION, DENOISER, FEATURE_TUNING, MEMORY, RUN, WEIGHTS, collects
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gladad.cli.common import Category, Images, Layout, Model, Quiet, Rate, complain_unless, duration, guarded, hush, load_model
+from gladad.cli.common import Category, Images, Layout, Model, Quiet, Rate, duration, guarded, hush, load_model, teller
 from gladad.cli.console import bars, waiting
 from gladad.cli.options import FIT, MEMORY, RUN, Set, collects
 from gladad.core.errors import ConfigError
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
 
+MULTI_CLASS_HELP = "One model for all products of a data set; OUTPUT gets a folder for each."
+MultiClass = Annotated[bool, typer.Option("--multi-class", help=MULTI_CLASS_HELP)]
+
 
 @guarded
 @collects(values=FIT, run=(*RUN, MEMORY))
@@ -27,9 +30,7 @@ def fit(
     images: Images,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
     base: Annotated[str, typer.Option(help="'lite', 'sd14', folder or Hub id of a Stable Diffusion, or a baseline.")] = "lite",
-    multi_class: Annotated[
-        bool, typer.Option("--multi-class", help="One model for all products of a data set; OUTPUT gets a folder for each.")
-    ] = False,
+    multi_class: MultiClass = False,
     set: Set = None,
     category: Category = None,
     layout: Layout = "auto",
@@ -114,7 +115,7 @@ def training_run(output: Path, values: dict[str, Any], silent: bool) -> Training
 
     tracker_name(values.get("tracker", "auto"))  # refused before anything is loaded
     folder = Path(values.get("folder") or f"{output.absolute()}.training")
-    return TrainingRun(**values | {"folder": folder, "tell": complain_unless(silent)})
+    return TrainingRun(**values | {"folder": folder, "tell": teller(silent)})
 
 
 def save(detectors: dict[str, Glad], output: Path, run: TrainingRun | None) -> None:

@@ -18,8 +18,8 @@ import typer
 from rich.table import Column, Table
 
 from gladad import __version__
-from gladad.cli.common import Model, Quiet, Rate, complain_of_skipped, duration, guarded, hush, load_model, show, show_report
-from gladad.cli.console import bars, waiting
+from gladad.cli.common import Model, Quiet, Rate, duration, guarded, hush, load_model, show_report, tell_skipped
+from gladad.cli.console import bars, show, waiting
 from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
 from gladad.cli.fit import calibrate, fit, merge
 from gladad.cli.measure import benchmark, data, evaluate, rescore
@@ -103,7 +103,7 @@ def predict(
             _inspect(detector, images, writer, processes, progress)
             writer.rows = rows = processes.merge(writer.rows)
             if processes.main:
-                complain_of_skipped(rows)
+                tell_skipped(rows)
             if all("error" in row for row in rows):
                 raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
             if processes.main:

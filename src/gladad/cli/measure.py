@@ -12,21 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from gladad.cli.common import (
-    Category,
-    Layout,
-    Model,
-    Quiet,
-    Rate,
-    complain,
-    complain_of_skipped,
-    complain_unless,
-    guarded,
-    load_model,
-    show,
-    show_report,
-)
-from gladad.cli.console import bars, waiting
+from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report, tell_skipped, teller
+from gladad.cli.console import bars, show, waiting
 from gladad.core.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -79,7 +66,7 @@ def evaluate(
         return
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
-    complain_of_skipped(report.rows)
+    tell_skipped(report.rows)
     if not quiet:
         show_report(report)
         print(f"report: {output / 'index.html'}")
@@ -199,7 +186,7 @@ def benchmark(
         from gladad.benchmark.tables import write_tables
         from gladad.report.files import check_output
 
-    tell = complain_unless(quiet)
+    tell = teller(quiet)
     check_output(output)
     everything, notes = plan(chosen, data, seeds=seed or ())
     cells = select(everything, shift=shift, configuration=configuration, category=category, seed=seed or chosen.seeds)
