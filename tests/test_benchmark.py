@@ -91,7 +91,7 @@ def config(*configurations: Configuration, **changes: object) -> BenchmarkConfig
 
 def planned(*configurations: Configuration, data: Path, category: str = "gear", **changes: object) -> list[Cell]:
     """The cells of one category, without shifts."""
-    return select(plan(config(*configurations, **changes), data)[0], categories=[category])
+    return select(plan(config(*configurations, **changes), data)[0], category=[category])
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -172,7 +172,7 @@ def test_the_plan_goes_seed_by_seed(data):
         (0, "gear", "bank"), (0, "gear", "other"), (0, "lever", "bank"), (0, "lever", "other"),
     ]  # fmt: skip
     assert len(cells) == len({cell.key for cell in cells}) == 12 and not notes
-    few = select(cells, configurations=["other"], categories=["lever"], seeds=[7])
+    few = select(cells, configuration=["other"], category=["lever"], seed=[7])
     assert [(c.settings.seed, c.category, c.configuration) for c in few] == [(7, "lever", "other")]
 
 
@@ -192,9 +192,9 @@ def test_what_is_not_there_is_left_out_and_said(data):
 def test_mistakes_are_named_before_anything_is_run(data):
     cells = plan(config(), data)[0]
     with pytest.raises(DataError, match=r"no configuration 'tank'.*bank"):
-        select(cells, configurations=["tank"])
+        select(cells, configuration=["tank"])
     with pytest.raises(DataError, match=r"no category 'wheel'.*gear, lever"):
-        select(cells, categories=["gear", "wheel"])
+        select(cells, category=["gear", "wheel"])
     with pytest.raises(ConfigError, match="leave --shift out"):
         select(cells, shift=True)
     wrong = {"stepz": 1}, {"training": {"stepz": 1}}, {"reconstruction.timesteps": [500, "x"]}
@@ -224,7 +224,7 @@ def test_one_model_for_all_is_for_all_whatever_is_chosen(data):
     together = Configuration(name="together", multi_class=True)
     shift = ShiftEntry(corruptions=("brightness",), contamination=(0.1,))
     everything, notes = plan(config(together, shift=shift), data)
-    assert select(everything, categories=["lever"]) == [everything[2]] and everything[2].together == ("gear", "lever")
+    assert select(everything, category=["lever"]) == [everything[2]] and everything[2].together == ("gear", "lever")
     assert [cell.kind for cell in everything] == ["plain", "corruption"] * 2 and "one category only" in notes[0]
     assert not plan(config(together, BANK, shift=replace(shift, configurations=("bank",))), data)[1]
 
@@ -233,7 +233,7 @@ def test_shifts_are_cells_of_their_own(data):
     shift = ShiftEntry(corruptions=("brightness", "rotation"), severities=(1, 3), contamination=(0.0, 0.1))
     everything = plan(config(shift=shift), data)[0]
     assert [cell.kind for cell in select(everything)] == ["plain", "plain"]
-    cells = select(everything, shift=True, categories=["gear"])
+    cells = select(everything, shift=True, category=["gear"])
     assert [(c.kind, c.corruption, c.severities, c.shares) for c in cells] == [
         ("plain", "", (), ()), ("corruption", "brightness", (1, 3), ()), ("corruption", "rotation", (1, 3), ()),
         ("contamination", "", (), (0.0, 0.1)),
@@ -371,7 +371,7 @@ def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
 def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path):
     fixed = replace(LITE, name="fixed", settings=SMALL | {"reconstruction": {"adaptive": False}})
     shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.05), configurations=("lite",))
-    cells = select(plan(config(LITE, fixed, shift=shift), data)[0], shift=True, categories=["gear"])
+    cells = select(plan(config(LITE, fixed, shift=shift), data)[0], shift=True, category=["gear"])
     for cell in cells:
         run_cell(cell, tmp_path)
     plain, noise, mixed, other = finished(cells, tmp_path)

@@ -7,7 +7,10 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from gladad.cli import demo
 from gladad.cli.console import Bars, RateColumn, bars
 from gladad.cli.main import main
 from gladad.core.images import load_image
+from gladad.core.records import Prediction
 from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 
@@ -187,6 +191,24 @@ def test_a_damaged_image_among_others_is_skipped(gladad, model, category, tmp_pa
     assert len(list((tmp_path / "out/masks").iterdir())) == 4
 
 
+def test_an_image_without_a_finite_score_among_others_is_skipped(gladad, model, category, tmp_path, monkeypatch):
+    inspect, spoilt = Glad.inspect, category / "test/good/001.png"
+
+    def spoil(self: Glad, image: np.ndarray, **options: object) -> Prediction:
+        found = inspect(self, image, **options)
+        return replace(found, pred_score=np.nan) if np.array_equal(image, load_image(spoilt)) else found
+
+    monkeypatch.setattr(Glad, "inspect", spoil)
+    result = gladad("predict", model, category / "test/good", "-o", tmp_path / "out")
+    assert result.status == 0 and result.line.startswith(f"skipped: {spoilt}: pred_score is NaN or infinite")
+    assert "3 inspected" in result.out and "1 skipped" in result.out
+    rows = records(tmp_path / "out")
+    assert [row["image_path"] for row in rows if "error" in row] == [str(spoilt)] and "pred_score is NaN" in str(rows[1]["error"])
+    assert len(list((tmp_path / "out/masks").iterdir())) == 3
+    result = gladad("predict", model, spoilt, "-o", tmp_path / "none")
+    assert result.status == 1 and "none of the 1 images" in result.err and not (tmp_path / "none").exists()
+
+
 def test_evaluate(gladad, model, category, tmp_path):
     out = tmp_path / "report"
     result = gladad("evaluate", model, category, "-o", out)
@@ -213,6 +235,18 @@ def test_info(gladad, model, detector):
     assert json.loads(result.out) == json.loads(json.dumps(detector.describe()))
 
 
+def test_info_tells_settings_as_the_training_resolved_them(gladad, category, tmp_path):
+    """Except the rate, which may have been chosen anew since."""
+    assert gladad("fit", category, "-o", tmp_path / "model", *TINY).status == 0
+    assert gladad("calibrate", tmp_path / "model", category, "--false-reject-rate", "0.3", "-q").status == 0
+    described = json.loads(gladad("info", tmp_path / "model", "--json").out)
+    resolved = described["config"]["settings"]
+    assert described["settings"]["product"] == "auto" != resolved["product"] and resolved["false_reject_rate"] == 0.01
+    told = dict(line.split(maxsplit=1) for line in gladad("info", tmp_path / "model").out.splitlines() if line.startswith(" settings."))
+    assert told["settings.product"].strip() == resolved["product"] and told["settings.false_reject_rate"].strip() == "0.3"
+    assert len(told) > 20
+
+
 def test_demo(tmp_path):
     cells = tmp_path / "cells"
     (cells / "images").mkdir(parents=True)
@@ -233,13 +267,13 @@ def test_demo(tmp_path):
 
 def test_the_demo_judges_only_what_it_has_not_seen():
     pytest.importorskip("elpv_dataset")
-    data = demo.solar_cells()
-    assert (len(data.train), len(data.test)) == (400, 300)
-    assert sum(sample.gt_label for sample in data.test) == 150
-    assert not {sample.image_path for sample in data.test} & set(data.train)
-    assert all(path.is_file() for path in [*data.train, *(sample.image_path for sample in data.test)])
-    assert data == demo.solar_cells()
-    assert data != demo.solar_cells(seed=1)
+    train, test = demo.solar_cells()
+    assert (len(train), len(test)) == (400, 300)
+    assert sum(sample.gt_label for sample in test) == 150
+    assert not {sample.image_path for sample in test} & set(train)
+    assert all(path.is_file() for path in [*train, *(sample.image_path for sample in test)])
+    assert (train, test) == demo.solar_cells()
+    assert (train, test) != demo.solar_cells(seed=1)
 
 
 def test_version_and_help(gladad):
@@ -407,6 +441,34 @@ def test_interrupted_predict(gladad, model, category, tmp_path, monkeypatch):
     monkeypatch.setattr(Glad, "inspect", interrupt)
     result = gladad("predict", model, category / "test", "-o", tmp_path / "out")
     assert (result.status, result.line) == (130, "interrupted; no result was written")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_what_other_threads_do_ends_before_the_folder_is_removed(gladad, model, category, tmp_path, monkeypatch, command):
+    inspect, report, started, there = Glad.inspect, Bars.__call__, threading.Semaphore(0), []
+
+    def slow(self: Glad, *args: object, **kwargs: object) -> object:
+        started.release()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)  # the interrupt comes meanwhile
+            there.append(any(tmp_path.glob(".gladad-*")))
+        return inspect(self, *args, **kwargs)
+
+    def interrupt(self: Bars, stage: str, done: int, total: int) -> None:
+        if done == 2:
+            for _ in range(4):
+                assert started.acquire(timeout=60)
+            raise KeyboardInterrupt
+        report(self, stage, done, total)
+
+    monkeypatch.setattr(Glad, "inspect", slow)
+    monkeypatch.setattr(Glad, "workers", 2)
+    monkeypatch.setattr(Bars, "__call__", interrupt)
+    images = category / "test" if command == "predict" else category
+    result = gladad(command, model, images, "-o", tmp_path / "out")
+    assert (result.status, result.line) == (130, "interrupted; no result was written")
+    assert len(there) > 2 and all(there)
     assert names(tmp_path) == []
 
 

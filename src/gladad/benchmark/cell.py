@@ -29,8 +29,7 @@ from gladad.detector.glad import Glad
 from gladad.evaluation.run import evaluate
 
 FIT_FILE = "fit.json"
-MAX_MIXED = 0.5
-"""At most this share of the defective images is mixed into training, so that enough are left to be found."""
+MAX_MIXED = 0.5  # share of the defective images that is mixed into training at most, so that enough are left to be found
 
 
 def run_cell(cell: Cell, folder: Path) -> None:
@@ -51,22 +50,9 @@ def run_cell(cell: Cell, folder: Path) -> None:
         else:
             results = [_judged(detector, test, pixels=True)]
         results = [result | facts for result in results]
-    record = {
-        "cell": cell.names,
-        "kind": cell.kind,
-        "corruption": cell.corruption,
-        "settings": to_json(cell.settings),
-        "base": cell.base,
-        "results": results,
-        "notes": notes,
-        "peak_memory_gib": _peak_memory(),
-        "threads": torch.get_num_threads(),
-        "version": __version__,
-    }
-    write_json(cell.file(folder), record)
-
-
-# -- models -----------------------------------------------------------------------------------------------------
+    record: dict[str, Any] = {"cell": cell.names, "kind": cell.kind, "corruption": cell.corruption, "base": cell.base}
+    record |= {"settings": to_json(cell.settings), "results": results, "notes": notes, "version": __version__}
+    write_json(cell.file(folder), record | {"peak_memory_gib": _peak_memory(), "threads": torch.get_num_threads()})
 
 
 def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Path] = ()) -> tuple[Glad, dict[str, Any]]:
@@ -94,13 +80,9 @@ def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Pat
     facts = {"fit_seconds": (time.monotonic() - started) / len(detectors), "fit_threads": torch.get_num_threads()}
     for category, detector in detectors.items():
         own = place.with_name(file_name(category)) if cell.together else place
-        own.parent.mkdir(parents=True, exist_ok=True)
         detector.save_pretrained(own)
         write_json(own / FIT_FILE, facts)  # last: what is there with it is whole
     return detectors[cell.category], facts | {"fitted": True}
-
-
-# -- judging ----------------------------------------------------------------------------------------------------
 
 
 def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, **facts: Any) -> dict[str, Any]:

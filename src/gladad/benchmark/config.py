@@ -15,66 +15,52 @@ from pydantic import Field
 from gladad.core.errors import ConfigError
 from gladad.core.settings import from_json, validated
 
-PLACEHOLDER = "{category}"
 _SHIPPED = resources.files("gladad.benchmark") / "shipped"
 
 
 @validated
 class DatasetEntry:
-    """One data set to run on.
+    """One data set to run on."""
 
-    Attributes:
-        name: Heading in the tables.
-        path: Where it lies, below the folder given with ``--data``.
-        layout: See `gladad.data.layouts.LAYOUTS`; "auto" looks.
-        categories: Those to run, in the order of the tables; none means all.
-    """
-
-    name: str
-    path: str
-    layout: str = "auto"
-    categories: tuple[str, ...] = ()
+    name: str  # heading in the tables
+    path: str  # where it lies, below the folder given with --data
+    layout: str = "auto"  # see `gladad.data.layouts.LAYOUTS`; "auto" looks
+    categories: tuple[str, ...] = ()  # those to run, in the order of the tables; none means all
 
 
 @validated
 class Configuration:
     """One detector to compare.
 
-    Attributes:
-        name: Heading of its column.
-        base: As for ``gladad fit --base``.
-        multi_class: One model over all categories of a data set instead of one for each.
-        settings: Of that model, by dotted or nested names (`gladad.models.registry.make_settings`) or those of version 0.1. In a model
-            for one category ``{category}`` stands for the category's name.
+    Its settings have dotted or nested names (`gladad.models.registry.make_settings`) or those of version 0.1. In a model for one category
+    ``{category}`` stands for the category's name.
     """
 
-    name: str
-    base: str = "lite"
-    multi_class: bool = False
+    name: str  # heading of its column
+    base: str = "lite"  # as for gladad fit --base
+    multi_class: bool = False  # one model over all categories of a data set instead of one for each
     settings: dict[str, Any] = field(default_factory=dict)
 
     def values(self, category: str) -> dict[str, Any]:
         """The settings for one category."""
-        text = json.dumps(self.settings)
-        filled: dict[str, Any] = json.loads(text if self.multi_class else text.replace(PLACEHOLDER, json.dumps(category)[1:-1]))
+        if self.multi_class:
+            return self.settings
+        filled: dict[str, Any] = json.loads(json.dumps(self.settings).replace("{category}", json.dumps(category)[1:-1]))
         return filled
 
 
 @validated
 class ShiftEntry:
-    """The shifts of ``--shift``.
+    """The shifts of ``--shift``."""
 
-    Attributes:
-        corruptions: Names from `gladad.data.corruptions`, applied to the test images.
-        severities: Of each.
-        contamination: Shares of defective images mixed into the training images.
-        configurations: Names of those to shift; none means all.
-    """
+    corruptions: tuple[str, ...] = ()  # names from `gladad.data.corruptions`, applied to the test images
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 3)  # of each
+    contamination: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()  # shares of defective images mixed into the training images
+    configurations: tuple[str, ...] = ()  # names of those to shift; none means all
 
-    corruptions: tuple[str, ...] = ()
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 3)
-    contamination: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
-    configurations: tuple[str, ...] = ()
+    def covers(self, configuration: str) -> bool:
+        """Whether a configuration is to be shifted."""
+        return not self.configurations or configuration in self.configurations
 
 
 @validated
@@ -102,10 +88,7 @@ def shipped_names() -> list[str]:
 
 
 def read_config(source: str | Path) -> BenchmarkConfig:
-    """Read a file, or one that is shipped, and check it before anything is run.
-
-    Args:
-        source: Path of a TOML file, or one of `shipped_names`.
+    """Read a TOML file, or that of `shipped_names` which is called so, and check it before anything is run.
 
     Raises:
         ConfigError: There is no such file, it is not TOML, a key is unknown or missing, a value is wrong, or a name is there twice.

@@ -34,12 +34,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+|^\.+", "-", text)
 
 
-def source_fingerprint(source: Path = SOURCE) -> str:
-    """SHA-256 (hexadecimal) of the code that decides results, and of the presets it brings.
-
-    Args:
-        source: Folder of the package.
-    """
+def source_fingerprint(source: Path) -> str:
+    """SHA-256 (hexadecimal) of the code below a package's folder that decides results, and of the presets it brings."""
     files = [file for part in DECIDING for file in [source / part, *(source / part).rglob("*")]]
     return fingerprint([file for file in files if file.suffix in {".py", ".toml"}])
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,45 +39,29 @@ from gladad.models.settings import DenoisingSettings, FitSettings
 CELLS, MODELS = "cells", "models"
 PLAIN, CORRUPTION, CONTAMINATION = "plain", "corruption", "contamination"
 Tell = Callable[[str], None]
+_Facts = dict[str, Any]
+"""Fields of a `Cell` that its category decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One thing to run.
+    """One thing to run."""
 
-    Attributes:
-        dataset: Name of the data set.
-        category: The product.
-        configuration: Name of what runs on it.
-        base: Model of the configuration.
-        settings: Of the fit.
-        root: Where the data set lies.
-        layout: How it is read.
-        code: SHA-256 of the code that decides the result.
-        trained: Digest of what is learnt from: names and contents of images.
-        images: Digest of all images of the category: names, contents, labels, splits and masks.
-        together: All categories of the data set that one model is for; empty where it is for one.
-        kind: "plain", "corruption" or "contamination".
-        corruption: Name of the corruption, for that kind.
-        severities: Of the corruption.
-        shares: Of defective images mixed into training, for "contamination".
-    """
-
-    dataset: str
-    category: str
-    configuration: str
-    base: str
+    dataset: str  # its name
+    category: str  # the product
+    configuration: str  # name of what runs on it
+    base: str  # its model
     settings: FitSettings
-    root: str
-    layout: str
-    code: str
-    trained: str
-    images: str
-    together: tuple[str, ...] = ()
-    kind: str = PLAIN
-    corruption: str = ""
-    severities: tuple[int, ...] = ()
-    shares: tuple[float, ...] = ()
+    root: str  # where the data set lies
+    layout: str  # how it is read
+    code: str  # SHA-256 of the code that decides the result
+    trained: str  # the same of what is learnt from: names and contents of images
+    images: str  # the same of all images of the category: names, contents, labels, splits and masks
+    together: tuple[str, ...] = ()  # all categories of the data set that one model is for; empty where it is for one
+    kind: str = PLAIN  # or CORRUPTION or CONTAMINATION
+    corruption: str = ""  # its name, for that kind
+    severities: tuple[int, ...] = ()  # of the corruption
+    shares: tuple[float, ...] = ()  # of defective images mixed into training, for CONTAMINATION
 
     @property
     def names(self) -> dict[str, Any]:
@@ -98,11 +81,9 @@ class Cell:
         return "_".join([file_name(self.category), self.corruption or self.kind, f"seed{self.settings.seed}", digest(identity)])
 
     def model_key(self, extra: Iterable[Path] = (), *, whole: bool = False) -> str:
-        """Digest of everything that a training depends on.
+        """SHA-256 of everything that a training depends on, ``extra`` images that are learnt from included.
 
-        Args:
-            extra: Images that are learnt from besides the training images.
-            whole: Count settings too that another training is not needed for.
+        ``whole`` counts settings too that another training is not needed for.
         """
         settings = to_json(self.settings) if whole else family_of(self.base).training_values(self.settings)
         return digest([self.code, self.base, settings, self.together, self.trained, [content(path) for path in extra]])
@@ -112,10 +93,7 @@ class Cell:
         return folder / CELLS / f"{self.key}.json"
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------
-
-
-def plan(config: BenchmarkConfig, data: str | Path, *, seeds: Sequence[int] = (), source: Path = SOURCE) -> tuple[list[Cell], list[str]]:
+def plan(config: BenchmarkConfig, data: Path, *, seeds: Sequence[int] = (), source: Path = SOURCE) -> tuple[list[Cell], list[str]]:
     """The cells of a benchmark in the order in which they are run: seed by seed, so that an early table has all categories.
 
     Args:
@@ -131,35 +109,28 @@ def plan(config: BenchmarkConfig, data: str | Path, *, seeds: Sequence[int] = ()
         DataError: None of the data sets is there, or one has no split.
         ConfigError: A setting or a shift is wrong; what it belongs to is named.
     """
-    if unknown := sorted(set(config.shift.corruptions) - set(SHIFTS)):
+    shift = config.shift
+    if unknown := sorted(set(shift.corruptions) - set(SHIFTS)):
         raise ConfigError(f"{config.source}: unknown corruption {unknown[0]!r}; known are {', '.join(sorted(SHIFTS))}")
-    places, notes = _places(config, Path(data), source_fingerprint(source))
+    places, notes = _places(config, data, source_fingerprint(source))
     cells: dict[Cell, None] = {}  # an ordered set
-    for seed, place, configuration in itertools.product([*config.seeds, *seeds], places, config.configuration):
-        cells |= dict.fromkeys(_variants(place.cell(configuration, seed, config.source), config.shift))
-    if config.shift.contamination and any(
-        c.multi_class and c.name in (config.shift.configurations or [c.name]) for c in config.configuration
-    ):
+    for seed, (place, learnt), one in itertools.product([*config.seeds, *seeds], places, config.configuration):
+        try:
+            cells |= dict.fromkeys(_variants(_cell(place, learnt, one, seed), shift))
+        except ConfigError as error:
+            raise ConfigError(f"{config.source}: configuration {one.name!r}: {error}") from error
+    if shift.contamination and any(one.multi_class and shift.covers(one.name) for one in config.configuration):
         notes.append("contamination is measured on models of one category only")
     return list(cells), notes
 
 
-def select(
-    cells: Sequence[Cell],
-    *,
-    shift: bool = False,
-    configurations: Sequence[str] = (),
-    categories: Sequence[str] = (),
-    seeds: Sequence[int] = (),
-) -> list[Cell]:
+def select(cells: Sequence[Cell], *, shift: bool = False, **wanted: Sequence[Any] | None) -> list[Cell]:
     """A part of a plan.
 
     Args:
         cells: All of it.
         shift: Corruptions and contamination too.
-        configurations: Only these; none means all.
-        categories: Only these; none means all.
-        seeds: Only these; none means all.
+        **wanted: Only these, by ``configuration``, ``category`` and ``seed``; none means all.
 
     Raises:
         DataError: A name does not exist.
@@ -167,39 +138,17 @@ def select(
     """
     if shift and all(cell.kind == PLAIN for cell in cells):
         raise ConfigError("this benchmark has no [shift] with corruptions or contamination; leave --shift out")
-    chosen: dict[str, Sequence[Any]] = {"configuration": configurations, "category": categories, "seed": seeds}
-    for key, wanted in chosen.items():
+    for key, names in wanted.items():
         there = list(dict.fromkeys(cell.names[key] for cell in cells))
-        if unknown := sorted(set(wanted) - set(there)):
+        if unknown := sorted(set(names or ()) - set(there)):
             raise DataError(f"no {key} {unknown[0]!r} in this benchmark; there are {', '.join(map(str, there))}")
-        cells = [cell for cell in cells if not wanted or cell.names[key] in wanted]
+        cells = [cell for cell in cells if not names or cell.names[key] in names]
     return [cell for cell in cells if shift or cell.kind == PLAIN]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A category of a data set that is there, and of all categories that are wanted with it the digest of what is learnt from."""
-
-    category: str
-    training: Mapping[str, str]
-    make: Callable[..., Cell]
-
-    def cell(self, configuration: Configuration, seed: int, source: str) -> Cell:
-        base, together = configuration.base, configuration.multi_class
-        try:  # now what every cell would refuse later
-            settings = make_settings(base, new_names(base, configuration.values(self.category)) | {"seed": seed})
-            family_of(base).check(base, settings, together)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: configuration {configuration.name!r}: {error}") from error
-        trained = digest(self.training) if together else self.training[self.category]
-        if isinstance(settings, DenoisingSettings) and settings.textures is not None:
-            trained = digest([trained, *map(content, list_images(Path(settings.textures)))])
-        names = tuple(self.training) if together else ()
-        return self.make(configuration=configuration.name, base=base, settings=settings, trained=trained, together=names)
-
-
-def _places(config: BenchmarkConfig, data: Path, code: str) -> tuple[list[_Place], list[str]]:
-    places: list[_Place] = []
+def _places(config: BenchmarkConfig, data: Path, code: str) -> tuple[list[tuple[_Facts, dict[str, str]]], list[str]]:
+    """The categories that are there, each with what is learnt from in all categories that are wanted of its data set; and notes."""
+    places: list[tuple[_Facts, dict[str, str]]] = []
     notes: list[str] = []
     for entry in config.dataset:
         root = data / entry.path
@@ -210,14 +159,26 @@ def _places(config: BenchmarkConfig, data: Path, code: str) -> tuple[list[_Place
         if missing := sorted(set(entry.categories) - set(dataset.categories)):
             notes.append(f"{entry.name}: left out {', '.join(missing)}, not in {root}")
         wanted = [name for name in dict.fromkeys(entry.categories or dataset.categories) if name in dataset.categories]
-        training = {name: images_digest(split_of(dataset, name)[0], dataset.root) for name in wanted}
-        make = partial(Cell, dataset=entry.name, root=str(root), layout=dataset.layout, code=code)
+        learnt = {name: images_digest(split_of(dataset, name)[0], dataset.root) for name in wanted}
+        facts = {"dataset": entry.name, "root": str(root), "layout": dataset.layout, "code": code}
         for name in wanted:
             images = samples_digest((sample for sample in dataset.samples if sample.category == name), dataset.root)
-            places.append(_Place(name, training, partial(make, category=name, images=images)))
+            places.append((facts | {"category": name, "images": images}, learnt))
     if not places:
         raise DataError(f"{data}: none of the benchmark's data sets is there ({'; '.join(notes)})")
     return places, notes
+
+
+def _cell(facts: _Facts, learnt: Mapping[str, str], configuration: Configuration, seed: int) -> Cell:
+    """A configuration on a category; what a run would refuse later is refused now."""
+    base, category = configuration.base, facts["category"]
+    settings = make_settings(base, new_names(base, configuration.values(category)) | {"seed": seed})
+    family_of(base).check(base, settings, configuration.multi_class)
+    trained = digest(learnt) if configuration.multi_class else learnt[category]
+    if isinstance(settings, DenoisingSettings) and settings.textures is not None:
+        trained = digest([trained, *map(content, list_images(Path(settings.textures)))])
+    names = tuple(learnt) if configuration.multi_class else ()
+    return Cell(**facts, configuration=configuration.name, base=base, settings=settings, trained=trained, together=names)
 
 
 def split_of(dataset: Dataset, category: str) -> tuple[list[Path], list[Sample]]:
@@ -239,14 +200,11 @@ def split_of(dataset: Dataset, category: str) -> tuple[list[Path], list[Sample]]
 def _variants(cell: Cell, shift: ShiftEntry) -> Iterator[Cell]:
     """The cell and its shifts."""
     yield cell
-    if not shift.configurations or cell.configuration in shift.configurations:
+    if shift.covers(cell.configuration):
         for name in shift.corruptions:
             yield replace(cell, kind=CORRUPTION, corruption=name, severities=shift.severities)
         if shift.contamination and not cell.together:
             yield replace(cell, kind=CONTAMINATION, shares=shift.contamination)
-
-
-# -- running ----------------------------------------------------------------------------------------------------
 
 
 def runnable(cells: Iterable[Cell], installed: Callable[[str], object] = find_spec) -> tuple[list[Cell], list[str]]:
@@ -257,10 +215,8 @@ def runnable(cells: Iterable[Cell], installed: Callable[[str], object] = find_sp
     return [cell for cell in cells if cell.configuration not in absent], notes
 
 
-def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell = lambda line: None) -> list[tuple[Cell, str]]:
-    """Run the cells that are not finished yet.
-
-    Ctrl-C and SIGTERM stop what runs; what is finished stays.
+def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lambda line: None) -> list[tuple[Cell, str]]:
+    """Run the cells that are not finished yet. Ctrl-C and SIGTERM stop what runs; what is finished stays.
 
     Args:
         cells: Of `plan`.
@@ -278,7 +234,6 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
 
     from gladad.benchmark.cell import run_cell
 
-    folder = Path(folder)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // jobs)
     failed: list[tuple[Cell, str]] = []
@@ -293,10 +248,10 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
                 return
             if problem:
                 failed.append((cell, problem))
-            found = (
-                [] if problem else [result["metrics"].get("image_auroc", math.nan) for result in read_json(cell.file(folder))["results"]]
-            )
-            gist = f"FAILED: {problem}" if problem else f"image AUROC {' '.join(f'{value:.4f}' for value in found)}"
+                gist = f"FAILED: {problem}"
+            else:
+                found = [result["metrics"].get("image_auroc", math.nan) for result in read_json(cell.file(folder))["results"]]
+                gist = f"image AUROC {' '.join(f'{value:.4f}' for value in found)}"
             tell(f"[{next(count)}/{len(waiting)}] {cell.label}: {gist}, {time.monotonic() - started:.0f} s")
 
     with _alone(folder), interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as executor:
@@ -307,9 +262,8 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
         groups: dict[str, list[Cell]] = {}  # those of one training together: the first trains for the others
         for cell in waiting:
             groups.setdefault(cell.model_key(), []).append(cell)
-        futures = [executor.submit(work, group) for group in groups.values()]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([executor.submit(work, group) for group in groups.values()]):
                 future.result()
         except BaseException:
             workers.stop()
@@ -318,9 +272,9 @@ def run(cells: Sequence[Cell], folder: str | Path, *, jobs: int = 1, tell: Tell 
     return failed
 
 
-def finished(cells: Iterable[Cell], folder: str | Path) -> list[dict[str, Any]]:
+def finished(cells: Iterable[Cell], folder: Path) -> list[dict[str, Any]]:
     """The records of those cells that are finished, in their order and under their present names."""
-    return [read_json(cell.file(Path(folder))) | {"cell": cell.names} for cell in cells if cell.file(Path(folder)).is_file()]
+    return [read_json(cell.file(folder)) | {"cell": cell.names} for cell in cells if cell.file(folder).is_file()]
 
 
 @contextmanager

@@ -35,16 +35,12 @@ LOWER_IS_BETTER = frozenset({"false_reject_rate"})
 
 DASH = "\N{EN DASH}"
 
-Values = dict[tuple[str, str], dict[int, float]]
-"""``(row, column)`` -> seed -> value."""
+Values = dict[tuple[str, str], dict[int, float]]  # (row, column) -> seed -> value
+Records = Sequence[dict[str, Any]]  # contents of cells' files
 
 
-Records = Sequence[dict[str, Any]]
-"""Contents of cells' files."""
-
-
-def write_tables(folder: str | Path, title: str, records: Records, failed: Sequence[tuple[Cell, str]], notes: Sequence[str]) -> Path:
-    """Write ``results.md``, ``results.csv`` and ``results.json``.
+def write_tables(folder: Path, title: str, records: Records, failed: Sequence[tuple[Cell, str]], notes: Sequence[str]) -> Path:
+    """Write ``results.md``, ``results.csv`` and ``results.json``; returns the first.
 
     Args:
         folder: Where they go.
@@ -52,11 +48,7 @@ def write_tables(folder: str | Path, title: str, records: Records, failed: Seque
         records: Of the cells that are finished, in the order of the plan.
         failed: ``(cell, reason)`` of those that are not.
         notes: What was left out, and why.
-
-    Returns:
-        The Markdown file.
     """
-    folder = Path(folder)
     write_json(folder / "results.json", {"title": title, "cells": records, "notes": notes})
     write_text(folder / "results.csv", to_csv(records))
     write_text(folder / "results.md", to_markdown(title, records, failed, notes))
@@ -77,50 +69,36 @@ def to_csv(records: Records) -> str:
 
 def to_markdown(title: str, records: Records, failed: Sequence[tuple[Cell, str]] = (), notes: Sequence[str] = ()) -> str:
     """All tables, see `write_tables`. Values are per cent, mean ± standard deviation over the seeds; the best of a row is bold."""
-    seeds = sorted({record["cell"]["seed"] for record in records})
-    over = (
-        f", mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
-        if len(seeds) > 1
-        else f", seed {seeds[0]}"
-        if seeds
-        else ""
-    )
+    seeds = _sorted(record["cell"]["seed"] for record in records)
+    over = f", mean ± standard deviation over the seeds {', '.join(seeds)}" if len(seeds) > 1 else "".join(f", seed {s}" for s in seeds)
     lines = [f"# {title}", "", f"Values are per cent{over}. The best mean of each row is bold. A dash: not defined, or not run.", ""]
     notes = [*notes, *(note for record in records for note in record["notes"])]
-    if len(versions := sorted({record["version"] for record in records})) > 1:
+    if len(versions := _sorted(record["version"] for record in records)) > 1:
         notes.append(f"cells of several versions of gladad: {', '.join(versions)}")
-    if len(threads := sorted({record["threads"] for record in records})) > 1:
-        counts = " and ".join(map(str, threads))
-        notes.append(f"cells were run with {counts} threads; a training's last digits depend on that, and the times do")
+    if len(threads := _sorted(record["threads"] for record in records)) > 1:
+        notes.append(f"cells were run with {' and '.join(threads)} threads; a training's last digits depend on that, and the times do")
     lines += [f"* {note}" for note in _unique(notes)]
     lines += [f"* FAILED: {cell.label}: {problem}" for cell, problem in failed]
-    for dataset in _unique(record["cell"]["dataset"] for record in records):
-        here = [record for record in records if record["cell"]["dataset"] == dataset]
+    for dataset, here in _groups(records, "dataset").items():
         plain = [record for record in here if record["kind"] == PLAIN]
-        columns = _unique(record["cell"]["configuration"] for record in plain)
-        lines += ["", f"## {dataset}", *_seed_counts(plain, columns)]
+        columns = _groups(plain, "configuration")
+        counts = {name: len({record["cell"]["seed"] for record in own}) for name, own in columns.items()}
+        lines += ["", f"## {dataset}"]
+        if len(set(counts.values())) > 1:
+            lines += ["", f"Not all have the same number of seeds: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
         for metric, heading in METRICS.items():
             if values := _values(plain, lambda record, result: record["cell"]["configuration"], metric):
-                lines += ["", f"### {heading}", "", *_table(values, columns, best=min if metric in LOWER_IS_BETTER else max)]
+                lines += ["", f"### {heading}", "", *_table(values, list(columns), best=min if metric in LOWER_IS_BETTER else max)]
         if plain:
             lines += ["", "### Time and memory", "", *_costs(plain)]
         lines += _shift_tables([record for record in here if record["kind"] != PLAIN], plain)
     return "\n".join(lines) + "\n"
 
 
-def _seed_counts(records: Records, columns: Sequence[str]) -> list[str]:
-    """A line on the seeds of each configuration, where they are not the same number."""
-    seeds = {name: {record["cell"]["seed"] for record in records if record["cell"]["configuration"] == name} for name in columns}
-    if len({len(found) for found in seeds.values()}) < 2:
-        return []
-    return ["", f"Not all have the same number of seeds: {', '.join(f'{name} {len(found)}' for name, found in seeds.items())}."]
-
-
 def _shift_tables(shifted: Records, plain: Records) -> list[str]:
     """For every configuration: categories against corruptions, and against shares of defective images."""
     lines: list[str] = []
-    for configuration in _unique(record["cell"]["configuration"] for record in shifted):
-        own = [record for record in shifted if record["cell"]["configuration"] == configuration]
+    for configuration, own in _groups(shifted, "configuration").items():
         clean = [record for record in plain if record["cell"] in [other["cell"] for other in own]]
         for kind, heading in ((CORRUPTION, "shifted test images"), (CONTAMINATION, "defective images among the training images")):
             records = [record for record in own if record["kind"] == kind]
@@ -158,18 +136,18 @@ def _table(
     """Rows in the order in which they came, the mean of the complete columns last."""
     rows = {row: [values.get((row, column), {}) for column in columns] for row in _unique(row for row, _ in values)}
     if len(rows) > 1 and first == "category":
-        rows["**mean**"] = [
-            {
-                seed: fmean(row[seed] for row in column) for seed in sorted(set.intersection(*map(set, column)))
-            }  # seeds that every category has
-            for column in zip(*rows.values(), strict=True)
-        ]
+        rows["**mean**"] = [_mean(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, cells in rows.items():
         present = [round(100 * fmean(seeds.values()), 1) for seeds in cells if seeds]
         winner = best(present) if best and len(present) > 1 else math.nan
         lines.append(f"| {name} | {' | '.join(_cell(seeds, winner) for seeds in cells)} |")
     return lines
+
+
+def _mean(column: Sequence[dict[int, float]]) -> dict[int, float]:
+    """For the seeds that every category has."""
+    return {seed: fmean(row[seed] for row in column) for seed in sorted(set.intersection(*map(set, column)))}
 
 
 def _cell(seeds: dict[int, float], winner: float) -> str:
@@ -183,14 +161,25 @@ def _cell(seeds: dict[int, float], winner: float) -> str:
 def _costs(records: Records) -> list[str]:
     """Means over categories and seeds. Peak memory is of cells that trained; a training for several categories counts evenly for each."""
     lines = ["| configuration | training, s | inspection, ms per image | peak memory, GiB | cells |", "|---|---|---|---|---|"]
-    for configuration in _unique(record["cell"]["configuration"] for record in records):
-        own = [record for record in records if record["cell"]["configuration"] == configuration]
+    for configuration, own in _groups(records, "configuration").items():
         results = [result for record in own for result in record["results"]]
         peaks = [record["peak_memory_gib"] for record in own if record["results"][0]["fitted"] and record["peak_memory_gib"]]
         milliseconds = 1000 * fmean(result["metrics"]["seconds_per_image"] for result in results)
         memory = f"{max(peaks):.1f}" if peaks else "shared training"
         lines.append(f"| {configuration} | {fmean(r['fit_seconds'] for r in results):.0f} | {milliseconds:.0f} | {memory} | {len(own)} |")
     return lines
+
+
+def _groups(records: Records, name: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["cell"][name], []).append(record)
+    return groups
+
+
+def _sorted(values: Iterable[Any]) -> list[str]:
+    """Different values as text, in their own order."""
+    return [str(value) for value in sorted(set(values))]
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -7,15 +7,14 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gladad.cli.console import waiting
+from gladad.cli.console import show, waiting
 from gladad.core.errors import GladError, Interrupted
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ Layout = Annotated[str, typer.Option(help="How the data set lies on disk; 'auto'
 Category = Annotated[str | None, typer.Option(help="Which product of a data set with several.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Model = Annotated[Path, typer.Argument(help="Folder that 'gladad fit' wrote.", show_default=False)]
+Images = Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)]
 Rate = Annotated[float | None, typer.Option(min=0.0, max=0.5, help="Another false-reject rate than the model's.", show_default=False)]
 
 
@@ -54,14 +54,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            complain(f"error: {describe_error(error)}")
+            complain(f"error: {_sentence(error)}")
             raise typer.Exit(1) from None
 
     return run
 
 
-def describe_error(error: Exception) -> str:
-    """What went wrong, in a sentence for people."""
+def _sentence(error: Exception) -> str:
+    """What went wrong, for people."""
     if isinstance(error, GladError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -76,18 +76,26 @@ def complain(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+def teller(silent: bool) -> Callable[[str], None]:
+    """`complain`, or a function that does nothing."""
+    return (lambda message: None) if silent else complain
+
+
+def tell_skipped(rows: Iterable[Mapping[str, Any]]) -> None:
+    """A line for every image that could not be inspected."""
+    for row in rows:
+        if "error" in row:
+            complain(f"skipped: {row['error']}")
+
+
 def show_report(report: Report) -> None:
     """Print the numbers of an evaluation as a table."""
-    from gladad.report.text import cell, headline, interval, summary
+    from gladad.report.text import cell, counted, headline, interval, summary
 
-    table = Table("metric", "value", "95 % interval")
-    for name, value in summary(report):
-        table.add_row(name.replace("_", " "), cell(name, value), interval(report, name))
-    Console().print(table)
-    print(headline(report))
-    print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in report.counts.items()))
-    for note in [*report.details["notes"], report.details["guarantee"]]:
-        print(note)
+    rows = [(name.replace("_", " "), cell(name, value), interval(report, name)) for name, value in summary(report)]
+    show(Table("metric", "value", "95 % interval"), rows)
+    counts = ", ".join(f"{name}: {count}" for name, count in counted(report))
+    print(headline(report), counts, *report.details["notes"], report.details["guarantee"], sep="\n")
 
 
 def hush(downloads: bool = False) -> None:

@@ -1,17 +1,17 @@
-"""What people see of a long run: bars with rate and time left, on standard error, and only if that is a terminal."""
+"""What people see: tables, and of a long run bars with rate and time left, on standard error, and only if that is a terminal."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-SLOW = 1.0
-"""Seconds that a stage has to last for a bar."""
+SLOW = 1.0  # seconds that a stage has to last for a bar
 
 
 class RateColumn(ProgressColumn):
@@ -26,7 +26,7 @@ class RateColumn(ProgressColumn):
 
 
 class Bars:
-    """Progress bars on standard error, one for each stage that lasts; calling it reports progress (`gladad.core.records.Progress`)."""
+    """Progress bars, one for each stage that lasts; calling it reports progress (`gladad.core.records.Progress`)."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -57,10 +57,14 @@ def bars(quiet: bool) -> Iterator[Bars]:
 
 @contextmanager
 def waiting(text: str, quiet: bool) -> Iterator[None]:
-    """Show that something of unknown length is going on."""
+    """Show that something of unknown length is going on; nothing if quiet, or if standard error is not a terminal."""
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    with console.status(text) if console.is_terminal and not quiet else nullcontext():
         yield
-        return
-    with console.status(text):
-        yield
+
+
+def show(table: Table, rows: Iterable[Sequence[object]]) -> None:
+    """Print a table, whose cells may hold any text."""
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)

@@ -8,7 +8,6 @@ other cells, but not all from other modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +23,14 @@ from gladad.report.files import check_output
 from gladad.report.gallery import GalleryItem
 
 SEED = 0
-TRAIN, TEST = 400, 150
-"""Good cells to learn from, and cells of each kind to judge, at most."""
-STEPS = 400
-"""Fewer than the default, so that all of it takes some five minutes on two cores."""
-FALSE_REJECT_RATE = 0.05
-"""A fifth of the 400 cells is held out, and 80 are enough for a guarantee down to 1.3 %, but not for the usual 1 %."""
+TRAIN, TEST = 400, 150  # good cells to learn from, and cells of each kind to judge, at most
+# Fewer steps than the default, so that all of it takes some five minutes on two cores. A fifth of the 400 cells is held out, and 80 are
+# enough for a guarantee down to 1.3 %, but not for the usual 1 %.
+DEFAULTS = {"seed": SEED, "training.steps": 400, "false_reject_rate": 0.05}
 
 
-@dataclass(frozen=True)
-class DemoData:
-    """Files to learn from and labelled samples to judge; they have no file in common."""
-
-    train: list[Path]
-    test: list[Sample]
-
-
-def solar_cells(folder: str | Path | None = None, seed: int = SEED) -> DemoData:
-    """Split the monocrystalline cells, the same way for the same seed.
+def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path], list[Sample]]:
+    """Split the monocrystalline cells into files to learn from and labelled samples to judge, the same way for the same seed.
 
     Args:
         folder: Where ``labels.csv`` and ``images/`` are; None finds the installed package.
@@ -51,45 +40,42 @@ def solar_cells(folder: str | Path | None = None, seed: int = SEED) -> DemoData:
         MissingExtraError: The package is not installed.
         DataError: The folder does not hold the data set.
     """
-    root = _package_data() if folder is None else Path(folder)
+    root = _package_data() if folder is None else folder
     try:
         lines = (root / "labels.csv").read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(f"{root}: holds no solar cells (no labels.csv); reinstall elpv-dataset") from error
     cells = [(root / name, float(probability)) for name, probability, kind in map(str.split, filter(None, lines)) if kind == "mono"]
-    good = [path for path, probability in cells if probability == 0]
-    bad = [path for path, probability in cells if probability == 1]
-    test_good = split_held_out(good, share=0.0, minimum=TEST, seed=seed)[1]
-    test_bad = split_held_out(bad, share=0.0, minimum=TEST, seed=seed)[1]
+    good, bad = ([path for path, probability in cells if probability == wanted] for wanted in (0, 1))
+    test_good, test_bad = (split_held_out(paths, share=0.0, minimum=TEST, seed=seed)[1] for paths in (good, bad))
     held_out = set(test_good)
     rest = [path for path in good if path not in held_out]
     order = np.random.default_rng(seed).permutation(len(rest))[:TRAIN]
     test = [Sample(path, category="solar cells") for path in test_good]
     test += [Sample(path, gt_label=1, category="solar cells", defect_type="defective") for path in test_bad]
-    return DemoData(train=[rest[place] for place in sorted(order.tolist())], test=test)
+    return [rest[place] for place in sorted(order.tolist())], test
 
 
 def run(
-    output: str | Path, folder: str | Path | None = None, *, settings: FitSettings | None = None, progress: Progress = no_progress
+    output: Path, folder: Path | None = None, *, settings: FitSettings | None = None, progress: Progress = no_progress
 ) -> tuple[Report, Path]:
-    """Fit on good cells, judge held-out ones, and write the report and its page.
+    """Fit on good cells, judge held-out ones, and write the report (`gladad.evaluation.run.write_report`).
 
     Args:
-        output: Folder for ``report.json``, ``predictions.csv`` and ``index.html``.
+        output: Folder for the report.
         folder: As for `solar_cells`.
         settings: Of the fit; the defaults take a few minutes on two cores.
         progress: Told of every stage.
 
     Returns:
-        The report, and the page.
+        The report, and its page.
     """
-    data = solar_cells(folder)
-    check_output(Path(output))
-    defaults = {"seed": SEED, "training.steps": STEPS, "false_reject_rate": FALSE_REJECT_RATE}
-    detector = Glad.from_base("lite", settings=settings or make_settings("lite", defaults)).fit(data.train, progress=progress)
+    train, test = solar_cells(folder)
+    check_output(output)
+    detector = Glad.from_base("lite", settings=settings or make_settings("lite", DEFAULTS)).fit(train, progress=progress)
     items: list[GalleryItem] = []
-    report = evaluate(detector, data.test, collect=items.append, progress=progress)
-    report.details["data"] = {"name": "ELPV, monocrystalline", "train": len(data.train), "test": len(data.test), "seed": SEED}
+    report = evaluate(detector, test, collect=items.append, progress=progress)
+    report.details["data"] = {"name": "ELPV, monocrystalline", "train": len(train), "test": len(test), "seed": SEED}
     return report, write_report(report, items, output, title="Solar cells: what the detector makes of cells it has not seen")
 
 

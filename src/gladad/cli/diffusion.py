@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gladad.cli.common import Category, Layout, Model, Quiet, complain, guarded, hush, load_model
-from gladad.cli.console import bars, waiting
-from gladad.cli.fit import alone, save, training_run
-from gladad.cli.options import AUTOENCODER_TUNING, DENOISER, FEATURE_TUNING, MEMORY, RUN, WEIGHTS, collects
-from gladad.core.settings import from_json
+from gladad.cli.common import Category, Images, Layout, Model, Quiet, complain, guarded, hush, load_model
+from gladad.cli.console import bars, show, waiting
+from gladad.cli.fit import alone, discard_checkpoints, save, training_run
+from gladad.cli.options import AUTOENCODER_TUNING, CONVERSION, DENOISER, FEATURE_TUNING, MEMORY, RUN, WEIGHTS, collects
 
 
 @guarded
@@ -36,12 +34,11 @@ def plan(
         from gladad.models.stable_diffusion.architectures import SD14, read_configs
         from gladad.models.stable_diffusion.components import NAMED_BASES, locate_base
         from gladad.models.stable_diffusion.device import available_memory, bytes_text, choose_device
-        from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_inspection, plan_training
-        from gladad.models.stable_diffusion.training import FinetuneConfig
+        from gladad.models.stable_diffusion.memory import check_fits, plan_inspection, plan_training
 
         hush()
     chosen: Any = make_settings(base, weights | values)
-    config: FinetuneConfig = chosen.training
+    config = chosen.training
     try:
         local = chosen.offline or base in NAMED_BASES
         configs = read_configs(*locate_base(base, chosen.features, chosen.vae, revision=chosen.revision, local_files_only=local))
@@ -49,21 +46,14 @@ def plan(
         if base not in NAMED_BASES or weights.keys() - {"offline"}:
             raise
         configs = SD14  # what it is made of is known without downloading it
-    device = choose_device()
-
-    @functools.cache
-    def planned(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
-        return plan_training(configs, training, size, device_type=device.type)
-
-    size = (image_size, image_size)
+    device, size = choose_device(), (image_size, image_size)
+    planned = cache(partial(plan_training, configs, device_type=device.type))
     with waiting("computing", quiet):
         train = planned(config, size)
         inspection = plan_inspection(configs, size, config.precision, guidance=guidance)
     at_a_time = min(config.micro_batch or config.batch_size, config.batch_size)
     table = Table("", f"{config.method} training, {at_a_time} at a time", "inspection", box=None)
-    for name, count in train.items():
-        table.add_row(name, bytes_text(count), bytes_text(inspection[name]) if name in inspection else "")
-    Console().print(table)
+    show(table, ((name, bytes_text(n), bytes_text(inspection[name]) if name in inspection else "") for name, n in train.items()))
     available = limit.get("memory_limit") or available_memory(device)
     print(f"{bytes_text(available)} are {'allowed' if limit else 'available'} on {device}")
     check_fits(planned, config, size, available, device.type)
@@ -83,13 +73,13 @@ def tune_features(
     run: dict[str, Any],
 ) -> None:
     """Fine-tune the extractor that scores, on the good images of a Stable Diffusion model, and calibrate anew."""
+    from gladad.core.settings import from_json
     from gladad.core.storage import check_target
     from gladad.data.layouts import training_images
 
     paths = training_images(images, layout, category)
     check_target(output)
-    with alone("sd14") as main:
-        silent = quiet or not main
+    with alone("sd14", quiet) as (main, silent):
         detector = load_model(model, None, silent)
         from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
 
@@ -104,10 +94,10 @@ def tune_features(
 
 
 @guarded
-@collects(weights=[option for option in WEIGHTS if option.setting != "vae"], values=AUTOENCODER_TUNING, run=RUN)
+@collects(weights=[option for option in WEIGHTS if option.name != "vae"], values=AUTOENCODER_TUNING, run=RUN)
 def tune_vae(
     base: Annotated[str, typer.Argument(help="'sd14', folder or Hub id of a Stable Diffusion.", show_default=False)],
-    images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
+    images: Images,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the autoencoder.", show_default=False)],
     image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 512,
     category: Category = None,
@@ -119,80 +109,56 @@ def tune_vae(
     run: dict[str, Any],
 ) -> None:
     """Fine-tune a base's autoencoder on good images but those that a fit with this seed holds out, for 'gladad fit --vae'."""
+    from gladad.core.settings import from_json
     from gladad.data.layouts import training_images
 
     paths = training_images(images, layout, category)
-    with alone(base) as main:
-        silent = quiet or not main
+    with alone(base, quiet) as (main, silent):
         with waiting("starting", silent):
             from gladad.detector.fit import Fitter, read_pixels
             from gladad.models.registry import make_settings
-            from gladad.models.stable_diffusion.autoencoder_tuning import (
-                AUTOENCODER_FORMAT,
-                AutoencoderTuningConfig,
-                save_autoencoder,
-                tune_autoencoder,
-            )
+            from gladad.models.stable_diffusion import autoencoder_tuning as tuning
             from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
             from gladad.models.stable_diffusion.device import choose_device
             from gladad.models.stable_diffusion.folders import check_replaceable
-            from gladad.training.checkpoints import discard
 
             hush(downloads=not silent)
-        check_replaceable(output, AUTOENCODER_FORMAT)
-        config = from_json(AutoencoderTuningConfig, values)
+        check_replaceable(output, tuning.AUTOENCODER_FORMAT)
+        config = from_json(tuning.AutoencoderTuningConfig, values)
         fitter = Fitter(base, make_settings(base, {"seed": config.seed}))
         paths = fitter.chosen(paths)
         if not fitter.cross_fits(paths):
             paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
         elif main:
             complain(f"{len(paths)} good images are too few to hold any out: the thresholds of a fit with this autoencoder will be too low")
-        offline = weights.get("offline", False)
-        found, extractor, _ = locate_base(base, weights.get("features"), revision=weights.get("revision"), local_files_only=offline)
+        found, extractor, _ = locate_base(base, local_files_only=weights.pop("offline", False), **weights)
         autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
         told = training_run(output, run, silent)
         with bars(silent) as progress:
             pixels = read_pixels(paths, (image_size, image_size), progress)
-            tune_autoencoder(autoencoder, frozen, pixels, config, run=told, progress=progress)
+            tuning.tune_autoencoder(autoencoder, frozen, pixels, config, run=told, progress=progress)
         if main:
-            save_autoencoder(autoencoder, output)
-            if told.folder is not None:
-                discard(told.folder)
+            tuning.save_autoencoder(autoencoder, output)
+            discard_checkpoints(told)
     if not silent:
         print(f"{output}: use it with 'gladad fit --vae {output}'")
 
 
 @guarded
+@collects(values=CONVERSION)
 def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the converted base.", show_default=False)],
     base: Annotated[str, typer.Option(help="'sd14', folder or Hub id that supplies the rest.")] = "sd14",
-    unet: Annotated[Path | None, typer.Option(help="pytorch_model.bin of a denoiser.", show_default=False)] = None,
-    features: Annotated[Path | None, typer.Option(help=".pth of a DINO ViT.", show_default=False)] = None,
-    tuned_features: Annotated[Path | None, typer.Option(help=".pth of a fine-tuned one, which scores.", show_default=False)] = None,
-    vae: Annotated[Path | None, typer.Option(help=".ckpt of an autoencoder.", show_default=False)] = None,
-    extractor: Annotated[str | None, typer.Option(help="Folder or Hub id of the ViT's architecture.", show_default=False)] = None,
-    prompt: Annotated[str, typer.Option(help="What the denoiser was trained with.")] = "a photo of sks",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base.", show_default=False)] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the Hub.")] = False,
     quiet: Quiet = False,
+    *,
+    values: dict[str, Any],
 ) -> None:
     """Make a base of checkpoints of GLAD's authors, for 'gladad fit --steps 0'. See docs/convert.md."""
     with waiting("starting", quiet):
         from gladad.interop.convert import convert as work
 
         hush(downloads=not quiet)
-    report = work(
-        base,
-        output,
-        unet=unet,
-        features=features,
-        tuned_features=tuned_features,
-        vae=vae,
-        extractor=extractor,
-        prompt=prompt,
-        revision=revision,
-        local_files_only=offline,
-    )
+    report = work(base, output, **values)
     if not quiet:
         for name, part in report.components.items():
             left_out = "".join(f", {count} of {group} left out" for group, count in part.ignored.items())

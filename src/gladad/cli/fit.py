@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, duration, guarded, hush, load_model
+from gladad.cli.common import Category, Images, Layout, Model, Quiet, Rate, duration, guarded, hush, load_model, teller
 from gladad.cli.console import bars, waiting
 from gladad.cli.options import FIT, MEMORY, RUN, Set, collects
 from gladad.core.errors import ConfigError
 from gladad.core.processes import process_count
-from gladad.core.settings import parse_assignments
 
 if TYPE_CHECKING:
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
 
+MULTI_CLASS_HELP = "One model for all products of a data set; OUTPUT gets a folder for each."
+MultiClass = Annotated[bool, typer.Option("--multi-class", help=MULTI_CLASS_HELP)]
+
 
 @guarded
 @collects(values=FIT, run=(*RUN, MEMORY))
 def fit(
-    images: Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)],
+    images: Images,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
     base: Annotated[str, typer.Option(help="'lite', 'sd14', folder or Hub id of a Stable Diffusion, or a baseline.")] = "lite",
-    multi_class: Annotated[
-        bool, typer.Option("--multi-class", help="One model for all products of a data set; OUTPUT gets a folder for each.")
-    ] = False,
+    multi_class: MultiClass = False,
     set: Set = None,
     category: Category = None,
     layout: Layout = "auto",
@@ -40,14 +40,14 @@ def fit(
     run: dict[str, Any],
 ) -> None:
     """Learn from good images and write a model. Stopped on a Stable Diffusion, the same command goes on."""
+    from gladad.core.settings import parse_assignments
     from gladad.core.storage import check_target
 
     paths = _images(images, layout, category, multi_class)
     for product in paths:
         check_target(output / product)
     values |= parse_assignments(set or ())
-    with alone(base) as main:
-        silent = quiet or not main
+    with alone(base, quiet) as (main, silent):
         with waiting("starting", silent):
             from gladad.detector.glad import Glad
             from gladad.models.registry import family_of, make_settings
@@ -86,14 +86,14 @@ def _images(images: Path, layout: str, category: str | None, multi_class: bool) 
 
 
 @contextmanager
-def alone(base: str) -> Iterator[bool]:
-    """Whether this is the process that prints and writes; the others leave when it has written.
+def alone(base: str, quiet: bool) -> Iterator[tuple[bool, bool]]:
+    """Whether this is the process that writes, and whether it is to be silent; the others leave when it has written.
 
     Raises:
         ConfigError: The model trains in one process, and there are several.
     """
     if process_count() == 1:
-        yield True
+        yield True, quiet
         return
     from gladad.models.registry import family_of
 
@@ -102,7 +102,8 @@ def alone(base: str) -> Iterator[bool]:
     from gladad.training.loop import make_accelerator
 
     accelerator = make_accelerator()
-    yield bool(accelerator.is_main_process)
+    main = bool(accelerator.is_main_process)
+    yield main, quiet or not main
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -113,24 +114,29 @@ def training_run(output: Path, values: dict[str, Any], silent: bool) -> Training
     from gladad.training.trackers import tracker_name
 
     tracker_name(values.get("tracker", "auto"))  # refused before anything is loaded
-    place = output.absolute()
-    folder = Path(values.get("folder") or place.with_name(f"{place.name}.training"))
-    return TrainingRun(**values | {"folder": folder, "tell": (lambda line: None) if silent else complain})
+    folder = Path(values.get("folder") or f"{output.absolute()}.training")
+    return TrainingRun(**values | {"folder": folder, "tell": teller(silent)})
 
 
 def save(detectors: dict[str, Glad], output: Path, run: TrainingRun | None) -> None:
     """Write the models, then remove the checkpoints of the training."""
     from gladad.core.storage import share_files
-    from gladad.detector.fit import PARTS
 
     for name, detector in detectors.items():
         detector.save_pretrained(output / name)
         share_files(output / next(iter(detectors)), output / name)
-    if run is not None and run.folder is not None:
-        from gladad.training.checkpoints import discard
+    if run is not None:
+        discard_checkpoints(run)
 
-        for part in (run.folder, *(run.folder / name for name in PARTS)):
-            discard(part)
+
+def discard_checkpoints(run: TrainingRun) -> None:
+    """Remove the checkpoints of a training, and of its parts, whose result is saved."""
+    from gladad.detector.fit import PARTS
+    from gladad.training.checkpoints import discard
+
+    for part in (run, *map(run.part, PARTS)):
+        if part.folder is not None:
+            discard(part.folder)
 
 
 def _one_process(command: str) -> None:
@@ -164,9 +170,7 @@ def calibrate(
         threshold, provenance = detector.calibration_.threshold, detector.provenance_
         left_out = f"; {provenance['left_out']} that the model was trained on were left out" if provenance["left_out"] else ""
         print(f"threshold {before:.4g} -> {threshold.value:.4g} (raw score), from {threshold.n} good images{left_out}")
-        print(threshold.statement)
-        for note in provenance["notes"]:
-            print(f"note: {note}")
+        print(threshold.statement, *(f"note: {note}" for note in provenance["notes"]), sep="\n")
 
 
 @guarded

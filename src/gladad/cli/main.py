@@ -9,26 +9,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from gladad import __version__
-from gladad.cli.common import Model, Quiet, Rate, complain, duration, guarded, hush, load_model, show_report
-from gladad.cli.console import bars, waiting
+from gladad.cli.common import Model, Quiet, Rate, duration, guarded, hush, load_model, show_report, tell_skipped
+from gladad.cli.console import bars, show, waiting
 from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
 from gladad.cli.fit import calibrate, fit, merge
 from gladad.cli.measure import benchmark, data, evaluate, rescore
-from gladad.core.errors import DataError
+from gladad.core.errors import DataError, GladError, NotFiniteError
 
 if TYPE_CHECKING:
-    from gladad.core.records import Prediction
-
+    from gladad.core.processes import Processes
+    from gladad.core.records import Prediction, Progress
+    from gladad.detector.glad import Glad
+    from gladad.report.files import PredictionWriter
 
 app = typer.Typer(
     help="Unsupervised visual anomaly detection with diffusion models: learn from good parts, find bad ones.",
@@ -81,10 +82,9 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
-    from gladad.core.images import load_image
     from gladad.core.processes import started
     from gladad.data.samples import expand_paths
-    from gladad.report.files import PredictionWriter, check_output, output_folder, picture_names
+    from gladad.report.files import PredictionWriter, check_output, output_folder
 
     def find() -> list[Path]:
         own = output.resolve()  # the overlays of an earlier run are not to be inspected
@@ -97,41 +97,51 @@ def predict(
     with started() as processes:
         silent = quiet or not processes.main
         images = processes.on_main(find)
-        names = picture_names(images)
         detector = load_model(model, false_reject_rate, silent)
         with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
             writer = PredictionWriter(folder, pictures=pictures)
-
-            def inspect(number: int) -> Prediction | DataError:
-                try:
-                    pixels = load_image(images[number])
-                    prediction = detector.inspect(pixels, reconstruct=False)
-                except DataError as error:
-                    return error
-                writer.draw(prediction, pixels, names[number])
-                return prediction
-
-            for number, outcome in processes.share(inspect, len(images), detector.workers):
-                if isinstance(outcome, DataError):
-                    writer.fail(images[number], outcome)
-                else:
-                    writer.add(outcome, images[number], names[number])
-                progress("inspecting", min(number + processes.count, len(images)), len(images))
+            _inspect(detector, images, writer, processes, progress)
             writer.rows = rows = processes.merge(writer.rows)
             if processes.main:
-                for row in rows:
-                    if "error" in row:
-                        complain(f"skipped: {row['error']}")
+                tell_skipped(rows)
             if all("error" in row for row in rows):
                 raise DataError(f"none of the {len(images)} images could be inspected; nothing was written")
             if processes.main:
                 writer.close()
-    seconds = [row["seconds"] for row in rows if "error" not in row]
-    rejected, skipped = sum(row.get("pred_label", 0) for row in rows), len(rows) - len(seconds)
     if not silent:
+        seconds = [row["seconds"] for row in rows if "error" not in row]
+        rejected, skipped = sum(row.get("pred_label", 0) for row in rows), len(rows) - len(seconds)
         each = f"{median(seconds):.3f} s each (median)"
         print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")
         print(f"results in {output}")
+
+
+def _inspect(detector: Glad, images: Sequence[Path], writer: PredictionWriter, processes: Processes, progress: Progress) -> None:
+    """Give the writer this process's share of the images, in order; those that cannot be inspected with the reason."""
+    from gladad.core.images import load_image
+    from gladad.core.storage import printable
+    from gladad.report.files import picture_names
+
+    names = picture_names(images)
+
+    def inspect(number: int) -> Prediction | GladError:
+        try:
+            pixels = load_image(images[number])
+            prediction = detector.inspect(pixels, reconstruct=False)
+        except DataError as error:
+            return error
+        except NotFiniteError as error:
+            return NotFiniteError(f"{printable(images[number])}: {error}")
+        writer.draw(prediction, pixels, names[number])
+        return prediction
+
+    with closing(processes.share(inspect, len(images), detector.workers)) as outcomes:
+        for number, outcome in outcomes:
+            if isinstance(outcome, GladError):
+                writer.fail(images[number], outcome)
+            else:
+                writer.add(outcome, images[number], names[number])
+            progress("inspecting", min(number + processes.count, len(images)), len(images))
 
 
 for command in (evaluate, rescore, calibrate, data, benchmark, plan, tune_features, tune_vae, merge, convert):
@@ -146,10 +156,9 @@ def info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="Pri
     if as_json:
         print(json.dumps(description, indent=2, sort_keys=True))
         return
-    table = Table("", Column(overflow="fold"), show_header=False, box=None)
-    for key, value in _flat(description):
-        table.add_row(Text(key), Text(str(value)))
-    Console().print(table)
+    # As the training has resolved them; the rate may have been chosen anew since.
+    resolved = description["config"].pop("settings") | {"false_reject_rate": description["settings"]["false_reject_rate"]}
+    show(Table("", Column(overflow="fold"), show_header=False, box=None), _flat(description | {"settings": resolved}))
 
 
 @app.command()
@@ -163,7 +172,6 @@ def demo(
         from gladad.cli.demo import run
 
         hush()
-
     started = time.monotonic()
     with bars(quiet) as progress:
         report, page = run(output, progress=progress)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
-from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report
-from gladad.cli.console import bars, waiting
-from gladad.core.errors import ConfigError
+from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report, tell_skipped, teller
+from gladad.cli.console import bars, show, waiting
+from gladad.core.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from gladad.core.records import Sample
+    from gladad.data.checks import Finding, Inventory
+    from gladad.data.layouts import Dataset
 
 SHOWN_FILES = 10
 
@@ -56,15 +57,8 @@ def evaluate(
         detector = load_model(model, false_reject_rate, silent)
         items: list[GalleryItem] = []
         with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
-            report = measure(
-                detector,
-                samples,
-                collect=items.append,
-                progress=progress,
-                pictures=folder / PICTURES if pictures else None,
-                maps=folder / MAPS if keep_maps else None,
-                processes=processes,
-            )
+            folders = {"pictures": folder / PICTURES if pictures else None, "maps": folder / MAPS if keep_maps else None}
+            report = measure(detector, samples, collect=items.append, progress=progress, processes=processes, **folders)
             if processes.main:
                 write_report(report, items, folder, title=f"{samples[0].category}: evaluation")
                 stale = leftovers(output, report)
@@ -72,9 +66,7 @@ def evaluate(
         return
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
-    for row in report.rows:
-        if "error" in row:
-            complain(f"skipped: {row['error']}")
+    tell_skipped(report.rows)
     if not quiet:
         show_report(report)
         print(f"report: {output / 'index.html'}")
@@ -114,7 +106,7 @@ def data(
 ) -> None:
     """Show what a data set holds and what is wrong with it; exit status 1 if results would be."""
     from gladad.core.storage import printable
-    from gladad.data.checks import check_dataset, describe_sizes, short_name
+    from gladad.data.checks import check_dataset
     from gladad.data.layouts import read_dataset
 
     dataset = read_dataset(path, layout, category)
@@ -126,31 +118,43 @@ def data(
         print(json.dumps(about, indent=2))
     else:
         if not quiet:
-            numbers = (Column("images", justify="right"), Column("with mask", justify="right"))
-            table = Table("category", "split", "kind", *numbers)
-            for (name, split, kind), count in sorted(inventory.counts.items()):
-                table.add_row(
-                    Text(printable(name)), split, Text(printable(kind)), str(count), str(inventory.masks[name, split, kind] or "")
-                )
-            Console().print(table)
-            left_out = f", {dataset.unlabelled} images without a label left out" if dataset.unlabelled else ""
-            print(f"layout {dataset.layout}, {len(dataset.samples)} labelled images{left_out}")
-            for name, sizes in sorted(inventory.sizes.items()):
-                print(f"{printable(name)}: {describe_sizes(sizes)}")
-            for note in dataset.notes:
-                print(f"note: {printable(note)}")
+            _show_content(dataset, inventory)
         for finding in inventory.findings:
             if finding.serious or not quiet:
-                number = f"{len(finding.paths)} " if finding.paths else ""
-                print(f"{'problem' if finding.serious else 'note'}: {number}{printable(finding.text)}")
-                for file, remark in list(zip(finding.paths, finding.remarks, strict=True))[:SHOWN_FILES]:
-                    print(f"    {short_name(file, dataset)}{f': {printable(remark)}' if remark else ''}")
-                if len(finding.paths) > SHOWN_FILES:
-                    print(f"    and {len(finding.paths) - SHOWN_FILES} more")
+                print(*_lines(finding, dataset), sep="\n")
         if inventory.sound and not quiet:
             print("no problems found")
     if not inventory.sound:
         raise typer.Exit(1)
+
+
+def _show_content(dataset: Dataset, inventory: Inventory) -> None:
+    """Print what is in a data set."""
+    from gladad.core.storage import printable
+    from gladad.data.checks import describe_sizes
+
+    table = Table("category", "split", "kind", Column("images", justify="right"), Column("with mask", justify="right"))
+    counts = sorted(inventory.counts.items())
+    show(table, ((printable(key[0]), key[1], printable(key[2]), count, inventory.masks[key] or "") for key, count in counts))
+    left_out = f", {dataset.unlabelled} images without a label left out" if dataset.unlabelled else ""
+    print(f"layout {dataset.layout}, {len(dataset.samples)} labelled images{left_out}")
+    for name, sizes in sorted(inventory.sizes.items()):
+        print(f"{printable(name)}: {describe_sizes(sizes)}")
+    for note in dataset.notes:
+        print(f"note: {printable(note)}")
+
+
+def _lines(finding: Finding, dataset: Dataset) -> Iterator[str]:
+    """A finding for people, with some of its files."""
+    from gladad.core.storage import printable
+    from gladad.data.checks import short_name
+
+    number = f"{len(finding.paths)} " if finding.paths else ""
+    yield f"{'problem' if finding.serious else 'note'}: {number}{printable(finding.text)}"
+    for file, remark in list(zip(finding.paths, finding.remarks, strict=True))[:SHOWN_FILES]:
+        yield f"    {short_name(file, dataset)}{f': {printable(remark)}' if remark else ''}"
+    if len(finding.paths) > SHOWN_FILES:
+        yield f"    and {len(finding.paths) - SHOWN_FILES} more"
 
 
 @guarded
@@ -182,26 +186,23 @@ def benchmark(
         from gladad.benchmark.tables import write_tables
         from gladad.report.files import check_output
 
-    def tell(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr, flush=True)
-
+    tell = teller(quiet)
     check_output(output)
     everything, notes = plan(chosen, data, seeds=seed or ())
-    cells = select(everything, shift=shift, configurations=configuration or (), categories=category or (), seeds=seed or chosen.seeds)
+    cells = select(everything, shift=shift, configuration=configuration, category=category, seed=seed or chosen.seeds)
     cells, missing = runnable(cells)
     for note in (*notes, *missing):
         tell(f"note: {note}")
     try:
         failed = [] if tables else run(cells, output, jobs=jobs, tell=tell)
     except KeyboardInterrupt:
-        complain("interrupted; finished cells are kept, and the same command goes on from there")
-        raise typer.Exit(130) from None
+        message = "interrupted; finished cells are kept, and the same command goes on from there"
+        raise Interrupted(message, signal.SIGINT) from None
     # The tables are of everything that is finished, not only of what was chosen this time.
     page = write_tables(output, chosen.title, finished(everything, output), failed, notes)
     if not quiet:
         print(f"{len(finished(cells, output))} of {len(cells)} cells finished, {len(failed)} failed: {page}")
+    for cell, problem in failed:
+        complain(f"failed: {cell.label}: {problem}")
     if failed:
-        for cell, problem in failed:
-            complain(f"failed: {cell.label}: {problem}")
         raise typer.Exit(1)

@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-DIFFUSION = "Stable Diffusion models"
-RUNNING = "Running long trainings"
+DIFFUSION, RUNNING = "Stable Diffusion models", "Running long trainings"
+Calibration = Literal["auto", "held-out", "cross-fit"]
+Foreground = Literal["all", "bright", "dark", "auto"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def _size(text: str) -> int:
@@ -30,27 +32,18 @@ def _size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """One option."""
 
-    Attributes:
-        flag: Such as ``--batch-size``; with ``/--no-...`` it has two forms.
-        setting: Dotted name of the setting.
-        kind: Type of its value.
-        help: Text for ``--help``, with the default where that is not obvious.
-        panel: Heading that it stands below.
-        parser: Of the text, for kinds that typer does not know.
-    """
-
-    flag: str
-    setting: str
-    kind: Any
-    help: str
-    panel: str | None = None
-    parser: Callable[[str], Any] | None = None
+    flag: str  # such as --batch-size; with /--no-... it has two forms
+    kind: Any  # type of its value
+    help: str  # with the default where that is not obvious
+    panel: str | None = None  # heading that it stands below in the help
+    setting: str = ""  # dotted name of the setting, where that is not the option's own
+    parser: Callable[[str], Any] | None = None  # of the text, for kinds that typer does not know
 
     @property
     def name(self) -> str:
-        """Of the parameter."""
+        """Of the command's parameter."""
         return self.flag.split("/")[0].removeprefix("--").replace("-", "_")
 
     @property
@@ -58,8 +51,7 @@ class Option:
         """As a parameter of a command; None where it was not given."""
         extra: dict[str, Any] = {} if self.parser is None else {"parser": self.parser, "metavar": "SIZE"}
         told = typer.Option(self.flag, help=self.help, show_default=False, rich_help_panel=self.panel, **extra)
-        values: Any = self.kind | None
-        kind: Any = Annotated[(values, told)]
+        kind: Any = Annotated[(self.kind | None, told)]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
@@ -73,17 +65,16 @@ def collects(**tables: Sequence[Option]) -> Callable[[Callable[..., None]], Call
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(command, include_extras=True)
         own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values() if p.name not in tables]
-        added = [option.parameter for table in tables.values() for option in table]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [option.parameter for table in tables.values() for option in table]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            chosen = {}
             for name, table in tables.items():
-                values = {option.setting: given.pop(option.name) for option in table}
-                chosen[name] = {key: str(v) if isinstance(v, Path) else v for key, v in values.items() if v is not None}
-            command(**given, **chosen)
+                values = {option.setting or option.name: given.pop(option.name) for option in table}
+                given[name] = {key: str(v) if isinstance(v, Path) else v for key, v in values.items() if v is not None}
+            command(**given)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         run.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -91,17 +82,8 @@ def collects(**tables: Sequence[Option]) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as training.steps=900; may be repeated.", show_default=False),
-]
-
-WEIGHTS = (
-    Option("--features", "features", str, "Extractor: folder or Hub id (default: facebook/dino-vitb8; lite: its own).", DIFFUSION),
-    Option("--vae", "vae", str, "Autoencoder that replaces the base's: folder or Hub id.", DIFFUSION),
-    Option("--revision", "revision", str, "Branch, tag or commit on the Hub.", DIFFUSION),
-    Option("--offline", "offline", bool, "Never ask the Hub.", DIFFUSION),
-)
+SET_HELP = "Any setting, such as training.steps=900; may be repeated."
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SET_HELP, show_default=False)]
 _TRAINING = (
     ("--training", "method", Literal["lora", "full"], "Adapters, or all weights as in the paper (default: lora; full with a preset)."),
     ("--rank", "rank", int, "Rank of the adapters (default: 16)."),
@@ -109,62 +91,69 @@ _TRAINING = (
     ("--batch-size", "batch_size", int, "Images per step, of all processes together (default: 4; 32 with a preset)."),
     ("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated (default: all)."),
     ("--learning-rate", "learning_rate", float, "Learning rate (default: 1e-4 for lora, 5e-6 for full)."),
-    ("--precision", "precision", Literal["float32", "bfloat16", "float16"], "Of the arithmetic (default: bfloat16)."),
+    ("--precision", "precision", Precision, "Of the arithmetic (default: bfloat16)."),
     ("--optimizer", "optimizer", Literal["adamw", "adamw8bit"], "adamw8bit needs bitsandbytes (default: adamw)."),
     ("--ema", "ema", float, "Decay of averaged weights, which are then kept (default: 0: none)."),
     ("--gradient-checkpointing/--no-gradient-checkpointing", "gradient_checkpointing", bool, "Compute twice, don't keep (default: on)."),
 )
-DENOISER = tuple(Option(flag, f"training.{name}", kind, text, DIFFUSION) for flag, name, kind, text in _TRAINING)
+DENOISER = tuple(Option(flag, kind, text, DIFFUSION, f"training.{name}") for flag, name, kind, text in _TRAINING)
+WEIGHTS = (
+    Option("--features", str, "Extractor: folder or Hub id (default: facebook/dino-vitb8; lite: its own).", DIFFUSION),
+    Option("--vae", str, "Autoencoder that replaces the base's: folder or Hub id.", DIFFUSION),
+    Option("--revision", str, "Branch, tag or commit on the Hub.", DIFFUSION),
+    Option("--offline", bool, "Never ask the Hub.", DIFFUSION),
+)
+SEED = Option("--seed", int, "Seed of everything random (default: 0).")
 FIT = (
-    Option("--minutes", "training.minutes", float, "Time budget of the training (lite)."),
-    Option("--steps", "training.steps", int, "Steps of each training; 0 only calibrates a trained Stable Diffusion."),
-    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
-    Option("--false-reject-rate", "false_reject_rate", float, "Share of good parts that may be rejected (default: 0.01)."),
-    Option("--textures", "textures", Path, "Folder of images to make defects from."),
-    Option(
-        "--foreground",
-        "foreground",
-        Literal["all", "bright", "dark", "auto"],
-        "Part of the image where defects are made; auto decides by the good images (default: all).",
-    ),
-    Option("--product", "product", Literal["auto", "object", "texture"], "Object with structure, or texture (lite; default: auto)."),
-    Option("--image-size", "image_size", int, "Side in pixels to work at (default: 256 for lite, 512)."),
-    Option("--max-images", "max_images", int, "Good images used at most (default: 1000)."),
-    Option("--shots", "shots", int, "Learn from so few good images (1, 2, 4, 8)."),
-    Option(
-        "--calibration",
-        "calibration",
-        Literal["auto", "held-out", "cross-fit"],
-        "Images the threshold is made from (default: auto: cross-fit below 24).",
-    ),
-    Option("--preset", "preset", str, "Published constants, such as mvtec_ad/bottle.", DIFFUSION),
-    Option("--prompt", "prompt", str, "What the denoiser is told (default: 'a photo of sks', and the product if several).", DIFFUSION),
+    Option("--minutes", float, "Time budget of the training (lite).", setting="training.minutes"),
+    Option("--steps", int, "Steps of each training; 0 only calibrates a trained Stable Diffusion.", setting="training.steps"),
+    SEED,
+    Option("--false-reject-rate", float, "Share of good parts that may be rejected (default: 0.01)."),
+    Option("--textures", Path, "Folder of images to make defects from."),
+    Option("--foreground", Foreground, "Part of the image where defects are made; auto decides by the good images (default: all)."),
+    Option("--product", Literal["auto", "object", "texture"], "Object with structure, or texture (lite; default: auto)."),
+    Option("--image-size", int, "Side in pixels to work at (default: 256 for lite, 512)."),
+    Option("--max-images", int, "Good images used at most (default: 1000)."),
+    Option("--shots", int, "Learn from so few good images (1, 2, 4, 8)."),
+    Option("--calibration", Calibration, "Images the threshold is made from (default: auto: cross-fit below 24)."),
+    Option("--preset", str, "Published constants, such as mvtec_ad/bottle.", DIFFUSION),
+    Option("--prompt", str, "What the denoiser is told (default: 'a photo of sks', and the product if several).", DIFFUSION),
     *WEIGHTS,
     *DENOISER,
 )
 RUN = (
-    Option("--training-folder", "folder", Path, "For checkpoints and logs (default: OUTPUT.training).", RUNNING),
-    Option("--checkpoint-every", "checkpoint_every", int, "Steps between checkpoints (default: 500).", RUNNING),
-    Option("--keep", "keep", int, "Newest checkpoints kept (default: 2).", RUNNING),
-    Option("--tracker", "tracker", str, "TensorBoard if installed (auto, the default), none, or one of accelerate's.", RUNNING),
-    Option("--sample-every", "sample_every", int, "Steps between example pictures (default: 500).", RUNNING),
+    Option("--training-folder", Path, "For checkpoints and logs (default: OUTPUT.training).", RUNNING, "folder"),
+    Option("--checkpoint-every", int, "Steps between checkpoints (default: 500).", RUNNING),
+    Option("--keep", int, "Newest checkpoints kept (default: 2).", RUNNING),
+    Option("--tracker", str, "TensorBoard if installed (auto, the default), none, or one of accelerate's.", RUNNING),
+    Option("--sample-every", int, "Steps between example pictures (default: 500).", RUNNING),
 )
-MEMORY = Option(
-    "--memory-limit", "memory_limit", int, "Refuse a training that needs more, such as 16GiB (default: what is free).", RUNNING, _size
-)
+MEMORY_HELP = "Refuse a training that needs more, such as 16GiB (default: what is free)."
+MEMORY = Option("--memory-limit", int, MEMORY_HELP, RUNNING, parser=_size)
+MICRO_BATCH = Option("--micro-batch", int, "Images at a time; gradients are accumulated.")
 FEATURE_TUNING = (
-    Option("--epochs", "epochs", int, "Passes over the images (default: 15)."),
-    Option("--steps", "steps", int, "Training steps instead."),
-    Option("--batch-size", "batch_size", int, "Images per step (default: 32)."),
-    Option("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated."),
-    Option("--anchor-weight", "anchor_weight", float, "How much the tuned extractor is held to the frozen one (default: 0.01)."),
-    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
+    Option("--epochs", int, "Passes over the images (default: 15)."),
+    Option("--steps", int, "Training steps instead."),
+    Option("--batch-size", int, "Images per step (default: 32)."),
+    MICRO_BATCH,
+    Option("--anchor-weight", float, "How much the tuned extractor is held to the frozen one (default: 0.01)."),
+    SEED,
 )
 AUTOENCODER_TUNING = (
-    Option("--steps", "steps", int, "Training steps (default: 2000)."),
-    Option("--batch-size", "batch_size", int, "Images per step (default: 4)."),
-    Option("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated."),
-    Option("--discriminator", "discriminator", bool, "Train against a discriminator, too."),
-    Option("--precision", "precision", Literal["float32", "bfloat16", "float16"], "Of the arithmetic (default: float32)."),
-    Option("--seed", "seed", int, "Seed of everything random (default: 0)."),
+    Option("--steps", int, "Training steps (default: 2000)."),
+    Option("--batch-size", int, "Images per step (default: 4)."),
+    MICRO_BATCH,
+    Option("--discriminator", bool, "Train against a discriminator, too."),
+    Option("--precision", Precision, "Of the arithmetic (default: float32)."),
+    SEED,
+)
+CONVERSION = (
+    Option("--unet", Path, "pytorch_model.bin of a denoiser."),
+    Option("--features", Path, ".pth of a DINO ViT."),
+    Option("--tuned-features", Path, ".pth of a fine-tuned one, which scores."),
+    Option("--vae", Path, ".ckpt of an autoencoder."),
+    Option("--extractor", str, "Folder or Hub id of the ViT's architecture."),
+    Option("--prompt", str, "What the denoiser was trained with (default: a photo of sks)."),
+    Option("--revision", str, "Branch, tag or commit of the base."),
+    Option("--offline", bool, "Never ask the Hub.", setting="local_files_only"),
 )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -30,14 +30,17 @@ class Processes:
         self.rank, self.count, self.main = rank, count, rank == 0
         self._parted = count == 1
 
-    def share(self, function: Callable[[int], T], total: int, workers: int) -> Iterator[tuple[int, T]]:
+    def share(self, function: Callable[[int], T], total: int, workers: int) -> Generator[tuple[int, T], None, None]:
         """Apply a function to the numbers ``rank``, ``rank + count``, ... below ``total``, on several threads (`in_order`).
+
+        When it is closed (`contextlib.closing`), no thread is at work any more.
 
         Yields:
             Each number with its result, rising.
         """
         numbers = range(self.rank, total, self.count)
-        return zip(numbers, in_order(function, numbers, workers), strict=True)
+        with closing(in_order(function, numbers, workers)) as results:
+            yield from zip(numbers, results, strict=True)
 
     def merge(self, own: Sequence[T]) -> list[T]:
         """The results of all shares in the order of the numbers, from one result for each number of the own share; all get them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -39,7 +39,9 @@ class CancelToken:
             raise Interrupted("stopped, because it was cancelled", self.signal)
 
 
-def in_order(function: Callable[[Item], T], items: Iterable[Item], workers: int, cancel: CancelToken | None = None) -> Iterator[T]:
+def in_order(
+    function: Callable[[Item], T], items: Iterable[Item], workers: int, cancel: CancelToken | None = None
+) -> Generator[T, None, None]:
     """Apply a function to every item on several threads; yields the results in the order of the items.
 
     Items are taken as there is room: at most twice as many as workers are under way or waiting, so memory does not grow with their number.

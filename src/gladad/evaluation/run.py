@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -97,12 +97,13 @@ def evaluate(
         folder = None if place is None else Path(place)
         look = partial(_look, detector, named, pictures, 0 if collect is None else item_bytes(total), folder)
         wanted = pixels if any(sample.gt_label and sample.mask_path for sample in samples) else None
-        for number, (row, kept) in processes.share(look, total, detector.workers):
-            if processes.main:
-                progress("inspecting", min(number + processes.count, total), total)
-            rows.append(row)
-            if alone and kept is not None:
-                take(row, kept, wanted, collect)
+        with closing(processes.share(look, total, detector.workers)) as looks:
+            for number, (row, kept) in looks:
+                if processes.main:
+                    progress("inspecting", min(number + processes.count, total), total)
+                rows.append(row)
+                if alone and kept is not None:
+                    take(row, kept, wanted, collect)
         rows = processes.merge(rows)
         if not alone and processes.main and folder is not None:
             # In the order of the images, as one process takes them: what is summed in that order is the same to the last bit.
