@@ -22,7 +22,6 @@ from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 from gladad.models.stable_diffusion import components
 from gladad.models.stable_diffusion.components import find_repository, licence
-from gladad.models.stable_diffusion.family import check_memory
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.training.loop import TrainingRun
 
@@ -233,14 +232,12 @@ def test_a_cross_fitted_fit_keeps_its_folds_apart(tiny_base: Path, good: list[Pa
     assert {path.name for path in tmp_path.iterdir()} == {"all", "fold-1", "fold-2"}
 
 
-def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(
-    tiny_base: Path, good: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gladad.models.stable_diffusion.pipeline.load_networks", lambda *args: pytest.fail("loaded for nothing"))
-    run = TrainingRun(memory_limit=100_000)
+def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))  # nothing there to be loaded
     with pytest.raises(ConfigError, match=r"training needs .* of memory, and .* are available; nothing smaller fits"):
-        Glad.from_base(str(tiny_base), settings=settings(FULL)).fit(good, run=run)
-    check_memory(str(tiny_base), (32, 32), make_settings(str(tiny_base), settings(FULL)), 2**30)  # type: ignore[arg-type]
+        Glad.from_base(str(base), settings=settings(FULL)).fit(good, run=TrainingRun(memory_limit=100_000))
+    with pytest.raises(ModelFormatError, match="cannot be read as AutoencoderKL"):
+        Glad.from_base(str(base), settings=settings(FULL)).fit(good, run=TrainingRun(memory_limit=2**30))
 
 
 def test_thresholds_can_be_made_anew(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
@@ -285,14 +282,10 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path) -> Non
         asked.update(options, name=name)
         return str(snapshot)
 
-    found = find_repository("sd14", ("unet",), "fp16", True, download=download)
+    _, part = find_repository("sd14", ("unet",), "fp16", True, download=download)
     assert asked["name"] == "CompVis/stable-diffusion-v1-4" and asked["revision"] == "fp16" and asked["local_files_only"] is True
     assert all(not str(pattern).endswith((".bin", ".ckpt", ".pth")) for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
-    assert (found.part.source, found.part.revision, found.part.licence) == (
-        "CompVis/stable-diffusion-v1-4",
-        "ab" * 20,
-        "creativeml-openrail-m",
-    )
+    assert (part.source, part.revision, part.licence) == ("CompVis/stable-diffusion-v1-4", "ab" * 20, "creativeml-openrail-m")
 
 
 def test_nothing_within_reach_is_one_clear_error() -> None:

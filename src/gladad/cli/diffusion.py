@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,8 +44,8 @@ def plan(
     chosen: Any = make_settings(base, weights | values)
     config: FinetuneConfig = chosen.training
     try:
-        local = chosen.offline or base in NAMED_BASES
-        configs = read_configs(*locate_base(base, chosen.features, chosen.vae, revision=chosen.revision, local_files_only=local))
+        sources = chosen.sources(base)
+        configs = read_configs(locate_base(replace(sources, offline=sources.offline or base in NAMED_BASES)))
     except ModelFormatError:
         if base not in NAMED_BASES or weights.keys() - {"offline"}:
             raise
@@ -133,7 +134,7 @@ def tune_vae(
                 save_autoencoder,
                 tune_autoencoder,
             )
-            from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.components import Sources, load_autoencoder, locate_base
             from gladad.models.stable_diffusion.device import choose_device
             from gladad.models.stable_diffusion.folders import check_replaceable
             from gladad.training.checkpoints import discard
@@ -147,9 +148,8 @@ def tune_vae(
             paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
         elif main:
             complain(f"{len(paths)} good images are too few to hold any out: the thresholds of a fit with this autoencoder will be too low")
-        offline = weights.get("offline", False)
-        found, extractor, _ = locate_base(base, weights.get("features"), revision=weights.get("revision"), local_files_only=offline)
-        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
+        found = locate_base(Sources(base, **weights))
+        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found))
         told = training_run(output, run, silent)
         with bars(silent) as progress:
             pixels = read_pixels(paths, (image_size, image_size), progress)

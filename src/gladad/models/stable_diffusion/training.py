@@ -23,9 +23,10 @@ from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
+from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training_inputs import Pixels, sha256_of_images
+from gladad.models.stable_diffusion.training_inputs import loop_config, sha256_of_images
 from gladad.training.loop import DTYPES, LoopConfig, Precision, TrainingRun, divided, draw_generator, train
 from gladad.training.optimizers import OptimizerName
 
@@ -53,17 +54,8 @@ class FinetuneConfig:
 
     def loop(self, steps: int, seed: int) -> LoopConfig:
         """The loop's settings for a training of so many steps."""
-        return LoopConfig(
-            steps=steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            learning_rate=LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate,
-            optimizer=self.optimizer,
-            gradient_clip=self.gradient_clip,
-            precision=self.precision,
-            ema=self.ema,
-            seed=seed,
-        )
+        rate = LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return loop_config(self, steps=steps, seed=seed, learning_rate=rate)
 
 
 PAPER = FinetuneConfig(method="full", batch_size=32)
@@ -72,32 +64,20 @@ PAPER = FinetuneConfig(method="full", batch_size=32)
 
 @dataclass(frozen=True)
 class TrainedProduct:
-    """What the denoiser learns of one product.
+    """What the denoiser learns of one product."""
 
-    Attributes:
-        images: ``[H, W, 3]`` uint8 normal images, of one size that the autoencoder accepts.
-        prompt_embeds: ``[1, L, D]`` text embedding that the denoiser is told the product by.
-        foreground: Where synthetic anomalies may appear.
-    """
-
-    images: Sequence[Pixels]
-    prompt_embeds: Tensor
-    foreground: Foreground = "all"
+    images: Sequence[Pixels]  # [H, W, 3] uint8 normal ones, of one size that the autoencoder accepts
+    prompt_embeds: Tensor  # [1, L, D], by which the denoiser is told the product
+    foreground: Foreground = "all"  # where synthetic anomalies may appear
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training made.
+    """What a training made."""
 
-    Attributes:
-        losses: Of every step.
-        adapter: The adapter, or None where all weights were trained.
-        adapter_name: Its name in the pipeline's denoiser.
-    """
-
-    losses: list[float]
-    adapter: Adapter | None = None
-    adapter_name: str | None = None
+    losses: list[float]  # of every step
+    adapter: Adapter | None = None  # None where all weights were trained
+    adapter_name: str | None = None  # in the pipeline's denoiser
 
 
 def finetune_denoiser(
@@ -107,7 +87,6 @@ def finetune_denoiser(
     steps: int,
     *,
     seed: int = 0,
-    synthesis: SynthesisConfig | None = None,
     textures: Sequence[Pixels] = (),
     run: TrainingRun | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -124,7 +103,6 @@ def finetune_denoiser(
         config: How to train.
         steps: Optimiser steps.
         seed: Of everything random.
-        synthesis: How anomalies look; None means the paper's recipe.
         textures: ``[H, W, 3]`` images of the same size that anomalies take content from.
         run: Checkpoints, logs and examples.
         identity: JSON-ready, what else the result depends on; checkpoints of another one are not gone on from.
@@ -146,8 +124,8 @@ def finetune_denoiser(
     else:
         unet.requires_grad_(True)
     try:
-        task = DenoiserTask(pipeline, products, config, seed, SynthesisConfig() if synthesis is None else synthesis, textures, progress)
-        task.identity |= dict(identity or {})
+        task = DenoiserTask(pipeline, products, config, seed, textures, progress)
+        task.identity |= identity or {}
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         losses = train(task, config.loop(steps, seed), run, progress=progress, stage="denoiser")
@@ -170,11 +148,12 @@ class DenoiserTask:
         products: Mapping[str, TrainedProduct],
         config: FinetuneConfig,
         seed: int,
-        synthesis: SynthesisConfig,
-        textures: Sequence[Pixels],
-        progress: Progress,
+        textures: Sequence[Pixels] = (),
+        progress: Progress = no_progress,
     ):
         self.pipeline, self.config, self.seed = pipeline, config, seed
+        self.module: nn.Module = pipeline.unet
+        synthesis = SynthesisConfig()  # the paper's recipe
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
@@ -199,12 +178,6 @@ class DenoiserTask:
         pool = divided(synthetic, count, lambda *done: progress("synthetic anomalies", *done))
         self.anomalous = torch.stack([latent for latent, _ in pool]) if pool else self.normal[:0]
         self.sources = [source for _, source in pool]  # normal image of each
-
-    @property
-    def module(self) -> nn.Module:
-        """The denoiser."""
-        unet: nn.Module = self.pipeline.unet
-        return unet
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Mean squared error of the noise prediction (METHOD: training, ATP)."""
