@@ -159,7 +159,7 @@ class AutoencoderTask:
     """The autoencoder, whose weights to train require a gradient, as a task of the training loop."""
 
     def __init__(self, vae: Any, features: Any, images: Sequence[Pixels], config: AutoencoderTuningConfig):
-        self.features, self.images, self.config = features, images, config
+        self.features, self.images, self.config, self.device = features, images, config, vae.device
         settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
         self.identity: dict[str, Any] = {
             "tuning": settings,
@@ -172,7 +172,7 @@ class AutoencoderTask:
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Difference, perceptual distance and divergence, means over samples; with a discriminator, what it says and its own loss."""
-        config, device = self.config, self._device()
+        config, device = self.config, self.device
         numbers = [image_of_sample(config.seed, step * config.batch_size + sample, len(self.images)) for sample in samples]
         images = torch.stack([to_tensor(self.images[number]) for number in numbers]).to(device) * 2 - 1
         draws = [torch.randn(self.latent_shape, generator=draw_generator(config.seed, step, sample)) for sample in samples]
@@ -187,10 +187,7 @@ class AutoencoderTask:
         return total + config.discriminator_weight * passed.generator_loss + passed.discriminator_loss
 
     def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
-        """Mean over patches and layers of the squared distance between unit-normalised features, in [0, 4]; gradients reach ``others``.
-
-        Both are ``[B, 3, H, W]`` in [-1, 1]; they are resized to the nearest size that the extractor takes.
-        """
+        """Mean over patches and layers of the squared distance between unit-normalised features, in [0, 4]; gradients reach ``others``."""
         size = self.features.nearest_size(images.shape[-2:])
         pair = [F.interpolate(x / 2 + 0.5, size, mode="bilinear", align_corners=True) for x in (images, others)]
         with torch.no_grad():
@@ -202,12 +199,9 @@ class AutoencoderTask:
     def examples(self) -> dict[str, Pixels]:
         """The first image beside what the autoencoder makes of it."""
         vae: Any = self.module.vae
-        image = to_tensor(self.images[0])[None].to(self._device())
+        image = to_tensor(self.images[0])[None].to(self.device)
         rebuilt = vae.decode(vae.encode(image * 2 - 1).latent_dist.mean).sample / 2 + 0.5
         return {"image-and-reconstruction": np.concatenate([self.images[0], to_pixels(rebuilt[0].cpu())], axis=1)}
-
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
 
 def save_autoencoder(vae: Any, folder: Path) -> None:

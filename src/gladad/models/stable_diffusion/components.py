@@ -28,19 +28,16 @@ from gladad.core.settings import validated
 from gladad.features.vit import DinoFeatures
 
 Source = str | os.PathLike[str]
-NAMED_BASES = {"sd14": "CompVis/stable-diffusion-v1-4"}
-"""Short names of bases."""
+NAMED_BASES = {"sd14": "CompVis/stable-diffusion-v1-4"}  # short name -> Hub id
 DEFAULT_FEATURES = "facebook/dino-vitb8"
 BASE_COMPONENTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-LICENCES = {
+LICENCES = {  # of well-known repositories, for copies without their card (as their cards state them)
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "facebook/dino-vitb8": "apache-2.0",
     "facebook/dinov2-base": "apache-2.0",
     "facebook/dinov2-with-registers-base": "apache-2.0",
 }
-"""Licences of well-known repositories, for copies without their card (as their cards state them)."""
-OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")
-"""Files of a repository that are not read."""
+OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")  # files of a repository that are not read
 SAMPLED, BLOCK = 32, 2**16
 
 
@@ -109,7 +106,7 @@ def find_repository(
     *,
     download: Callable[..., str] = snapshot_download,
 ) -> tuple[Path, Part]:
-    """Find a repository: a folder, or a snapshot of the Hub's, downloaded if it must be; its folder, and where that is from.
+    """The folder of a repository, downloaded from the Hub if it must be, and where it is from.
 
     Args:
         source: Folder, Hub id, or one of `NAMED_BASES`.

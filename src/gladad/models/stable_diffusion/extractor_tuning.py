@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -156,8 +156,9 @@ class FeatureTask:
 
     def _identity(self) -> dict[str, Any]:
         """What the result depends on besides the loop's settings. Reconstructions themselves could differ in a bit on another card."""
-        base, config = self.base, self.config
-        pipeline = base.pipeline
+        base, config, pipeline = self.base, self.config, self.base.pipeline
+        weights = pipeline.unet.state_dict().items()  # with adapters, of which others than this base's may be attached
+        unet = {name.replace(".base_layer.", "."): weight for name, weight in weights if ".lora_" not in name}
         return {
             "anchor_weight": config.anchor_weight,
             "feature_size": list(self.size),
@@ -166,7 +167,7 @@ class FeatureTask:
             "images": sha256_of_images(self.images),
             "features": sha256_of_weights(self.frozen.state_dict()),
             "vae": sha256_of_weights(pipeline.vae.state_dict()),
-            "unet": sha256_of_weights(_without_adapters(pipeline.unet.state_dict())),
+            "unet": sha256_of_weights(unet),
             "adapter": sha256_of_weights({} if base.adapter is None else base.adapter.weights),
             "prompt": sha256_of_weights({"embeds": pipeline.prompt_embeds}),
         }
@@ -179,8 +180,3 @@ def features_distance(features: Tensor, others: Tensor) -> Tensor:
     count more. (GLAD's program has the class token in the vector, too, which no map is made of.)
     """
     return (1 - F.cosine_similarity(features.flatten(1), others.flatten(1), dim=1)).mean()
-
-
-def _without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a denoiser as if no adapters were attached, of which others than this base's may be."""
-    return {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}

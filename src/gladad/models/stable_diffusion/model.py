@@ -32,8 +32,7 @@ from gladad.models.stable_diffusion.settings import StableDiffusionConfig
 from gladad.training.loop import DTYPES
 
 ORIGIN_FILE = "origin.json"
-BASE_VARIABLE = "GLADAD_BASE"
-"""Environment variable: where the base of models with an adapter is now, if it is not where it was."""
+BASE_VARIABLE = "GLADAD_BASE"  # environment variable: where the base of models with an adapter is now, if it has moved
 
 
 class StableDiffusion:

@@ -7,9 +7,9 @@ text encoder is used once, when a base is adopted; its two embeddings are stored
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,12 @@ class GladPipeline(DiffusionPipeline):
         base = components.locate_base(sources)
         networks = components.load_networks(base, dtype, unet_dtype)
         if saved := (base.folder / CONDITIONING).is_file():
-            prompts = dict.fromkeys(prompts, _stored_prompt(base.folder, prompts.values()))
+            stored = str(read_json(base.folder / "model_index.json").get("prompt"))  # there is no text encoder for another
+            if other := sorted(set(prompts.values()) - {stored, DEFAULT_PROMPT}):
+                raise ConfigError(
+                    f"{base.folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out"
+                )
+            prompts = dict.fromkeys(prompts, stored)
             embeds = dict.fromkeys(prompts, read_embeds(base.folder))
         else:
             *given, empty = components.embed_prompts(base.folder, (*prompts.values(), "")).split(1)
@@ -187,10 +192,7 @@ class GladPipeline(DiffusionPipeline):
             self.tune_scoring(load_tensors(folder / TUNED_FILE))
 
     def tune_scoring(self, weights: Mapping[str, Tensor]) -> None:
-        """Score with a copy of the extractor that has some weights of its own; the step search keeps the frozen one (section 3.5).
-
-        Args:
-            weights: Name in the extractor -> tensor; with none, the frozen one scores, too.
+        """Score with a copy of the extractor that has these weights (by name) of its own; the step search keeps the frozen one.
 
         Raises:
             ModelFormatError: The extractor has no such weight, or one of another shape.
@@ -223,25 +225,14 @@ class GladPipeline(DiffusionPipeline):
         """The denoiser's noise schedule, on the pipeline's device."""
         return Schedule(self.scheduler.alphas_cumprod.to(self.device, torch.float32))
 
-    def encode(self, image: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Latents of images.
-
-        Args:
-            image: ``[B, 3, H, W]`` in [0, 1]; sides are multiples of the autoencoder's pixels per cell.
-            generators: One CPU generator per image: sample the posterior. None takes its mean.
-
-        Returns:
-            ``[B, C, H / f, W / f]`` float32, scaled to about unit variance.
+    def encode(self, image: Tensor) -> Tensor:
+        """Latents ``[B, C, H / f, W / f]`` float32, of about unit variance, of images ``[B, 3, H, W]`` in [0, 1]: the posterior's mean.
 
         Raises:
-            ConfigError: A side is not such a multiple.
+            ConfigError: A side is not a multiple of the autoencoder's pixels per cell.
         """
         components.latent_size(self.vae, (image.shape[-2], image.shape[-1]))
-        posterior = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist
-        latent: Tensor = posterior.mean.float()
-        if generators is not None:
-            draws = [torch.randn(latent.shape[1:], generator=generator) for generator in generators]
-            latent = latent + posterior.std.float() * torch.stack(draws).to(latent.device)
+        latent: Tensor = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
         return latent * float(self.vae.config.scaling_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -263,10 +254,7 @@ class GladPipeline(DiffusionPipeline):
         return without + self.guidance_scale * (given - without)
 
     def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, unet: nn.Module | None = None) -> Tensor:
-        """One call of the denoiser under text embeddings ``[B or 1, L, D]``, as a noise prediction. Gradients flow.
-
-        ``unet`` is the pipeline's own, wrapped for several processes perhaps.
-        """
+        """One call of the denoiser, perhaps given wrapped, under text embeddings ``[B or 1, L, D]``, as a noise prediction."""
         context = prompt_embeds.to(latent.device, self.unet.dtype).expand(len(latent), -1, -1)
         network: Any = self.unet if unet is None else unet
         output: Tensor = network(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
@@ -275,15 +263,14 @@ class GladPipeline(DiffusionPipeline):
         return output
 
     def latent_features(self, latent: Tensor) -> Tensor:
-        """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent at full resolution.
+        """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent.
 
-        Full resolution is the nearest that the extractor takes: 518 px (``h' = 37``) for 512 px and patches of 14. Without ImageNet
+        At full resolution, or the nearest that the extractor takes: 518 px for 512 px and patches of 14. Without ImageNet
         normalisation, as published.
         """
         image, extractor = self.decode(latent), self.features
         image = _resize(image, extractor.nearest_size(image.shape[-2:]))
-        last: Tensor = extractor(image, layers=extractor.default_layers[-1:], imagenet=False)[0]
-        return last
+        return cast(Tensor, extractor(image, layers=extractor.default_layers[-1:], imagenet=False)[0])
 
     @torch.no_grad()
     def score_maps(
@@ -311,7 +298,7 @@ class GladPipeline(DiffusionPipeline):
 
 
 def read_embeds(folder: Path) -> Tensor:
-    """The embeddings ``[2, L, D]`` of a saved model's prompt and of the empty prompt.
+    """Embeddings ``[2, L, D]`` of a saved model's prompt and of the empty one.
 
     Raises:
         ModelFormatError: The file is missing or damaged.
@@ -320,14 +307,6 @@ def read_embeds(folder: Path) -> Tensor:
     if embeds.keys() != {"prompt", "empty"}:
         raise ModelFormatError(f"{folder / CONDITIONING}: holds {', '.join(sorted(embeds))} instead of prompt and empty")
     return torch.cat([embeds["prompt"], embeds["empty"]])
-
-
-def _stored_prompt(folder: Path, prompts: Iterable[str]) -> str:
-    """The prompt of a saved model, which cannot be another because it has no text encoder."""
-    stored = str(read_json(folder / "model_index.json").get("prompt"))
-    if other := sorted(set(prompts) - {stored, DEFAULT_PROMPT}):
-        raise ConfigError(f"{folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out")
-    return stored
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

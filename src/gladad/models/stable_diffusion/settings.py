@@ -16,8 +16,7 @@ from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset
 from gladad.models.stable_diffusion.training import FinetuneConfig
 
-DEFAULT_STEPS = 4000
-"""Optimiser steps: the paper's for MVTec AD and MPDD."""
+DEFAULT_STEPS = 4000  # of the optimiser: the paper's for MVTec AD and MPDD
 
 
 @validated

@@ -58,8 +58,7 @@ class FinetuneConfig:
         return loop_config(self, steps=steps, seed=seed, learning_rate=rate)
 
 
-PAPER = FinetuneConfig(method="full", batch_size=32)
-"""The paper's training (section 4.1) but for its float16, which presets are trained with here only where it is asked for."""
+PAPER = FinetuneConfig(method="full", batch_size=32)  # the paper's training (section 4.1) but for its float16
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,8 @@ def finetune_denoiser(
     unet = pipeline.unet
     if config.method == "full" and unet.dtype != torch.float32:
         raise ConfigError(f"training needs the denoiser in float32, not {unet.dtype}; its arithmetic is set by precision")
-    name = None
-    if config.method == "lora":
-        name = add_adapter(unet, config.rank, config.layers, seed)
-    else:
+    name = add_adapter(unet, config.rank, config.layers, seed) if config.method == "lora" else None
+    if name is None:
         unet.requires_grad_(True)
     try:
         task = DenoiserTask(pipeline, products, config, seed, textures, progress)
@@ -154,25 +151,23 @@ class DenoiserTask:
         self.pipeline, self.config, self.seed = pipeline, config, seed
         self.module: nn.Module = pipeline.unet
         synthesis = SynthesisConfig()  # the paper's recipe
+        images = [image for product in products.values() for image in product.images]
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
-            "images": sha256_of_images([image for product in products.values() for image in product.images]),
+            "images": sha256_of_images(images),
             "textures": sha256_of_images(textures),
             "products": {name: product.foreground for name, product in products.items()},
         }
         self.prompts = torch.cat([product.prompt_embeds for product in products.values()]).to(pipeline.device)
-        images = [(image, place) for place, product in enumerate(products.values()) for image in product.images]
-        foregrounds = [product.foreground for product in products.values()]
-        latents = divided(lambda n: self._encode(images[n][0]), len(images), lambda *done: progress("latents", *done))
-        self.normal = torch.stack(latents)
-        self.place = torch.tensor([place for _, place in images])  # product of each image
+        foregrounds = [product.foreground for product in products.values() for _ in product.images]
+        self.place = torch.tensor([place for place, product in enumerate(products.values()) for _ in product.images])  # of each's product
+        self.normal = torch.stack(divided(lambda n: self._encode(images[n]), len(images), lambda *done: progress("latents", *done)))
 
         def synthetic(number: int) -> tuple[Tensor, int]:
             draw = Draw((seed, number))
             source = draw.integer(0, len(images) - 1)
-            image, place = images[source]
-            return self._encode(synthesise(image, draw, synthesis, textures, foregrounds[place])[0]), source
+            return self._encode(synthesise(images[source], draw, synthesis, textures, foregrounds[source])[0]), source
 
         count = config.pool if config.anomaly_share else 0
         pool = divided(synthetic, count, lambda *done: progress("synthetic anomalies", *done))
@@ -182,7 +177,7 @@ class DenoiserTask:
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Mean squared error of the noise prediction (METHOD: training, ATP)."""
         device, schedule = self.pipeline.device, self.pipeline.schedule
-        normal, mixed_in, places, timesteps, noise = [], [], [], [], []
+        indices, mixed_in, timesteps, noise = [], [], [], []
         for sample in samples:
             draw = Draw((self.seed, step, sample))
             if len(self.anomalous) and draw.uniform(0, 1) < self.config.anomaly_share:
@@ -191,16 +186,15 @@ class DenoiserTask:
             else:
                 index = draw.integer(0, len(self.normal) - 1)
                 anomalous = self.normal[index]
-            normal.append(self.normal[index])
+            indices.append(index)
             mixed_in.append(anomalous)
-            places.append(self.place[index])
             timesteps.append(draw.integer(0, schedule.num_timesteps - 1))
             noise.append(torch.randn(self.normal.shape[1:], generator=draw_generator(self.seed, step, sample)))
-        z_normal, z_anomalous, eps = (torch.stack(part).to(device) for part in (normal, mixed_in, noise))
+        z_normal, z_anomalous, eps = (part.to(device) for part in (self.normal[indices], torch.stack(mixed_in), torch.stack(noise)))
         timestep = torch.tensor(timesteps, device=device)
         alpha_bar = schedule.alpha_bar(timestep)
         x_t = add_noise(mix_anomaly(z_normal, z_anomalous, timestep, schedule.num_timesteps), eps, alpha_bar)
-        noise_pred = self.pipeline.denoise(x_t, timestep, self.prompts[torch.stack(places).to(device)], module)
+        noise_pred = self.pipeline.denoise(x_t, timestep, self.prompts[self.place[indices].to(device)], module)
         return F.mse_loss(noise_pred.float(), denoising_target(x_t, z_normal, alpha_bar))
 
     @torch.no_grad()
