@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gladad.models.stable_diffusion.architectures import read_configs
-from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.components import Sources, locate_base
 from gladad.models.stable_diffusion.memory import plan_inspection, plan_training
 from gladad.models.stable_diffusion.model import UNREACHABLE, PaperBase, PaperConfig
 from gladad.models.stable_diffusion.pipeline import GladPipeline
@@ -74,7 +74,7 @@ def train(base: str, size: int) -> float:
 def planned(base: str, name: str) -> float:
     """GiB that the plan says the case needs."""
     kind, size, guidance, _ = CASES[name]
-    configs = read_configs(*locate_base(base))
+    configs = read_configs(locate_base(Sources(base)))
     if kind == "train":
         plan = plan_training(configs, FinetuneConfig(batch_size=1, precision=PRECISION), (size, size))
     else:

@@ -14,8 +14,7 @@ from conftest import draw_part
 from gladad.algorithm import image_noise, predict_x0
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.images import resize_pixels
-from gladad.core.records import no_progress
-from gladad.data.synthesis import SynthesisConfig
+from gladad.data.synthesis import Draw
 from gladad.models.stable_diffusion.adapters import (
     TARGETS,
     add_adapter,
@@ -25,6 +24,7 @@ from gladad.models.stable_diffusion.adapters import (
     read_adapter,
     switched_on,
 )
+from gladad.models.stable_diffusion.components import Sources
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training import DenoiserTask, FinetuneConfig, TrainedProduct, finetune_denoiser
 
@@ -80,7 +80,7 @@ def test_all_weights_are_trained_and_the_same_seed_gives_the_same(tiny_base: Pat
 
 def test_the_target_is_the_noise_that_implies_the_normal_latent(pipeline: GladPipeline) -> None:
     """A denoiser that answers with the target has no loss; one that implies another latent has."""
-    task = DenoiserTask(pipeline, product(pipeline), replace(QUICK, anomaly_share=1.0), 3, SynthesisConfig(), (), no_progress)
+    task = DenoiserTask(pipeline, product(pipeline), replace(QUICK, anomaly_share=1.0), 3)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def perfect(x_t: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, unet: object) -> torch.Tensor:
@@ -97,15 +97,13 @@ def test_the_target_is_the_noise_that_implies_the_normal_latent(pipeline: GladPi
 
 def normal_of(task: DenoiserTask, step: int, sample: int) -> torch.Tensor:
     """The normal latent that a sample is drawn from, by the recipe of the documentation."""
-    from gladad.data.synthesis import Draw
-
     draw = Draw((task.seed, step, sample))
     draw.uniform(0, 1)
     return task.normal[task.sources[draw.integer(0, len(task.anomalous) - 1)]]
 
 
 def test_samples_do_not_depend_on_their_company(pipeline: GladPipeline) -> None:
-    task = DenoiserTask(pipeline, product(pipeline), QUICK, 3, SynthesisConfig(), (), no_progress)
+    task = DenoiserTask(pipeline, product(pipeline), QUICK, 3)
     with torch.no_grad():
         together = task.loss(pipeline.unet, 2, range(4))
         alone = torch.stack([task.loss(pipeline.unet, 2, [sample]) for sample in range(4)])
@@ -132,18 +130,18 @@ def test_bfloat16_with_textures_and_averages(tiny_base: Path) -> None:
 
 
 def test_without_anomalies_the_images_alone_are_learnt(pipeline: GladPipeline) -> None:
-    task = DenoiserTask(pipeline, product(pipeline), replace(QUICK, anomaly_share=0.0), 0, SynthesisConfig(), (), no_progress)
+    task = DenoiserTask(pipeline, product(pipeline), replace(QUICK, anomaly_share=0.0), 0)
     assert len(task.anomalous) == 0 and np.isfinite(float(task.loss(pipeline.unet, 0, [0, 1])))
     (picture,) = task.examples().values()
     assert picture.shape == (SIDE, 2 * SIDE, 3) and picture.dtype == np.uint8
 
 
 def test_several_products_are_told_apart_by_their_prompts(tiny_base: Path) -> None:
-    pipelines = GladPipeline.for_prompts(tiny_base, {"nut": "a nut", "bolt": "a bolt"})
+    pipelines = GladPipeline.for_prompts(Sources(tiny_base), {"nut": "a nut", "bolt": "a bolt"})
     first = pipelines["nut"]
     assert first.unet is pipelines["bolt"].unet and not torch.equal(first.prompt_embeds, pipelines["bolt"].prompt_embeds)
     products = {name: TrainedProduct(pixels(3, seed), own.prompt_embeds[:1]) for seed, (name, own) in enumerate(pipelines.items())}
-    task = DenoiserTask(first, products, QUICK, 0, SynthesisConfig(), (), no_progress)
+    task = DenoiserTask(first, products, QUICK, 0)
     told: list[torch.Tensor] = []
     denoise = first.denoise
     first.denoise = lambda x, t, prompt, unet=None: (told.append(prompt), denoise(x, t, prompt, unet))[1]  # type: ignore[method-assign]

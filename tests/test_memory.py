@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, reconstruct
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.models.stable_diffusion.architectures import SD14, BaseConfigs, build_without_weights, read_configs
-from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.components import Sources, locate_base
 from gladad.models.stable_diffusion.device import available_memory, bytes_text
 from gladad.models.stable_diffusion.memory import Plan, Size, check_fits, plan_inspection, plan_training
 from gladad.models.stable_diffusion.pipeline import GladPipeline
@@ -48,7 +48,7 @@ DINOV2 = {"model_type": "dinov2", "hidden_size": 24, "num_hidden_layers": 4, "nu
 
 @pytest.fixture(scope="module")
 def configs(tiny_base: Path) -> BaseConfigs:
-    return read_configs(*locate_base(tiny_base))
+    return read_configs(locate_base(Sources(tiny_base)))
 
 
 @pytest.fixture(scope="module")
@@ -243,17 +243,17 @@ def test_mistakes_have_names(configs):
 
 
 def test_configurations_are_read_from_folders(tiny_base, tmp_path):
-    configs = read_configs(*locate_base(tiny_base))
+    configs = read_configs(locate_base(Sources(tiny_base)))
     assert configs.unet["block_out_channels"] == [16, 32]
     assert configs.vae["block_out_channels"] == [8, 8, 16, 16]
     assert configs.features["model_type"] == "vit"
     for name, values in {"vae": {"latent_channels": 16}, "dino": DINOV2}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(values))
-    replaced = read_configs(*locate_base(tiny_base, tmp_path / "dino", tmp_path))
+    replaced = read_configs(locate_base(Sources(tiny_base, tmp_path / "dino", tmp_path)))
     assert replaced == BaseConfigs(configs.unet, {"latent_channels": 16}, DINOV2)
     with pytest.raises(ModelFormatError, match=r"unet/config\.json: missing"):
-        read_configs(*locate_base(tmp_path, tmp_path / "dino"))
+        read_configs(locate_base(Sources(tmp_path, tmp_path / "dino")))
 
 
 def test_other_extractors_can_be_planned(configs):

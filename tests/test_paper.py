@@ -22,7 +22,7 @@ from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 from gladad.models.stable_diffusion import components
 from gladad.models.stable_diffusion.components import find_repository, licence
-from gladad.models.stable_diffusion.family import check_memory
+from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.training.loop import TrainingRun
 
@@ -52,14 +52,36 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def adapted(tiny_base: Path, good: list[Path]) -> Glad:
+    """A fitted detector with an adapter; read only."""
+    return Glad.from_base(str(tiny_base), settings=settings()).fit(good)
+
+
+@pytest.fixture(scope="module")
+def few(tiny_base: Path, good: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Glad, Path]:
+    """A detector of so few images that it was fitted in folds, and what its trainings wrote; read only."""
+    folder = tmp_path_factory.mktemp("few")
+    return Glad.from_base(str(tiny_base), settings=settings()).fit(good[:8], run=TrainingRun(folder=folder, tracker="none")), folder
+
+
+def saved_over_a_copy(detector: Glad, tiny_base: Path, folder: Path) -> tuple[Path, Path]:
+    """A detector's folder as a fit over a copy of the base would have left it, and that copy."""
+    base, model = shutil.copytree(tiny_base, folder / "base"), folder / "model"
+    detector.save_pretrained(model)
+    origin = model / "base" / "origin.json"
+    origin.write_text(origin.read_text().replace(str(tiny_base.resolve()), str(base.resolve())))
+    return model, base
+
+
 # -------------------------------------------------------------------------------------------- adapters over a shared base
 
 
-def test_models_with_adapters_are_small_and_share_their_base(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
-    fitted = {}
-    for name, training in (("one", QUICK), ("two", QUICK | {"layers": "all", "rank": 2})):
-        fitted[name] = Glad.from_base(str(tiny_base), settings=settings(training)).fit(good)
-        fitted[name].save_pretrained(tmp_path / name)
+def test_models_with_adapters_are_small_and_share_their_base(adapted: Glad, tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
+    other = Glad.from_base(str(tiny_base), settings=settings(QUICK | {"layers": "all", "rank": 2})).fit(good)
+    fitted = {"one": adapted, "two": other}
+    for name, detector in fitted.items():
+        detector.save_pretrained(tmp_path / name)
     assert files(tmp_path / "one" / "base") == {"adapter.safetensors", "origin.json", "conditioning/prompt_embeds.safetensors"}
     size = sum(path.stat().st_size for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert size < 0.3 * (tiny_base / "sd" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
@@ -82,33 +104,30 @@ def test_models_with_adapters_are_small_and_share_their_base(tiny_base: Path, go
     assert fitted["one"].model_.config.settings.reconstruction.step_threshold > 0  # calibrated, not the paper's constant
 
 
-def test_a_base_that_was_moved_or_changed(tiny_base: Path, good: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    fitted = Glad.from_base(str(base), settings=settings()).fit(good)
-    fitted.save_pretrained(tmp_path / "model")
+def test_a_base_that_was_moved_or_changed(adapted: Glad, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = saved_over_a_copy(adapted, tiny_base, tmp_path)
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelFormatError, match=r"base cannot be found .*set GLADAD_BASE to where it is now"):
-        Glad.from_pretrained(tmp_path / "model")
+        Glad.from_pretrained(model)
     monkeypatch.setenv("GLADAD_BASE", str(tmp_path / "elsewhere"))
-    assert score(Glad.from_pretrained(tmp_path / "model")) == score(fitted)
+    assert score(Glad.from_pretrained(model)) == score(adapted)
     (tmp_path / "elsewhere" / "sd" / "unet" / "weights.fp16.safetensors").write_bytes(b"another variant")
-    assert score(Glad.from_pretrained(tmp_path / "model")) == score(fitted)
+    assert score(Glad.from_pretrained(model)) == score(adapted)
     weights = tmp_path / "elsewhere" / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ModelFormatError, match="not the one that the model was made with"):
-        Glad.from_pretrained(tmp_path / "model")
+        Glad.from_pretrained(model)
 
 
-def test_a_merged_model_stands_alone(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    fitted = Glad.from_base(str(base), settings=settings()).fit(good)
-    before = score(fitted)
-    fitted.merge().save_pretrained(tmp_path / "model")
+def test_a_merged_model_stands_alone(adapted: Glad, tiny_base: Path, tmp_path: Path) -> None:
+    model, base = saved_over_a_copy(adapted, tiny_base, tmp_path)
+    merged = Glad.from_pretrained(model).merge()
+    merged.save_pretrained(tmp_path / "merged")
     shutil.rmtree(base)
-    alone = Glad.from_pretrained(tmp_path / "model")
-    assert score(alone) == score(fitted) == pytest.approx(before, rel=1e-3)
+    alone = Glad.from_pretrained(tmp_path / "merged")
+    assert score(alone) == score(merged) == pytest.approx(score(adapted), rel=1e-3)
     assert not alone.model_.config.adapted
     with pytest.raises(ConfigError, match="no adapter to merge"):
         alone.merge()
@@ -129,11 +148,13 @@ def test_all_weights_are_saved_in_the_precision_of_the_inspection(tiny_base: Pat
 
 
 def test_no_steps_adopt_a_trained_base(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
-    trained = Glad.from_base(str(tiny_base), settings=settings(FULL)).fit(good)
-    trained.model_.pipeline.tune_scoring({"vit.layers.0.mlp.fc1.bias": torch.ones(48)})
-    trained.model_.pipeline.save_pretrained(tmp_path / "converted")
+    trained = GladPipeline.from_base(tiny_base)
+    for parameter in trained.unet.parameters():
+        parameter.data += 0.01
+    trained.tune_scoring({"vit.layers.0.mlp.fc1.bias": torch.ones(48)})
+    trained.save_pretrained(tmp_path / "converted")
     adopted = Glad.from_base(str(tmp_path / "converted"), settings=settings(FULL, steps=0)).fit(good)
-    for name, value in trained.model_.pipeline.unet.state_dict().items():
+    for name, value in trained.unet.state_dict().items():
         assert torch.equal(adopted.model_.pipeline.unet.state_dict()[name], value)
     assert set(adopted.model_.pipeline.tuned_weights()) == {"vit.layers.0.mlp.fc1.bias"}
     assert adopted.model_.pipeline.prompt == "a photo of sks"
@@ -228,24 +249,21 @@ def test_a_stopped_fit_goes_on(tiny_base: Path, good: list[Path], tmp_path: Path
         Glad.from_base(str(tiny_base), settings=settings(steps=6)).fit(good[1:], run=run)
 
 
-def test_a_cross_fitted_fit_keeps_its_folds_apart(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
-    Glad.from_base(str(tiny_base), settings=settings(steps=3)).fit(good[:8], run=TrainingRun(folder=tmp_path, tracker="none"))
-    assert {path.name for path in tmp_path.iterdir()} == {"all", "fold-1", "fold-2"}
+def test_a_cross_fitted_fit_keeps_its_folds_apart(few: tuple[Glad, Path]) -> None:
+    assert {path.name for path in few[1].iterdir()} == {"all", "fold-1", "fold-2"}
 
 
-def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(
-    tiny_base: Path, good: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gladad.models.stable_diffusion.pipeline.load_networks", lambda *args: pytest.fail("loaded for nothing"))
-    run = TrainingRun(memory_limit=100_000)
+def test_a_training_that_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))  # nothing there to be loaded
     with pytest.raises(ConfigError, match=r"training needs .* of memory, and .* are available; nothing smaller fits"):
-        Glad.from_base(str(tiny_base), settings=settings(FULL)).fit(good, run=run)
-    check_memory(str(tiny_base), (32, 32), make_settings(str(tiny_base), settings(FULL)), 2**30)  # type: ignore[arg-type]
+        Glad.from_base(str(base), settings=settings(FULL)).fit(good, run=TrainingRun(memory_limit=100_000))
+    with pytest.raises(ModelFormatError, match="cannot be read as AutoencoderKL"):
+        Glad.from_base(str(base), settings=settings(FULL)).fit(good, run=TrainingRun(memory_limit=2**30))
 
 
-def test_thresholds_can_be_made_anew(tiny_base: Path, good: list[Path], tmp_path: Path) -> None:
-    fitted = Glad.from_base(str(tiny_base), settings=settings()).fit(good)
-    before = fitted.calibration_
+def test_thresholds_can_be_made_anew(adapted: Glad, few: tuple[Glad, Path], good: list[Path], tmp_path: Path) -> None:
+    adapted.save_pretrained(tmp_path / "model")
+    fitted, before = Glad.from_pretrained(tmp_path / "model"), adapted.calibration_
     assert fitted.calibrate(good).calibration_ == before  # those of the fit: the same are held out
     new = []
     for number in range(10):
@@ -255,9 +273,8 @@ def test_thresholds_can_be_made_anew(tiny_base: Path, good: list[Path], tmp_path
     assert fitted.calibration_ != before and fitted.calibration_.threshold.n == 10 == fitted.provenance_["held_out"]
     with pytest.raises(DataError, match="at least 4"):
         fitted.calibrate(new[:3])
-    few = Glad.from_base(str(tiny_base), settings=settings()).fit(good[:8])
     with pytest.raises(DataError, match="8 of the 8 given were trained on"):
-        few.calibrate(good[:8])
+        few[0].calibrate(good[:8])
 
 
 @pytest.mark.parametrize(
@@ -285,14 +302,10 @@ def test_the_hub_is_asked_for_the_revision_and_no_pickles(tmp_path: Path) -> Non
         asked.update(options, name=name)
         return str(snapshot)
 
-    found = find_repository("sd14", ("unet",), "fp16", True, download=download)
+    _, part = find_repository("sd14", ("unet",), "fp16", True, download=download)
     assert asked["name"] == "CompVis/stable-diffusion-v1-4" and asked["revision"] == "fp16" and asked["local_files_only"] is True
     assert all(not str(pattern).endswith((".bin", ".ckpt", ".pth")) for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
-    assert (found.part.source, found.part.revision, found.part.licence) == (
-        "CompVis/stable-diffusion-v1-4",
-        "ab" * 20,
-        "creativeml-openrail-m",
-    )
+    assert (part.source, part.revision, part.licence) == ("CompVis/stable-diffusion-v1-4", "ab" * 20, "creativeml-openrail-m")
 
 
 def test_nothing_within_reach_is_one_clear_error() -> None:
@@ -310,9 +323,8 @@ def test_settings_survive_json() -> None:
         make_settings("sd14", {"training": 3})
 
 
-def test_scores_do_not_depend_on_batch_mates(tiny_base: Path, good: list[Path]) -> None:
-    fitted = Glad.from_base(str(tiny_base), settings=settings(steps=0)).fit(good)
+def test_scores_do_not_depend_on_batch_mates(adapted: Glad) -> None:
     images = [draw_part(60 + n)[0] for n in range(3)]
-    together = [prediction.pred_score for prediction in fitted.predict(images, reconstruct=False)]
-    assert together == [fitted.inspect(image).pred_score for image in images]
+    together = [prediction.pred_score for prediction in adapted.predict(images, reconstruct=False)]
+    assert together == [adapted.inspect(image).pred_score for image in images]
     assert np.unique(together).size == 3

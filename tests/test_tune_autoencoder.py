@@ -27,7 +27,7 @@ from gladad.models.stable_diffusion.autoencoder_tuning import (
     save_autoencoder,
     tune_autoencoder,
 )
-from gladad.models.stable_diffusion.components import locate_base
+from gladad.models.stable_diffusion.components import Sources, locate_base
 from gladad.models.stable_diffusion.folders import check_replaceable
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.training_inputs import image_of_sample
@@ -205,7 +205,7 @@ def test_the_saved_folder_serves_as_an_autoencoder(vae: Any, tiny_base: Path, tm
     assert same(vae.state_dict(), pipeline.vae.state_dict())
     assert not same(before, pipeline.vae.state_dict())
     assert pipeline.origin is not None
-    assert pipeline.origin.vae == locate_base(tiny_base, vae=folder)[2].part
+    assert pipeline.origin.vae == locate_base(Sources(tiny_base, vae=folder)).origin.vae
 
 
 def test_other_folders_are_not_overwritten(vae: Any, tmp_path: Path) -> None:

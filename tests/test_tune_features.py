@@ -141,7 +141,7 @@ def test_micro_batches_change_nothing(base: StableDiffusion) -> None:
 def test_a_base_in_half_precision(tiny_base: Path) -> None:
     base = make_base(tiny_base, torch.bfloat16)
     task = FeatureTask(base, IMAGES, QUICK)
-    assert task.frozen.dtype == task.tuned.dtype == torch.float32
+    assert task.frozen.dtype == task.module.dtype == torch.float32
     before = base.inspect(IMAGES[0]).score
     tune_features(base, IMAGES, replace(QUICK, steps=2))
     assert base.pipeline.scoring_features.dtype == base.pipeline.features.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,8 +41,8 @@ def plan(
     chosen: Any = make_settings(base, weights | values)
     config = chosen.training
     try:
-        local = chosen.offline or base in NAMED_BASES
-        configs = read_configs(*locate_base(base, chosen.features, chosen.vae, revision=chosen.revision, local_files_only=local))
+        sources = chosen.sources(base)
+        configs = read_configs(locate_base(replace(sources, offline=sources.offline or base in NAMED_BASES)))
     except ModelFormatError:
         if base not in NAMED_BASES or weights.keys() - {"offline"}:
             raise
@@ -118,7 +119,7 @@ def tune_vae(
             from gladad.detector.fit import Fitter, read_pixels
             from gladad.models.registry import make_settings
             from gladad.models.stable_diffusion import autoencoder_tuning as tuning
-            from gladad.models.stable_diffusion.components import load_autoencoder, locate_base
+            from gladad.models.stable_diffusion.components import Sources, load_autoencoder, locate_base
             from gladad.models.stable_diffusion.device import choose_device
             from gladad.models.stable_diffusion.folders import check_replaceable
 
@@ -131,8 +132,8 @@ def tune_vae(
             paths = fitter.split(paths)[0]  # what a fit with this seed holds out is not to be learnt from
         elif main:
             complain(f"{len(paths)} good images are too few to hold any out: the thresholds of a fit with this autoencoder will be too low")
-        found, extractor, _ = locate_base(base, local_files_only=weights.pop("offline", False), **weights)
-        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found, extractor))
+        found = locate_base(Sources(base, **weights))
+        autoencoder, frozen = (network.to(choose_device()) for network in load_autoencoder(found))
         told = training_run(output, run, silent)
         with bars(silent) as progress:
             pixels = read_pixels(paths, (image_size, image_size), progress)

@@ -25,13 +25,9 @@ from gladad.core.storage import load_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 Layers = Literal["attention", "all"]
-TARGETS: dict[Layers, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "all": (
-        *("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out"),
-        *("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
-    ),
-}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+OTHERS = ["net.0.proj", "net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"]
+TARGETS: dict[Layers, list[str]] = {"attention": ATTENTION, "all": ATTENTION + OTHERS}
 """The layers that are adapted: the projections of every attention, or every linear and convolutional layer of the blocks."""
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _guard = threading.RLock()  # a finaliser may come while the same thread holds it
@@ -39,17 +35,11 @@ _guard = threading.RLock()  # a finaliser may come while the same thread holds i
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter.
+    """A trained adapter."""
 
-    Attributes:
-        rank: Of its matrices; the update is ``B A``, not scaled.
-        layers: Which ones it adapts.
-        weights: Name -> float32 tensor on the CPU.
-    """
-
-    rank: int
-    layers: Layers
-    weights: dict[str, Tensor]
+    rank: int  # of its matrices; the update is ``B A``, not scaled
+    layers: Layers  # that it adapts
+    weights: dict[str, Tensor]  # name -> float32 on the CPU
 
     def save(self, folder: Path) -> None:
         """Write `ADAPTER_FILE`."""
@@ -66,13 +56,9 @@ class Adapter:
 
 
 def add_adapter(unet: Any, rank: int, layers: Layers, seed: int = 0) -> str:
-    """Add an adapter that changes nothing yet, switch it on, and return its name; its weights are float32 and trainable.
+    """Add an adapter that changes nothing yet, switch it on, and return its name; its weights are float32 and trainable, all else frozen.
 
-    Args:
-        unet: The denoiser; everything else in it is frozen.
-        rank: Of the adapter's matrices.
-        layers: Which ones to adapt.
-        seed: Of the random one of the two.
+    The seed is that of the random one of each two matrices.
     """
     taken = getattr(unet, "peft_config", {})
     name = next(name for number in itertools.count() if (name := f"product{number}") not in taken)
@@ -80,7 +66,7 @@ def add_adapter(unet: Any, rank: int, layers: Layers, seed: int = 0) -> str:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is wanted
         torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS[layers])), name)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[layers]), name)
     for key, parameter in unet.named_parameters():
         if f".{name}." in key:
             parameter.data = parameter.data.float()
@@ -101,18 +87,14 @@ def attach_adapter(unet: Any, adapter: Adapter) -> str:
         ModelFormatError: The adapter is not for a network of this shape.
     """
     with _lock(unet):  # a new adapter is switched on at once: nobody may be in the middle of using another
-        return _attach(unet, adapter)
-
-
-def _attach(unet: Any, adapter: Adapter) -> str:
-    name = add_adapter(unet, adapter.rank, adapter.layers)
-    expected = {key: value.shape for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
-    if expected != {key: value.shape for key, value in adapter.weights.items()}:
-        detach_adapter(unet, name)
-        raise ModelFormatError(f"{ADAPTER_FILE}: is not an adapter of rank {adapter.rank} of this base's denoiser")
-    set_peft_model_state_dict(unet, adapter.weights, adapter_name=name)
-    settle_adapter(unet, name)
-    return name
+        name = add_adapter(unet, adapter.rank, adapter.layers)
+        expected = {key: value.shape for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
+        if expected != {key: value.shape for key, value in adapter.weights.items()}:
+            detach_adapter(unet, name)
+            raise ModelFormatError(f"{ADAPTER_FILE}: is not an adapter of rank {adapter.rank} of this base's denoiser")
+        set_peft_model_state_dict(unet, adapter.weights, adapter_name=name)
+        settle_adapter(unet, name)
+        return name
 
 
 def settle_adapter(unet: Any, name: str) -> None:
@@ -136,7 +118,6 @@ def switched_on(unet: Any, name: str | None) -> Iterator[None]:
 
 
 def _lock(unet: Any) -> threading.RLock:
-    """The lock of a network, by which one adapter at a time is switched on."""
     with _guard:
         return _locks.setdefault(unet, threading.RLock())
 

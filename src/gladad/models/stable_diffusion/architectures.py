@@ -1,8 +1,4 @@
-"""What the networks of a base look like, without their weights: their configuration files, and networks built of these that hold nothing.
-
-Those of the paper's base are here as data, in the form that diffusers and transformers read: whoever has not downloaded it can still
-compute what it needs.
-"""
+"""What the networks of a base look like: their configuration files, and networks built of these that hold no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from transformers import AutoConfig
 from gladad.core.errors import ModelFormatError
 from gladad.core.storage import read_json
 from gladad.features.vit import TRANSFORMERS, DinoFeatures
-from gladad.models.stable_diffusion.components import Located, first_line
+from gladad.models.stable_diffusion.components import Base, first_line
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,17 @@ SD14 = BaseConfigs(
     },
     features={"model_type": "vit", "patch_size": 8},  # 85,807,872 parameters, without a pooling layer
 )
-"""The paper's base, Stable Diffusion v1-4 with DINO ViT-B/8: where it differs from its classes' defaults."""
+"""The paper's base, Stable Diffusion v1-4 with DINO ViT-B/8, which need not be downloaded: where it differs from its classes' defaults."""
 
 
-def read_configs(base: Located, features: Located, vae: Located | None) -> BaseConfigs:
-    """The configurations of a base that `gladad.models.stable_diffusion.components.locate_base` found; its weights need not be there.
+def read_configs(base: Base) -> BaseConfigs:
+    """The configurations of a base; its weights need not be there.
 
     Raises:
         ModelFormatError: One is missing or damaged.
     """
-    return BaseConfigs(
-        unet=read_json(base.folder / "unet" / "config.json"),
-        vae=read_json((base.folder / "vae" if vae is None else vae.folder) / "config.json"),
-        features=read_json(features.folder / "config.json"),
-    )
+    places = base.folder / "unet", base.vae, base.features
+    return BaseConfigs(*(read_json(place / "config.json") for place in places))
 
 
 def build_without_weights(configs: BaseConfigs, dtype: torch.dtype, unet_dtype: torch.dtype) -> tuple[Any, Any, Any]:

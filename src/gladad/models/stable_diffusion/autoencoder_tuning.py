@@ -22,16 +22,11 @@ from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.features.vit import DinoFeatures
+from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.components import latent_size
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.folders import save_folder
-from gladad.models.stable_diffusion.training_inputs import (
-    Pixels,
-    check_training_images,
-    image_of_sample,
-    sha256_of_images,
-    sha256_of_weights,
-)
+from gladad.models.stable_diffusion.training_inputs import check_images, image_of_sample, loop_config, sha256_of_images, sha256_of_weights
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
@@ -60,17 +55,7 @@ class AutoencoderTuningConfig:
 
     def loop(self) -> LoopConfig:
         """The loop's settings."""
-        return LoopConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            learning_rate=self.learning_rate,
-            weight_decay=0.0,
-            gradient_clip=self.gradient_clip,
-            precision=self.precision,
-            ema=self.ema,
-            seed=self.seed,
-        )
+        return loop_config(self, weight_decay=0.0)
 
 
 def tune_autoencoder(
@@ -101,7 +86,7 @@ def tune_autoencoder(
         ConfigError: The autoencoder is in half precision, or the images' sides are no multiples of its stride.
         DataError: There are no images, or they differ in size.
     """
-    check_training_images(images)
+    check_images(images)
     latent_size(vae, images[0].shape[:2])
     if vae.dtype != torch.float32:
         raise ConfigError(f"training needs the autoencoder in float32, not {vae.dtype}; its arithmetic is set by precision")
@@ -120,30 +105,17 @@ def tune_autoencoder(
 
 
 class Passed(NamedTuple):
-    """What one call of `TrainedAutoencoder` makes of a batch.
+    """What one call of `TrainedAutoencoder` makes of a batch."""
 
-    Attributes:
-        reconstruction: ``[B, 3, H, W]`` float32, nominally in [-1, 1].
-        mean: ``[B, C, h, w]`` float32 of the posterior.
-        logvar: Logarithm of its variance, the same shape.
-        generator_loss: What the discriminator says of the reconstructions; no gradient of it reaches the discriminator.
-        discriminator_loss: How badly it tells them from images; no gradient of it reaches the autoencoder.
-    """
-
-    reconstruction: Tensor
-    mean: Tensor
-    logvar: Tensor
-    generator_loss: Tensor
-    discriminator_loss: Tensor
+    reconstruction: Tensor  # [B, 3, H, W] float32, nominally in [-1, 1]
+    mean: Tensor  # [B, C, h, w] float32 of the posterior
+    logvar: Tensor  # of its variance, the same shape
+    generator_loss: Tensor  # what the discriminator says of the reconstructions; no gradient of it reaches the discriminator
+    discriminator_loss: Tensor  # how badly it tells them from images; no gradient of it reaches the autoencoder
 
 
 class TrainedAutoencoder(nn.Module):
-    """Autoencoder and discriminator as one module: data-parallel training wants all that is trained in one call.
-
-    Args:
-        vae: The autoencoder.
-        discriminator: Of patches, or None.
-    """
+    """Autoencoder and discriminator as one module: data-parallel training wants all that is trained in one call."""
 
     def __init__(self, vae: nn.Module, discriminator: nn.Module | None = None):
         super().__init__()
@@ -151,17 +123,13 @@ class TrainedAutoencoder(nn.Module):
         self.discriminator = discriminator
 
     def forward(self, images: Tensor, noise: Tensor, guided: bool = False) -> Passed:
-        """Rebuild images ``[B, 3, H, W]`` in [-1, 1] from a draw of the posterior.
+        """Rebuild images ``[B, 3, H, W]`` in [-1, 1] from draws of the posterior, made by standard normal noise ``[B, C, h, w]``.
 
-        Args:
-            images: The images.
-            noise: ``[B, C, h, w]`` standard normal, which makes the draw.
-            guided: Ask the discriminator what it thinks of the reconstructions.
+        Only if they are ``guided``, the discriminator is asked what it thinks of the reconstructions.
         """
         posterior = self.vae.encode(images).latent_dist
         rebuilt = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        zero = rebuilt.new_zeros(())
-        generator_loss, discriminator_loss = zero, zero
+        generator_loss = discriminator_loss = rebuilt.new_zeros(())
         if self.discriminator is not None:
             # One optimiser trains both, because each one's loss sees the other as a constant; AdamW keeps its moments per weight.
             if guided:
@@ -175,11 +143,8 @@ class TrainedAutoencoder(nn.Module):
 def patch_discriminator(seed: int, width: int = 64) -> nn.Sequential:
     """A small convolutional network ``[B, 3, H, W] -> [B, 1, H / 8, W / 8]``: how real each patch looks (PatchGAN, arXiv 1611.07004).
 
-    Group norm in place of batch norm: what it says of an image depends on that image alone.
-
-    Args:
-        seed: Of its weights.
-        width: Channels of the first layer.
+    Group norm in place of batch norm: what it says of an image depends on that image alone. The seed is that of its weights, the width is
+    channels of the first layer.
     """
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
@@ -191,17 +156,10 @@ def patch_discriminator(seed: int, width: int = 64) -> nn.Sequential:
 
 
 class AutoencoderTask:
-    """The autoencoder as a task of the training loop.
-
-    Args:
-        vae: With the weights to train requiring a gradient.
-        features: The frozen `DinoFeatures`.
-        images: ``[H, W, 3]`` uint8, of one size.
-        config: How to train.
-    """
+    """The autoencoder, whose weights to train require a gradient, as a task of the training loop."""
 
     def __init__(self, vae: Any, features: Any, images: Sequence[Pixels], config: AutoencoderTuningConfig):
-        self.features, self.images, self.config = features, images, config
+        self.features, self.images, self.config, self.device = features, images, config, vae.device
         settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
         self.identity: dict[str, Any] = {
             "tuning": settings,
@@ -214,7 +172,7 @@ class AutoencoderTask:
 
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Difference, perceptual distance and divergence, means over samples; with a discriminator, what it says and its own loss."""
-        config, device = self.config, self._device()
+        config, device = self.config, self.device
         numbers = [image_of_sample(config.seed, step * config.batch_size + sample, len(self.images)) for sample in samples]
         images = torch.stack([to_tensor(self.images[number]) for number in numbers]).to(device) * 2 - 1
         draws = [torch.randn(self.latent_shape, generator=draw_generator(config.seed, step, sample)) for sample in samples]
@@ -229,10 +187,7 @@ class AutoencoderTask:
         return total + config.discriminator_weight * passed.generator_loss + passed.discriminator_loss
 
     def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
-        """Mean over patches and layers of the squared distance between unit-normalised features, in [0, 4]; gradients reach ``others``.
-
-        Both are ``[B, 3, H, W]`` in [-1, 1]; they are resized to the nearest size that the extractor takes.
-        """
+        """Mean over patches and layers of the squared distance between unit-normalised features, in [0, 4]; gradients reach ``others``."""
         size = self.features.nearest_size(images.shape[-2:])
         pair = [F.interpolate(x / 2 + 0.5, size, mode="bilinear", align_corners=True) for x in (images, others)]
         with torch.no_grad():
@@ -244,12 +199,9 @@ class AutoencoderTask:
     def examples(self) -> dict[str, Pixels]:
         """The first image beside what the autoencoder makes of it."""
         vae: Any = self.module.vae
-        image = to_tensor(self.images[0])[None].to(self._device())
+        image = to_tensor(self.images[0])[None].to(self.device)
         rebuilt = vae.decode(vae.encode(image * 2 - 1).latent_dist.mean).sample / 2 + 0.5
         return {"image-and-reconstruction": np.concatenate([self.images[0], to_pixels(rebuilt[0].cpu())], axis=1)}
-
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
 
 def save_autoencoder(vae: Any, folder: Path) -> None:

@@ -27,52 +27,65 @@ from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import validated
 from gladad.features.vit import DinoFeatures
 
-NAMED_BASES = {"sd14": "CompVis/stable-diffusion-v1-4"}
-"""Short names of bases."""
+Source = str | os.PathLike[str]
+NAMED_BASES = {"sd14": "CompVis/stable-diffusion-v1-4"}  # short name -> Hub id
 DEFAULT_FEATURES = "facebook/dino-vitb8"
 BASE_COMPONENTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-LICENCES = {
+LICENCES = {  # of well-known repositories, for copies without their card (as their cards state them)
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "facebook/dino-vitb8": "apache-2.0",
     "facebook/dinov2-base": "apache-2.0",
     "facebook/dinov2-with-registers-base": "apache-2.0",
 }
-"""Licences of well-known repositories, for copies without their card (as their cards state them)."""
-OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")
-"""Files of a repository that are not read."""
+OTHER_VARIANTS = ("*.fp16.*", "*.non_ema.*")  # files of a repository that are not read
 SAMPLED, BLOCK = 32, 2**16
 
 
 @validated
 class Part:
-    """Where one part of a base is from.
+    """Where one part of a base is from."""
 
-    Attributes:
-        source: Hub id, or the absolute path of a folder.
-        revision: The Hub's commit; None for a folder.
-        licence: As the model card states it; "unknown" if there is none.
-        fingerprint: Of configurations and weights, see `fingerprint`.
-    """
-
-    source: str
-    revision: str | None = None
-    licence: str = "unknown"
-    fingerprint: str = ""
+    source: str  # Hub id, or the absolute path of a folder
+    revision: str | None = None  # the Hub's commit; None for a folder
+    licence: str = "unknown"  # as the model card states it
+    fingerprint: str = ""  # of configurations and weights, see `fingerprint`
 
 
 @validated
 class Origin:
-    """Where the networks of a model are from.
+    """Where the networks of a model are from."""
 
-    Attributes:
-        base: Denoiser, schedule and text encoder, and the autoencoder unless it is from elsewhere.
-        features: The extractor.
-        vae: The autoencoder, if it is not the base's.
-    """
+    base: Part  # denoiser, schedule and text encoder, and the autoencoder unless it is from elsewhere
+    features: Part  # the extractor
+    vae: Part | None = None  # the autoencoder, if it is not the base's
 
-    base: Part
-    features: Part
-    vae: Part | None = None
+    def fingerprints(self) -> dict[str, str]:
+        """What of an origin decides a result: the files, not where they lie."""
+        parts = {"base": self.base, "features": self.features, "vae": self.vae}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where to take the parts of a base from."""
+
+    base: Source  # Stable Diffusion: folder or Hub id; a folder of one as ``sd`` and an extractor as ``dino``; a saved `GladPipeline`
+    features: Source | None = None  # transformer: folder or Hub id; None = that in the base's folder, or DINO ViT-B/8
+    vae: Source | None = None  # replaces the base's: Hub id, folder of an ``AutoencoderKL``, or one that holds it as ``vae``
+    revision: str | None = None  # of ``base`` on the Hub: branch, tag or commit
+    features_revision: str | None = None
+    vae_revision: str | None = None
+    offline: bool = False  # never ask the Hub; use its local cache
+
+
+@dataclass(frozen=True)
+class Base:
+    """The folders of a base on this machine."""
+
+    folder: Path  # of the Stable Diffusion
+    vae: Path
+    features: Path
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -85,29 +98,21 @@ class Components:
     features: Any
 
 
-@dataclass(frozen=True)
-class Located:
-    """A part of a base on this machine."""
-
-    folder: Path
-    part: Part
-
-
 def find_repository(
-    source: str | os.PathLike[str],
-    parts: Sequence[str],
+    source: Source,
+    parts: Sequence[str] = (),
     revision: str | None = None,
-    local_files_only: bool = False,
+    offline: bool = False,
     *,
     download: Callable[..., str] = snapshot_download,
-) -> Located:
-    """Find a repository: a folder, or a snapshot of the Hub's, downloaded if it must be.
+) -> tuple[Path, Part]:
+    """The folder of a repository, downloaded from the Hub if it must be, and where it is from.
 
     Args:
         source: Folder, Hub id, or one of `NAMED_BASES`.
         parts: Folders inside it that are needed; none means everything at its top.
         revision: Branch, tag or commit of the Hub.
-        local_files_only: Never ask the Hub; use its local cache.
+        offline: Never ask the Hub; use its local cache.
         download: With the signature of ``huggingface_hub.snapshot_download``.
 
     Raises:
@@ -117,7 +122,7 @@ def find_repository(
     if folder.is_dir():
         name = str(folder.resolve())
     else:
-        where = "in the local cache of the Hub" if local_files_only else "a reachable Hugging Face repository"
+        where = "in the local cache of the Hub" if offline else "a reachable Hugging Face repository"
         at = f" at revision {revision}" if revision else ""
         complaint = f"{name}{at} is neither a folder nor {where}; check the name, or download it and give its folder"
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -125,11 +130,11 @@ def find_repository(
         allowed = [f"{part}/{kind}" if part else kind for part in (parts or ("",)) for kind in ("*.json", "*.txt", "*.safetensors")]
         options = {"allow_patterns": [*allowed, "README.md"], "ignore_patterns": list(OTHER_VARIANTS)}
         try:
-            folder = Path(download(name, revision=revision, local_files_only=local_files_only, **options))
+            folder = Path(download(name, revision=revision, local_files_only=offline, **options))
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
             raise ModelFormatError(complaint) from error
         commit = folder.name if folder.parent.name == "snapshots" else revision
-    return Located(folder, Part(source=name, revision=commit, licence=licence(folder, name), fingerprint=fingerprint(folder, parts)))
+    return folder, Part(source=name, revision=commit, licence=licence(folder, name), fingerprint=fingerprint(folder, parts))
 
 
 def licence(folder: Path, name: str) -> str:
@@ -163,116 +168,80 @@ def fingerprint(folder: Path, parts: Sequence[str] = ()) -> str:
     return found.hexdigest()[:32]
 
 
-def locate_base(
-    base: str | os.PathLike[str],
-    features: str | os.PathLike[str] | None = None,
-    vae: str | os.PathLike[str] | None = None,
-    *,
-    revision: str | None = None,
-    features_revision: str | None = None,
-    vae_revision: str | None = None,
-    local_files_only: bool = False,
-) -> tuple[Located, Located, Located | None]:
-    """Base, extractor and replaced autoencoder on this machine.
-
-    Args:
-        base: Stable Diffusion in diffusers form: folder, Hub id or short name; or a folder that holds one as ``sd`` and an extractor as
-            ``dino``; or the folder of a saved `GladPipeline`.
-        features: Transformer folder or Hub id. Default: ``base/dino`` where that exists, else DINO ViT-B/8.
-        vae: Folder or Hub id of an `AutoencoderKL`, or folder with one as ``vae``, that replaces the base's.
-        revision: Hub revision of ``base``.
-        features_revision: The same of ``features``.
-        vae_revision: The same of ``vae``.
-        local_files_only: Never ask the Hub.
+def locate_base(sources: Sources) -> Base:
+    """Find a base on this machine, or download it.
 
     Raises:
-        ModelFormatError: One of them cannot be found.
+        ModelFormatError: A part of it cannot be found.
     """
-    root = Path(base)
-    if (root / "sd").is_dir() and not (root / "unet").is_dir():
-        features = features or (root / "dino" if (root / "dino").is_dir() else None)
-        root = root / "sd"
-    if (root / "model_index.json").is_file() and (root / "features").is_dir():  # a saved GLAD model
-        features = features or root / "features"
-    parts = BASE_COMPONENTS if vae is None else tuple(part for part in BASE_COMPONENTS if part != "vae")
-    found = find_repository(root if root.is_dir() else base, parts, revision, local_files_only)
-    extractor = find_repository(features or DEFAULT_FEATURES, (), features_revision, local_files_only)
-    if vae is None:
-        return found, extractor, None
-    inner = Path(vae) / "vae"
-    return found, extractor, find_repository(inner if inner.is_dir() else vae, (), vae_revision, local_files_only)
+    base, features, offline = Path(sources.base), sources.features, sources.offline
+    if (base / "sd").is_dir() and not (base / "unet").is_dir():
+        features = features or (base / "dino" if (base / "dino").is_dir() else None)
+        base = base / "sd"
+    if (base / "model_index.json").is_file() and (base / "features").is_dir():  # a saved GLAD model
+        features = features or base / "features"
+    parts = [part for part in BASE_COMPONENTS if part != "vae" or sources.vae is None]
+    folder, part = find_repository(base if base.is_dir() else sources.base, parts, sources.revision, offline)
+    extractor, extractor_part = find_repository(features or DEFAULT_FEATURES, (), sources.features_revision, offline)
+    vae, vae_part = folder / "vae", None
+    if sources.vae is not None:
+        inner = Path(sources.vae) / "vae"
+        vae, vae_part = find_repository(inner if inner.is_dir() else sources.vae, (), sources.vae_revision, offline)
+    return Base(folder, vae, extractor, Origin(base=part, features=extractor_part, vae=vae_part))
 
 
-def load_networks(
-    base: Located, features: Located, vae: Located | None, dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None
-) -> Components:
-    """Load networks from their folders, from safetensors only.
-
-    Args:
-        base: Stable Diffusion in diffusers form.
-        features: The extractor.
-        vae: Autoencoder that replaces the base's.
-        dtype: Of the networks.
-        unet_dtype: Of the denoiser, if it differs.
+def load_networks(base: Base, dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None) -> Components:
+    """Load networks from their folders, from safetensors only; the denoiser in ``unet_dtype`` if that is given.
 
     Raises:
         ModelFormatError: A component is missing or damaged.
     """
     return Components(
-        vae=load_component(AutoencoderKL, base.folder / "vae" if vae is None else vae.folder, use_safetensors=True, dtype=dtype),
+        vae=load_component(AutoencoderKL, base.vae, use_safetensors=True, dtype=dtype),
         unet=load_component(UNet2DConditionModel, base.folder / "unet", use_safetensors=True, dtype=unet_dtype or dtype),
         scheduler=load_component(DDIMScheduler, base.folder / "scheduler"),
-        features=load_component(DinoFeatures, features.folder, dtype=dtype),
+        features=load_component(DinoFeatures, base.features, dtype=dtype),
     )
 
 
-def load_autoencoder(base: Located, features: Located) -> tuple[Any, Any]:
+def load_autoencoder(base: Base) -> tuple[Any, Any]:
     """A base's autoencoder and its extractor alone, in float32.
 
     Raises:
         ModelFormatError: One is missing or damaged.
     """
-    return load_component(AutoencoderKL, base.folder / "vae", use_safetensors=True), load_component(DinoFeatures, features.folder)
+    return load_component(AutoencoderKL, base.vae, use_safetensors=True), load_component(DinoFeatures, base.features)
 
 
 _shared: weakref.WeakValueDictionary[tuple[str, ...], Components] = weakref.WeakValueDictionary()
 _sharing = threading.Lock()
 
 
-def shared_networks(base: Located, features: Located, vae: Located | None, dtype: torch.dtype, device: torch.device) -> Components:
+def shared_networks(base: Base, dtype: torch.dtype, device: torch.device) -> Components:
     """Networks that are in memory once, however many models ask for them; they go with the last of these.
 
-    Args:
-        base: As for `load_networks`.
-        features: As for `load_networks`.
-        vae: As for `load_networks`.
-        dtype: Of all networks.
-        device: Where they are.
+    Raises:
+        ModelFormatError: As for `load_networks`.
     """
-    places = (base, features) if vae is None else (base, features, vae)
-    key = (*(f"{place.folder.resolve()}:{place.part.fingerprint}" for place in places), str(dtype), str(device))
+    folders = (str(folder.resolve()) for folder in (base.folder, base.vae, base.features))
+    key = (*folders, *base.origin.fingerprints().values(), str(dtype), str(device))
     with _sharing:
-        networks = _shared.get(key)
-        if networks is None:
-            networks = load_networks(base, features, vae, dtype)
-            for network in (networks.vae, networks.unet, networks.features):
+        components = _shared.get(key)
+        if components is None:
+            components = load_networks(base, dtype)
+            for network in (components.vae, components.unet, components.features):
                 network.to(device)
-            _shared[key] = networks
-        return networks
-
-
-def latent_factor(vae: Any) -> int:
-    """Pixels per latent cell of an autoencoder, along each side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+            _shared[key] = components
+        return components
 
 
 def latent_size(vae: Any, image_size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the latents of images ``(H, W)``.
 
     Raises:
-        ConfigError: A side is not a multiple of `latent_factor`.
+        ConfigError: A side is not a multiple of the pixels per latent cell.
     """
-    factor, (height, width) = latent_factor(vae), image_size
+    factor, (height, width) = 2 ** (len(vae.config.block_out_channels) - 1), image_size
     if min(image_size) < factor or height % factor or width % factor:
         raise ConfigError(f"the autoencoder needs image sides that are multiples of {factor}, got {height}x{width} (height x width)")
     return height // factor, width // factor

@@ -9,10 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-CGROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+CGROUP_FILES = [("memory.max", "memory.current", "inactive_file")]  # version 2
+CGROUP_FILES += [("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]  # version 1
 
 
 def choose_device() -> torch.device:

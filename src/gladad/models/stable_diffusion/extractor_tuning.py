@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,15 +22,10 @@ from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
+from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.model import StableDiffusion
-from gladad.models.stable_diffusion.training_inputs import (
-    Pixels,
-    check_training_images,
-    image_of_sample,
-    sha256_of_images,
-    sha256_of_weights,
-)
+from gladad.models.stable_diffusion.training_inputs import check_images, image_of_sample, loop_config, sha256_of_images, sha256_of_weights
 from gladad.training.loop import LoopConfig, Precision, TrainingRun, divided, train
 
 Side = Annotated[int, Field(ge=1)]  # in pixels
@@ -57,25 +52,16 @@ class FeatureTuningConfig:
 
     def loop(self, images: int, precision: Precision) -> LoopConfig:
         """The loop's settings for so many images."""
-        return LoopConfig(
-            steps=math.ceil(self.epochs * images / self.batch_size) if self.steps is None else self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            learning_rate=self.learning_rate,
-            weight_decay=0.0,  # AdamW is Adam then
-            precision=precision,
-            seed=self.seed,
-        )
+        steps = math.ceil(self.epochs * images / self.batch_size) if self.steps is None else self.steps
+        return loop_config(self, steps=steps, weight_decay=0.0, precision=precision)  # AdamW is Adam then
 
     def reconstruction(self, usual: ReconstructionConfig) -> ReconstructionConfig:
         """Plain DDIM from `start_timestep`, without the step search, in the stride of a base's usual chain unless `num_steps` is given.
 
         From 200 that is 6 steps for a base that takes 25 from 750, or 15 from 450.
         """
-        stride = max(1, usual.max_step // usual.num_steps)
-        return ReconstructionConfig(
-            max_step=self.start_timestep, num_steps=self.num_steps or max(1, self.start_timestep // stride), adaptive=False
-        )
+        steps = self.num_steps or max(1, self.start_timestep // max(1, usual.max_step // usual.num_steps))
+        return ReconstructionConfig(max_step=self.start_timestep, num_steps=steps, adaptive=False)
 
 
 def tune_features(
@@ -108,7 +94,7 @@ def tune_features(
     """
     if base.kind != StableDiffusion.kind:
         raise ConfigError(f"only the extractor of a {StableDiffusion.kind} base can be tuned; this detector's base is {base.kind}")
-    check_training_images(images)
+    check_images(images)
     if images[0].shape[:2] != base.config.image_size:
         (height, width), (wanted_height, wanted_width) = images[0].shape[:2], base.config.image_size
         raise DataError(f"images of {height}x{width} pixels for a base of {wanted_height}x{wanted_width} (height x width); resize them")
@@ -124,14 +110,7 @@ def tune_features(
 
 
 class FeatureTask:
-    """The extractor as a task of the training loop.
-
-    Args:
-        base: Its denoiser makes the reconstructions; its frozen extractor is where the tuned one starts.
-        images: ``[H, W, 3]`` uint8 at the base's ``image_size``.
-        config: How to train.
-        progress: Told of every reconstruction.
-    """
+    """The extractor as a task of the training loop; a base's denoiser makes the reconstructions, and its frozen extractor is the start."""
 
     def __init__(self, base: StableDiffusion, images: Sequence[Pixels], config: FeatureTuningConfig, progress: Progress = no_progress):
         self.base, self.images, self.config = base, images, config
@@ -139,7 +118,8 @@ class FeatureTask:
         frozen: Any = base.pipeline.features
         # Both in float32: rounded weights cannot take small updates, and would differ from the frozen ones before the first.
         self.frozen: Any = frozen if frozen.dtype == torch.float32 else copy.deepcopy(frozen).float()
-        self.tuned: Any = copy.deepcopy(self.frozen)
+        self.module: Any = copy.deepcopy(self.frozen)
+        self.trained = dict(self.module.mlp_parameters(self.module.default_layers))  # name in the extractor -> weight
         for weight in self.trained.values():
             weight.requires_grad_(True)
         self.size: tuple[int, int] = frozen.nearest_size(config.feature_size)
@@ -147,22 +127,11 @@ class FeatureTask:
         made = divided(self._pair, len(images), lambda *done: progress("reconstructions", *done))
         self.pairs = torch.stack(made)  # [N, 2, 3, h, w] on the CPU; float16 is finer than the pixels' 256 steps, and nothing is clipped
 
-    @property
-    def module(self) -> nn.Module:
-        """The tuned extractor."""
-        module: nn.Module = self.tuned
-        return module
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Name in the extractor -> weight that is trained."""
-        return dict(self.tuned.mlp_parameters(self.tuned.default_layers))
-
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Sum over layers of the mean distance between an image's features and its reconstruction's, and of both to the frozen ones'."""
         config = self.config
         numbers = [image_of_sample(config.seed, step * config.batch_size + sample, len(self.pairs)) for sample in samples]
-        device = next(self.tuned.parameters()).device
+        device = next(self.module.parameters()).device
         pixels = self.pairs[numbers].to(device).float().transpose(0, 1).flatten(0, 1)  # all images, then all reconstructions, in one call
         ours = [layer.chunk(2) for layer in module(pixels)]
         total = torch.stack([features_distance(image, rebuilt) for image, rebuilt in ours]).sum()
@@ -187,8 +156,9 @@ class FeatureTask:
 
     def _identity(self) -> dict[str, Any]:
         """What the result depends on besides the loop's settings. Reconstructions themselves could differ in a bit on another card."""
-        base, config = self.base, self.config
-        pipeline = base.pipeline
+        base, config, pipeline = self.base, self.config, self.base.pipeline
+        weights = pipeline.unet.state_dict().items()  # with adapters, of which others than this base's may be attached
+        unet = {name.replace(".base_layer.", "."): weight for name, weight in weights if ".lora_" not in name}
         return {
             "anchor_weight": config.anchor_weight,
             "feature_size": list(self.size),
@@ -197,7 +167,7 @@ class FeatureTask:
             "images": sha256_of_images(self.images),
             "features": sha256_of_weights(self.frozen.state_dict()),
             "vae": sha256_of_weights(pipeline.vae.state_dict()),
-            "unet": sha256_of_weights(_without_adapters(pipeline.unet.state_dict())),
+            "unet": sha256_of_weights(unet),
             "adapter": sha256_of_weights({} if base.adapter is None else base.adapter.weights),
             "prompt": sha256_of_weights({"embeds": pipeline.prompt_embeds}),
         }
@@ -210,8 +180,3 @@ def features_distance(features: Tensor, others: Tensor) -> Tensor:
     count more. (GLAD's program has the class token in the vector, too, which no map is made of.)
     """
     return (1 - F.cosine_similarity(features.flatten(1), others.flatten(1), dim=1)).mean()
-
-
-def _without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a denoiser as if no adapters were attached, of which others than this base's may be."""
-    return {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}

@@ -21,16 +21,15 @@ from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
 from gladad.models.stable_diffusion.device import available_memory, choose_device
 from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_training
-from gladad.models.stable_diffusion.model import StableDiffusion, origin_fingerprints
+from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
 from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
-from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, TrainedProduct, finetune_denoiser
+from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, Trained, TrainedProduct, finetune_denoiser
 from gladad.training.loop import DTYPES, divided
 
 LONG, SHARED = True, True
-UNREACHABLE = 1e9
-"""A delta that no gap reaches: the chain then runs its whole search."""
+UNREACHABLE = 1e9  # a delta that no gap reaches: the chain then runs its whole search
 STEP_SEARCH_IMAGES = 32
 load = StableDiffusion.load
 
@@ -85,7 +84,7 @@ def foreground(settings: StableDiffusionSettings, product: str) -> tuple[Foregro
 
 
 def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping[str, Model]:
-    """Fine-tune one denoiser, and set the delta of each product's step search."""
+    """Fine-tune one denoiser, and set the delta of each product's step search; no steps adopt the denoiser as it is."""
     settings: StableDiffusionSettings = training.settings
     preset = None if settings.preset is None else load_preset(settings.preset)
     denoiser, steps = settings.training, settings.training.steps
@@ -93,63 +92,38 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         steps = max(1, DEFAULT_STEPS // training.share)
     if steps and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if training.run is None else training.run.memory_limit)
-    dtype = DTYPES[denoiser.precision]
     own = {key: settings.of_product(key, preset) for key in images}
-    pipelines = GladPipeline.for_prompts(
-        training.name,
-        {key: product.prompt for key, product in own.items()},
-        settings.features,
-        vae=settings.vae,
-        revision=settings.revision,
-        local_files_only=settings.offline,
-        torch_dtype=dtype,
-        unet_dtype=torch.float32 if denoiser.method == "full" and steps else dtype,
-    )
-    return _fit(pipelines, images, own, steps, training)
-
-
-def _fit(
-    pipelines: Mapping[str, GladPipeline],
-    images: Mapping[str, Sequence[Pixels]],
-    settings: Mapping[str, StableDiffusionSettings],
-    steps: int,
-    training: Training,
-) -> Mapping[str, StableDiffusion]:
-    """Train pipelines of several products, which are over the same networks, in place; no steps adopt the denoiser as it is."""
-    first, denoiser = next(iter(pipelines.values())), next(iter(settings.values())).training
+    prompts, dtype = {key: product.prompt for key, product in own.items()}, DTYPES[denoiser.precision]
+    trained_dtype = torch.float32 if denoiser.method == "full" and steps else dtype
+    pipelines = GladPipeline.for_prompts(settings.sources(training.name), prompts, dtype, trained_dtype)
     for pipeline in pipelines.values():
         pipeline.to(choose_device())
-    adapter, name = None, None
+    first, trained = next(iter(pipelines.values())), Trained([])
     if steps:
-        products = {key: TrainedProduct(own, pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key, own in images.items()}
-        known = {"origin": {} if first.origin is None else origin_fingerprints(first.origin)}
+        origin = {} if first.origin is None else first.origin.fingerprints()
         trained = finetune_denoiser(
             first,
-            products,
+            {key: TrainedProduct(images[key], pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key in images},
             denoiser,
             steps,
-            seed=training.settings.seed,
+            seed=settings.seed,
             textures=training.textures,
             run=training.run,
-            identity=known | {"prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
+            identity={"origin": origin, "prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
             progress=training.progress,
         )
-        adapter, name = trained.adapter, trained.adapter_name
-    first.unet.to(DTYPES[denoiser.precision])
+    first.unet.to(dtype)
     models = {}
     for key, pipeline in pipelines.items():
-        config = StableDiffusionConfig(settings=settings[key], image_size=training.size, adapted=adapter is not None)
-        models[key] = StableDiffusion(config, pipeline, adapter, name)
-        if settings[key].reconstruction.adaptive and settings[key].calibrate_step:
+        config = StableDiffusionConfig(settings=own[key], image_size=training.size, adapted=trained.adapter is not None)
+        models[key] = StableDiffusion(config, pipeline, trained.adapter, trained.adapter_name)
+        if own[key].reconstruction.adaptive and own[key].calibrate_step:
             _set_delta(models[key], images[key], f"{key}: step search" if key else "step search", training.progress)
     return models
 
 
 def _set_delta(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
-    """Set delta to the 90 % quantile, over training images, of the largest gap that the whole search meets down to ``min_step``.
-
-    A normal image is then usually given the least noise.
-    """
+    """Set delta to the 90 % quantile of the largest gap of each image's whole search: a normal one then usually gets the least noise."""
     settings = model.config.settings
     search = replace(settings.reconstruction, step_threshold=UNREACHABLE)
 
@@ -173,9 +147,6 @@ def adjust(model: Model, images: Sequence[Pixels], settings: StableDiffusionSett
     raise ConfigError(f"the inspection of a {model.kind} model cannot be adjusted; fit it anew with --steps 0 from the trained one")
 
 
-# -- memory -----------------------------------------------------------------------------------------------------
-
-
 def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSettings, limit: int | None) -> None:
     """Refuse a training that does not fit into memory, before its weights are loaded.
 
@@ -188,13 +159,12 @@ def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSett
     Raises:
         ConfigError: It does not fit; the message says what would.
     """
-    found = locate_base(name, settings.features, settings.vae, revision=settings.revision, local_files_only=settings.offline)
-    configs, device, processes = read_configs(*found), choose_device(), process_count()
+    configs, device, processes = read_configs(locate_base(settings.sources(name))), choose_device(), process_count()
+    available = available_memory(device) if limit is None else limit
+    if device.type == "cpu":
+        available //= processes
 
     def plan(training: FinetuneConfig, size: tuple[int, int]) -> Plan:
         return plan_training(configs, training, size, processes, device.type)
 
-    available = available_memory(device) if limit is None else limit
-    if device.type == "cpu":
-        available //= processes
     check_fits(plan, settings.training, size, available, device.type)

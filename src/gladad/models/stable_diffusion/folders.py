@@ -35,13 +35,7 @@ def check_replaceable(folder: Path, name: str) -> None:
 
 
 def save_folder(folder: Path, save: Callable[[Path], None], name: str, **description: Any) -> None:
-    """Write a folder; an earlier one of the same format is replaced.
-
-    Args:
-        folder: To write.
-        save: Writes the networks into a folder.
-        name: Of the format.
-        description: What else its ``model.json`` says.
+    """Write a folder of this format by ``save``, with a description in its ``model.json``; an earlier one of the same is replaced.
 
     Raises:
         WriteError: The folder holds something else, or the disk refuses.

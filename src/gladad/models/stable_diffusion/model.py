@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gladad.algorithm import Reconstruction, ReconstructionConfig, image_noise, image_score, reconstruct, soft_foreground
@@ -24,18 +22,17 @@ from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
 from gladad.core.storage import content_digest, read_json, write_json
 from gladad.data.foreground import foreground_mask
+from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
-from gladad.models.stable_diffusion.components import Components, Located, Origin, load_networks, locate_base, shared_networks
+from gladad.models.stable_diffusion.components import Base, Components, Origin, Sources, load_networks, locate_base, shared_networks
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.models.stable_diffusion.settings import StableDiffusionConfig
 from gladad.training.loop import DTYPES
 
-Pixels = NDArray[np.uint8]
 ORIGIN_FILE = "origin.json"
-BASE_VARIABLE = "GLADAD_BASE"
-"""Environment variable: where the base of models with an adapter is now, if it is not where it was."""
+BASE_VARIABLE = "GLADAD_BASE"  # environment variable: where the base of models with an adapter is now, if it has moved
 
 
 class StableDiffusion:
@@ -43,10 +40,10 @@ class StableDiffusion:
 
     Args:
         config: How to inspect.
-        pipeline: The networks, in the dtype of the config's precision; its denoiser may be shared with other bases.
+        pipeline: The networks, in the dtype of the config's precision; its denoiser may be shared with other models.
         adapter: What was trained, if it is an adapter.
         adapter_name: Its name in the pipeline's denoiser.
-        networks: Kept alive as long as this base is, if they are shared.
+        networks: Kept alive as long as this model is, if they are shared.
     """
 
     kind = "diffusers"
@@ -60,29 +57,19 @@ class StableDiffusion:
         adapter_name: str | None = None,
         networks: Components | None = None,
     ):
-        self.config, self.pipeline = config, pipeline
+        self.config, self.pipeline, self.image_size = config, pipeline, config.image_size
         self.adapter, self.adapter_name, self.networks = adapter, adapter_name, networks
         pipeline.guidance_scale = config.settings.guidance_scale
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """``(H, W)`` that it works at."""
-        return self.config.image_size
 
     @torch.no_grad()
     def inspect(self, pixels: Pixels) -> Inspection:
         """Inspect one ``[H, W, 3]`` uint8 image of any size; see `gladad.core.records.Inspection`."""
-        with switched_on(self.pipeline.unet, self.adapter_name):
-            return self._inspect(pixels)
-
-    def _inspect(self, pixels: Pixels) -> Inspection:
-        config, pipeline = self.config, self.pipeline
+        config, settings, pipeline = self.config, self.config.settings, self.pipeline
         image = to_tensor(resize_pixels(pixels, config.image_size))[None].to(pipeline.device)
-        settings = config.settings
         rebuilt = self.rebuild(image, settings.reconstruction)
         picture = pipeline.decode(rebuilt.latent)
-        weight = None
         mask = foreground_mask(resize_pixels(pixels, config.feature_size), settings.scoring_foreground)
+        weight = None
         if mask is not None:
             weight = soft_foreground(torch.from_numpy(mask)[None, None], settings.scoring).to(rebuilt.latent)
         maps = pipeline.score_maps(image, picture, settings.scoring, config.feature_size, weight)
@@ -102,18 +89,14 @@ class StableDiffusion:
         return resize_pixels(to_pixels(inspection.latent[0]), (pixels.shape[0], pixels.shape[1]))
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write everything that is this model's own into a folder; returns the JSON-ready config.
-
-        With an adapter that is the adapter, and where its base is from; otherwise the whole pipeline.
-        """
-        origin = self.pipeline.origin
+        """Write the adapter and where its base is from, or without an adapter the whole pipeline; returns the JSON-ready config."""
         if self.adapter is None:
             self.pipeline.save_pretrained(folder)
         else:
             self.adapter.save(folder)
             self.pipeline.save_own(folder)
-        if origin is not None:
-            write_json(folder / ORIGIN_FILE, to_json(origin))
+        if self.pipeline.origin is not None:
+            write_json(folder / ORIGIN_FILE, to_json(self.pipeline.origin))
         return to_json(self.config)
 
     def describe(self) -> dict[str, Any]:
@@ -130,7 +113,7 @@ class StableDiffusion:
         origin = self.pipeline.origin
         learned = self.pipeline.unet.state_dict() if self.adapter is None else self.adapter.weights
         own = {**learned, **self.pipeline.tuned_weights(), "prompt_embeds": self.pipeline.prompt_embeds}
-        return content_digest([to_json(self.config), {} if origin is None else origin_fingerprints(origin)], own)
+        return content_digest([to_json(self.config), {} if origin is None else origin.fingerprints()], own)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> StableDiffusion:
@@ -147,19 +130,19 @@ class StableDiffusion:
         training = parsed.settings.training
         device, dtype = choose_device(), DTYPES[training.precision]
         if not parsed.adapted:
-            base = cls(parsed, GladPipeline.from_pretrained(folder, torch_dtype=dtype).to(device))
+            model = cls(parsed, GladPipeline.from_pretrained(folder, torch_dtype=dtype).to(device))
         elif origin is None:
             raise ModelFormatError(f"{folder / ORIGIN_FILE}: missing; the model folder is incomplete")
         else:
             adapter = Adapter.load(folder, training.rank, training.layers)
-            networks = shared_networks(*find_base(origin), dtype, device)
+            networks = shared_networks(find_base(origin), dtype, device)
             pipeline = GladPipeline.of(networks, read_embeds(folder))
             pipeline.load_own(folder)
             name = attach_adapter(networks.unet, adapter)
-            base = cls(parsed, pipeline, adapter, name, networks)
-            weakref.finalize(base, detach_adapter, networks.unet, name).atexit = False
-        base.pipeline.origin = origin
-        return base
+            model = cls(parsed, pipeline, adapter, name, networks)
+            weakref.finalize(model, detach_adapter, networks.unet, name).atexit = False
+        model.pipeline.origin = origin
+        return model
 
     def standalone(self) -> StableDiffusion:
         """This model with its adapter added to weights of its own, so that it needs its base no more.
@@ -171,43 +154,38 @@ class StableDiffusion:
         origin = self.pipeline.origin
         if self.adapter is None or origin is None:
             raise ConfigError("this model has no adapter to merge: its denoiser is its own already")
-        networks = load_networks(*find_base(origin))  # in float32: rounded once, after the sum
+        networks = load_networks(find_base(origin))  # in float32: rounded once, after the sum
         merge_adapter(networks.unet, attach_adapter(networks.unet, self.adapter))
         for network in (networks.vae, networks.unet, networks.features):
             network.to(choose_device(), DTYPES[self.config.settings.training.precision])
-        base = StableDiffusion(replace(self.config, adapted=False), GladPipeline.of(networks, self.pipeline.prompt_embeds))
-        base.pipeline.origin = origin
-        base.pipeline.tune_scoring(self.pipeline.tuned_weights())
-        return base
+        pipeline = GladPipeline.of(networks, self.pipeline.prompt_embeds)
+        pipeline.origin = origin
+        pipeline.tune_scoring(self.pipeline.tuned_weights())
+        return StableDiffusion(replace(self.config, adapted=False), pipeline)
 
 
-def find_base(origin: Origin) -> tuple[Located, Located, Located | None]:
+def find_base(origin: Origin) -> Base:
     """The base that a model's adapter belongs to, on this machine.
 
     Raises:
         ModelFormatError: It is not there, or is another one.
     """
-    moved = os.environ.get(BASE_VARIABLE)
-    features: str | None = origin.features.source
-    if moved and Path(origin.features.source).is_absolute() and not Path(origin.features.source).is_dir():
-        features = None  # it was a part of the base, and has moved with it
+    base, features, vae, moved = origin.base, origin.features, origin.vae, os.environ.get(BASE_VARIABLE)
+    part_of_base = moved and Path(features.source).is_absolute() and not Path(features.source).is_dir()  # and has moved with it
+    sources = Sources(
+        moved or base.source,
+        None if part_of_base else features.source,
+        None if vae is None else vae.source,
+        revision=None if moved else base.revision,
+        features_revision=features.revision,
+        vae_revision=None if vae is None else vae.revision,
+    )
     try:
-        found = locate_base(
-            moved or origin.base.source,
-            features,
-            None if origin.vae is None else origin.vae.source,
-            revision=None if moved else origin.base.revision,
-            features_revision=origin.features.revision,
-            vae_revision=None if origin.vae is None else origin.vae.revision,
-        )
+        found = locate_base(sources)
     except ModelFormatError as error:
         raise ModelFormatError(f"the model's base cannot be found ({error}); set {BASE_VARIABLE} to where it is now") from error
-    for now, then in zip(found, (origin.base, origin.features, origin.vae), strict=True):
-        if now is not None and then is not None and now.part.fingerprint != then.fingerprint:
-            raise ModelFormatError(f"{now.folder}: is not the one that the model was made with ({then.source}); its files differ")
+    now = found.origin
+    for folder, part, then in ((found.folder, now.base, base), (found.features, now.features, features), (found.vae, now.vae, vae)):
+        if part is not None and then is not None and part.fingerprint != then.fingerprint:
+            raise ModelFormatError(f"{folder}: is not the one that the model was made with ({then.source}); its files differ")
     return found
-
-
-def origin_fingerprints(origin: Origin) -> dict[str, Any]:
-    """What of an origin decides a result: the files, not where they lie."""
-    return {part: entry["fingerprint"] for part, entry in to_json(origin).items() if entry is not None}

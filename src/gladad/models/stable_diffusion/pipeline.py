@@ -7,10 +7,9 @@ text encoder is used once, when a base is adopted; its two embeddings are stored
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,8 @@ from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_n
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.storage import load_tensors, read_json, save_tensors
 from gladad.features.vit import DinoFeatures, imagenet_normalise
-from gladad.models.stable_diffusion.components import (
-    Components,
-    Origin,
-    embed_prompts,
-    find_repository,
-    first_line,
-    latent_size,
-    load_networks,
-    locate_base,
-)
+from gladad.models.stable_diffusion import components
+from gladad.models.stable_diffusion.components import Components, Origin, Source, Sources, first_line
 
 DEFAULT_PROMPT = "a photo of sks"
 CONDITIONING = Path("conditioning") / "prompt_embeds.safetensors"
@@ -84,15 +75,13 @@ class GladPipeline(DiffusionPipeline):
         for network in (self.vae, self.unet, self.features):
             network.eval().requires_grad_(False)
 
-    # -------------------------------------------------------------------------------------------- loading and saving
-
     @classmethod
     def from_base(
         cls,
-        base: str | os.PathLike[str],
-        features: str | os.PathLike[str] | None = None,
+        base: Source,
+        features: Source | None = None,
         *,
-        vae: str | os.PathLike[str] | None = None,
+        vae: Source | None = None,
         prompt: str = DEFAULT_PROMPT,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -115,75 +104,58 @@ class GladPipeline(DiffusionPipeline):
         Raises:
             ModelFormatError: ``base``, ``features`` or ``vae`` cannot be found, or lacks a component.
         """
-        return cls.for_prompts(
-            base,
-            {"": prompt},
-            features,
-            vae=vae,
-            revision=revision,
-            local_files_only=local_files_only,
-            torch_dtype=torch_dtype,
-            unet_dtype=unet_dtype,
-        )[""]
+        sources = Sources(base, features, vae, revision, offline=local_files_only)
+        return cls.for_prompts(sources, {"": prompt}, torch_dtype or torch.float32, unet_dtype)[""]
 
     @classmethod
     def for_prompts(
-        cls,
-        base: str | os.PathLike[str],
-        prompts: Mapping[str, str],
-        features: str | os.PathLike[str] | None = None,
-        *,
-        vae: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        torch_dtype: torch.dtype | None = None,
-        unet_dtype: torch.dtype | None = None,
+        cls, sources: Sources, prompts: Mapping[str, str], dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None
     ) -> dict[str, Self]:
         """Adopt a base once for several products: pipelines over the same networks, each with the embeddings of its own prompt.
 
         Args:
-            base: As for `from_base`; or a saved GLAD model, whose stored prompt is then the only one there is.
+            sources: Of the base; of a saved GLAD model the stored prompt is the only one there is.
             prompts: Name of the product -> prompt.
-            features: As for `from_base`.
-            vae: As for `from_base`.
-            revision: As for `from_base`.
-            local_files_only: As for `from_base`.
-            torch_dtype: As for `from_base`.
-            unet_dtype: As for `from_base`.
+            dtype: Of the networks.
+            unet_dtype: Of the denoiser, if it differs.
 
         Raises:
             ConfigError: The base is a saved model with another prompt.
             ModelFormatError: As for `from_base`.
         """
-        found, extractor, autoencoder = locate_base(base, features, vae, revision=revision, local_files_only=local_files_only)
-        networks = load_networks(found, extractor, autoencoder, torch_dtype or torch.float32, unet_dtype)
-        if saved := (found.folder / CONDITIONING).is_file():
-            stored = _stored_prompt(found.folder, prompts.values())
+        base = components.locate_base(sources)
+        networks = components.load_networks(base, dtype, unet_dtype)
+        if saved := (base.folder / CONDITIONING).is_file():
+            stored = str(read_json(base.folder / "model_index.json").get("prompt"))  # there is no text encoder for another
+            if other := sorted(set(prompts.values()) - {stored, DEFAULT_PROMPT}):
+                raise ConfigError(
+                    f"{base.folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out"
+                )
             prompts = dict.fromkeys(prompts, stored)
-            embeds = dict.fromkeys(prompts, read_embeds(found.folder))
+            embeds = dict.fromkeys(prompts, read_embeds(base.folder))
         else:
-            *given, empty = embed_prompts(found.folder, (*prompts.values(), "")).split(1)
+            *given, empty = components.embed_prompts(base.folder, (*prompts.values(), "")).split(1)
             embeds = {product: torch.cat([own, empty]) for product, own in zip(prompts, given, strict=True)}
         pipelines = {product: cls.of(networks, embeds[product], prompt) for product, prompt in prompts.items()}
         for pipeline in pipelines.values():
-            if saved and features is None:
-                pipeline.load_own(found.folder)
-            pipeline.origin = Origin(base=found.part, features=extractor.part, vae=None if autoencoder is None else autoencoder.part)
+            if saved and sources.features is None:
+                pipeline.load_own(base.folder)
+            pipeline.origin = base.origin
         return pipelines
 
     @classmethod
-    def of(cls, networks: Components, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT, guidance_scale: float = 1.0) -> Self:
+    def of(cls, networks: Components, prompt_embeds: Tensor, prompt: str = DEFAULT_PROMPT) -> Self:
         """A pipeline over networks that others may use, too; it owns nothing but its prompt embeddings ``[2, L, D]``."""
-        return cls(networks.vae, networks.unet, networks.scheduler, networks.features, prompt_embeds, prompt, guidance_scale)
+        return cls(networks.vae, networks.unet, networks.scheduler, networks.features, prompt_embeds, prompt)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
+    def from_pretrained(cls, folder: Source, **kwargs: Any) -> Self:  # type: ignore[override]
         """Load a saved model, from a folder or the Hub; takes diffusers' keyword arguments. Only safetensors are read.
 
         Raises:
             ModelFormatError: The folder is missing or is not a GLAD model.
         """
-        resolved = find_repository(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False)).folder
+        resolved, _ = components.find_repository(folder, (), kwargs.pop("revision", None), kwargs.pop("local_files_only", False))
         if not (resolved / CONDITIONING).is_file():
             raise ModelFormatError(f"{folder} is not a saved GLAD model: it has no {CONDITIONING}; a plain base is read by from_base")
         try:
@@ -195,7 +167,7 @@ class GladPipeline(DiffusionPipeline):
         pipeline.load_own(resolved)
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Source, **kwargs: Any) -> None:  # type: ignore[override]
         """Write every component and the prompt embeddings, as safetensors; takes diffusers' keyword arguments.
 
         Raises:
@@ -208,7 +180,9 @@ class GladPipeline(DiffusionPipeline):
 
     def save_own(self, folder: Path) -> None:
         """Write what a pipeline owns even where others use its networks, too: prompt embeddings, and the tuned part of the extractor."""
-        write_embeds(folder, self.prompt_embeds)
+        (folder / CONDITIONING).parent.mkdir(parents=True, exist_ok=True)
+        prompt, empty = self.prompt_embeds.detach().cpu().chunk(2)
+        save_tensors(folder / CONDITIONING, {"prompt": prompt, "empty": empty})
         if tuned := self.tuned_weights():
             save_tensors(folder / TUNED_FILE, tuned)
 
@@ -218,10 +192,7 @@ class GladPipeline(DiffusionPipeline):
             self.tune_scoring(load_tensors(folder / TUNED_FILE))
 
     def tune_scoring(self, weights: Mapping[str, Tensor]) -> None:
-        """Score with a copy of the extractor that has some weights of its own; the step search keeps the frozen one (section 3.5).
-
-        Args:
-            weights: Name in the extractor -> tensor; with none, the frozen one scores, too.
+        """Score with a copy of the extractor that has these weights (by name) of its own; the step search keeps the frozen one.
 
         Raises:
             ModelFormatError: The extractor has no such weight, or one of another shape.
@@ -249,32 +220,19 @@ class GladPipeline(DiffusionPipeline):
             own.data = own.data.to(frozen[name])
         return self
 
-    # ----------------------------------------------------------------------------------------- the algorithm's contract
-
     @property
     def schedule(self) -> Schedule:
         """The denoiser's noise schedule, on the pipeline's device."""
         return Schedule(self.scheduler.alphas_cumprod.to(self.device, torch.float32))
 
-    def encode(self, image: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Latents of images.
-
-        Args:
-            image: ``[B, 3, H, W]`` in [0, 1]; sides are multiples of the autoencoder's `latent_factor`.
-            generators: One CPU generator per image: sample the posterior. None takes its mean.
-
-        Returns:
-            ``[B, C, H / f, W / f]`` float32, scaled to about unit variance.
+    def encode(self, image: Tensor) -> Tensor:
+        """Latents ``[B, C, H / f, W / f]`` float32, of about unit variance, of images ``[B, 3, H, W]`` in [0, 1]: the posterior's mean.
 
         Raises:
-            ConfigError: A side is not such a multiple.
+            ConfigError: A side is not a multiple of the autoencoder's pixels per cell.
         """
-        latent_size(self.vae, (image.shape[-2], image.shape[-1]))
-        posterior = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist
-        latent: Tensor = posterior.mean.float()
-        if generators is not None:
-            draws = [torch.randn(latent.shape[1:], generator=generator) for generator in generators]
-            latent = latent + posterior.std.float() * torch.stack(draws).to(latent.device)
+        components.latent_size(self.vae, (image.shape[-2], image.shape[-1]))
+        latent: Tensor = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
         return latent * float(self.vae.config.scaling_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -296,10 +254,7 @@ class GladPipeline(DiffusionPipeline):
         return without + self.guidance_scale * (given - without)
 
     def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, unet: nn.Module | None = None) -> Tensor:
-        """One call of the denoiser under text embeddings ``[B or 1, L, D]``, as a noise prediction. Gradients flow.
-
-        ``unet`` is the pipeline's own, wrapped for several processes perhaps.
-        """
+        """One call of the denoiser, perhaps given wrapped, under text embeddings ``[B or 1, L, D]``, as a noise prediction."""
         context = prompt_embeds.to(latent.device, self.unet.dtype).expand(len(latent), -1, -1)
         network: Any = self.unet if unet is None else unet
         output: Tensor = network(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
@@ -308,26 +263,18 @@ class GladPipeline(DiffusionPipeline):
         return output
 
     def latent_features(self, latent: Tensor) -> Tensor:
-        """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent at full resolution.
+        """What the step search compares: the extractor's last block, ``[B, D, h', w']``, on the decoded latent.
 
-        Full resolution is the nearest that the extractor takes: 518 px (``h' = 37``) for 512 px and patches of 14. Without ImageNet
+        At full resolution, or the nearest that the extractor takes: 518 px for 512 px and patches of 14. Without ImageNet
         normalisation, as published.
         """
-        image = self.decode(latent)
-        image = _resize(image, self.features.nearest_size(image.shape[-2:]))
-        last: Tensor = self.features(image, layers=self.features.default_layers[-1:], imagenet=False)[0]
-        return last
-
-    # -------------------------------------------------------------------------------------------------------- scoring
+        image, extractor = self.decode(latent), self.features
+        image = _resize(image, extractor.nearest_size(image.shape[-2:]))
+        return cast(Tensor, extractor(image, layers=extractor.default_layers[-1:], imagenet=False)[0])
 
     @torch.no_grad()
     def score_maps(
-        self,
-        image: Tensor,
-        reconstruction: Tensor,
-        scoring: ScoringConfig,
-        feature_size: tuple[int, int],
-        foreground: Tensor | None = None,
+        self, image: Tensor, reconstruction: Tensor, scoring: ScoringConfig, feature_size: tuple[int, int], foreground: Tensor | None = None
     ) -> Tensor:
         """Where images and their reconstructions differ (section 3.5).
 
@@ -350,16 +297,8 @@ class GladPipeline(DiffusionPipeline):
         return anomaly_map(ours, theirs, feature_size, scoring, pixel_difference=difference, foreground=foreground)
 
 
-def write_embeds(folder: Path, prompt_embeds: Tensor) -> None:
-    """Write the embeddings ``[2, L, D]`` of a prompt and of the empty prompt into a model's folder."""
-    path = folder / CONDITIONING
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prompt, empty = prompt_embeds.detach().cpu().chunk(2)
-    save_tensors(path, {"prompt": prompt, "empty": empty})
-
-
 def read_embeds(folder: Path) -> Tensor:
-    """What `write_embeds` wrote, ``[2, L, D]``.
+    """Embeddings ``[2, L, D]`` of a saved model's prompt and of the empty one.
 
     Raises:
         ModelFormatError: The file is missing or damaged.
@@ -368,14 +307,6 @@ def read_embeds(folder: Path) -> Tensor:
     if embeds.keys() != {"prompt", "empty"}:
         raise ModelFormatError(f"{folder / CONDITIONING}: holds {', '.join(sorted(embeds))} instead of prompt and empty")
     return torch.cat([embeds["prompt"], embeds["empty"]])
-
-
-def _stored_prompt(folder: Path, prompts: Iterable[str]) -> str:
-    """The prompt of a saved model, which cannot be another because it has no text encoder."""
-    stored = str(read_json(folder / "model_index.json").get("prompt"))
-    if other := sorted(set(prompts) - {stored, DEFAULT_PROMPT}):
-        raise ConfigError(f"{folder}: is a saved model for the prompt {stored!r} and cannot take {other[0]!r}; leave the prompt out")
-    return stored
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -20,8 +20,7 @@ from gladad.core.settings import from_json, validated
 from gladad.data.foreground import Foreground
 
 FOLDER = Path(__file__).with_name("presets_data")
-MULTI_CLASS = "multi_class"
-"""The category name of the preset for one model of all categories of a data set."""
+MULTI_CLASS = "multi_class"  # in place of a category's name: the preset for one model of all categories of a data set
 Side = Annotated[int, Field(ge=1)]  # in pixels
 
 
@@ -48,16 +47,11 @@ class Preset:
 
     @property
     def category(self) -> str:
-        """The part of the name after the data set."""
+        """Without the data set."""
         return self.name.split("/", 1)[1]
 
     def describe(self, *, tuned_features: bool = False, tuned_autoencoder: bool = False) -> dict[str, Any]:
-        """What to know of a model that was made with it, JSON-ready: its name, where it is from, and what of it is not applied.
-
-        Args:
-            tuned_features: Whether the model's extractor was fine-tuned.
-            tuned_autoencoder: Whether its autoencoder is not the base's.
-        """
+        """JSON-ready for a model that was made with it: name, source, and what of it is not applied, unless these parts are tuned."""
         missing = []
         if self.extractor_epoch is not None and not tuned_features:
             missing.append(f"extractor fine-tuned for {self.extractor_epoch + 1} epochs")
@@ -116,8 +110,7 @@ def read_presets(path: Path) -> dict[str, Preset]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path.name}: cannot be read as TOML ({error})") from error
-    unknown = sorted(set(tables) - {"defaults", "category"})
-    if unknown:
+    if unknown := sorted(set(tables) - {"defaults", "category"}):
         raise ConfigError(f"{path.name}: unknown table {unknown[0]!r}; known are defaults and category")
     presets = {}
     for category in _table(path, tables, "category"):
@@ -140,11 +133,8 @@ def _table(path: Path, tables: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _merge(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(defaults)
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    both = {key for key, value in own.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)}
+    return defaults | own | {key: _merge(defaults[key], own[key]) for key in both}
 
 
 def _near(name: str) -> str:

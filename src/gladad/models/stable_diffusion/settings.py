@@ -11,12 +11,12 @@ from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.settings import validated
 from gladad.data.foreground import Foreground
 from gladad.models.settings import DenoisingSettings
+from gladad.models.stable_diffusion.components import Sources
 from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset
 from gladad.models.stable_diffusion.training import FinetuneConfig
 
-DEFAULT_STEPS = 4000
-"""Optimiser steps: the paper's for MVTec AD and MPDD."""
+DEFAULT_STEPS = 4000  # of the optimiser: the paper's for MVTec AD and MPDD
 
 
 @validated
@@ -46,6 +46,10 @@ class StableDiffusionSettings(DenoisingSettings):
     calibrate_step: bool = True  # set reconstruction.step_threshold by the good images
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     scoring_foreground: Foreground = "all"  # where the map counts
+
+    def sources(self, name: str) -> Sources:
+        """Where the parts of the base of this name are from."""
+        return Sources(name, self.features, self.vae, self.revision, offline=self.offline)
 
     def of_product(self, product: str, preset: Preset | None) -> StableDiffusionSettings:
         """The settings for one of several products: its name joins the prompt, and a preset's category brings what is its own."""

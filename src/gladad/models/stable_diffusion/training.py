@@ -23,9 +23,10 @@ from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
+from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.adapters import Adapter, Layers, add_adapter, read_adapter, settle_adapter
 from gladad.models.stable_diffusion.pipeline import GladPipeline
-from gladad.models.stable_diffusion.training_inputs import Pixels, sha256_of_images
+from gladad.models.stable_diffusion.training_inputs import loop_config, sha256_of_images
 from gladad.training.loop import DTYPES, LoopConfig, Precision, TrainingRun, divided, draw_generator, train
 from gladad.training.optimizers import OptimizerName
 
@@ -53,51 +54,29 @@ class FinetuneConfig:
 
     def loop(self, steps: int, seed: int) -> LoopConfig:
         """The loop's settings for a training of so many steps."""
-        return LoopConfig(
-            steps=steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            learning_rate=LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate,
-            optimizer=self.optimizer,
-            gradient_clip=self.gradient_clip,
-            precision=self.precision,
-            ema=self.ema,
-            seed=seed,
-        )
+        rate = LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return loop_config(self, steps=steps, seed=seed, learning_rate=rate)
 
 
-PAPER = FinetuneConfig(method="full", batch_size=32)
-"""The paper's training (section 4.1) but for its float16, which presets are trained with here only where it is asked for."""
+PAPER = FinetuneConfig(method="full", batch_size=32)  # the paper's training (section 4.1) but for its float16
 
 
 @dataclass(frozen=True)
 class TrainedProduct:
-    """What the denoiser learns of one product.
+    """What the denoiser learns of one product."""
 
-    Attributes:
-        images: ``[H, W, 3]`` uint8 normal images, of one size that the autoencoder accepts.
-        prompt_embeds: ``[1, L, D]`` text embedding that the denoiser is told the product by.
-        foreground: Where synthetic anomalies may appear.
-    """
-
-    images: Sequence[Pixels]
-    prompt_embeds: Tensor
-    foreground: Foreground = "all"
+    images: Sequence[Pixels]  # [H, W, 3] uint8 normal ones, of one size that the autoencoder accepts
+    prompt_embeds: Tensor  # [1, L, D], by which the denoiser is told the product
+    foreground: Foreground = "all"  # where synthetic anomalies may appear
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training made.
+    """What a training made."""
 
-    Attributes:
-        losses: Of every step.
-        adapter: The adapter, or None where all weights were trained.
-        adapter_name: Its name in the pipeline's denoiser.
-    """
-
-    losses: list[float]
-    adapter: Adapter | None = None
-    adapter_name: str | None = None
+    losses: list[float]  # of every step
+    adapter: Adapter | None = None  # None where all weights were trained
+    adapter_name: str | None = None  # in the pipeline's denoiser
 
 
 def finetune_denoiser(
@@ -107,7 +86,6 @@ def finetune_denoiser(
     steps: int,
     *,
     seed: int = 0,
-    synthesis: SynthesisConfig | None = None,
     textures: Sequence[Pixels] = (),
     run: TrainingRun | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -124,7 +102,6 @@ def finetune_denoiser(
         config: How to train.
         steps: Optimiser steps.
         seed: Of everything random.
-        synthesis: How anomalies look; None means the paper's recipe.
         textures: ``[H, W, 3]`` images of the same size that anomalies take content from.
         run: Checkpoints, logs and examples.
         identity: JSON-ready, what else the result depends on; checkpoints of another one are not gone on from.
@@ -140,14 +117,12 @@ def finetune_denoiser(
     unet = pipeline.unet
     if config.method == "full" and unet.dtype != torch.float32:
         raise ConfigError(f"training needs the denoiser in float32, not {unet.dtype}; its arithmetic is set by precision")
-    name = None
-    if config.method == "lora":
-        name = add_adapter(unet, config.rank, config.layers, seed)
-    else:
+    name = add_adapter(unet, config.rank, config.layers, seed) if config.method == "lora" else None
+    if name is None:
         unet.requires_grad_(True)
     try:
-        task = DenoiserTask(pipeline, products, config, seed, SynthesisConfig() if synthesis is None else synthesis, textures, progress)
-        task.identity |= dict(identity or {})
+        task = DenoiserTask(pipeline, products, config, seed, textures, progress)
+        task.identity |= identity or {}
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         losses = train(task, config.loop(steps, seed), run, progress=progress, stage="denoiser")
@@ -170,46 +145,39 @@ class DenoiserTask:
         products: Mapping[str, TrainedProduct],
         config: FinetuneConfig,
         seed: int,
-        synthesis: SynthesisConfig,
-        textures: Sequence[Pixels],
-        progress: Progress,
+        textures: Sequence[Pixels] = (),
+        progress: Progress = no_progress,
     ):
         self.pipeline, self.config, self.seed = pipeline, config, seed
+        self.module: nn.Module = pipeline.unet
+        synthesis = SynthesisConfig()  # the paper's recipe
+        images = [image for product in products.values() for image in product.images]
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in ("method", "rank", "layers", "anomaly_share", "pool")},
             "synthesis": to_json(synthesis),
-            "images": sha256_of_images([image for product in products.values() for image in product.images]),
+            "images": sha256_of_images(images),
             "textures": sha256_of_images(textures),
             "products": {name: product.foreground for name, product in products.items()},
         }
         self.prompts = torch.cat([product.prompt_embeds for product in products.values()]).to(pipeline.device)
-        images = [(image, place) for place, product in enumerate(products.values()) for image in product.images]
-        foregrounds = [product.foreground for product in products.values()]
-        latents = divided(lambda n: self._encode(images[n][0]), len(images), lambda *done: progress("latents", *done))
-        self.normal = torch.stack(latents)
-        self.place = torch.tensor([place for _, place in images])  # product of each image
+        foregrounds = [product.foreground for product in products.values() for _ in product.images]
+        self.place = torch.tensor([place for place, product in enumerate(products.values()) for _ in product.images])  # of each's product
+        self.normal = torch.stack(divided(lambda n: self._encode(images[n]), len(images), lambda *done: progress("latents", *done)))
 
         def synthetic(number: int) -> tuple[Tensor, int]:
             draw = Draw((seed, number))
             source = draw.integer(0, len(images) - 1)
-            image, place = images[source]
-            return self._encode(synthesise(image, draw, synthesis, textures, foregrounds[place])[0]), source
+            return self._encode(synthesise(images[source], draw, synthesis, textures, foregrounds[source])[0]), source
 
         count = config.pool if config.anomaly_share else 0
         pool = divided(synthetic, count, lambda *done: progress("synthetic anomalies", *done))
         self.anomalous = torch.stack([latent for latent, _ in pool]) if pool else self.normal[:0]
         self.sources = [source for _, source in pool]  # normal image of each
 
-    @property
-    def module(self) -> nn.Module:
-        """The denoiser."""
-        unet: nn.Module = self.pipeline.unet
-        return unet
-
     def loss(self, module: nn.Module, step: int, samples: Sequence[int]) -> Tensor:
         """Mean squared error of the noise prediction (METHOD: training, ATP)."""
         device, schedule = self.pipeline.device, self.pipeline.schedule
-        normal, mixed_in, places, timesteps, noise = [], [], [], [], []
+        indices, mixed_in, timesteps, noise = [], [], [], []
         for sample in samples:
             draw = Draw((self.seed, step, sample))
             if len(self.anomalous) and draw.uniform(0, 1) < self.config.anomaly_share:
@@ -218,16 +186,15 @@ class DenoiserTask:
             else:
                 index = draw.integer(0, len(self.normal) - 1)
                 anomalous = self.normal[index]
-            normal.append(self.normal[index])
+            indices.append(index)
             mixed_in.append(anomalous)
-            places.append(self.place[index])
             timesteps.append(draw.integer(0, schedule.num_timesteps - 1))
             noise.append(torch.randn(self.normal.shape[1:], generator=draw_generator(self.seed, step, sample)))
-        z_normal, z_anomalous, eps = (torch.stack(part).to(device) for part in (normal, mixed_in, noise))
+        z_normal, z_anomalous, eps = (part.to(device) for part in (self.normal[indices], torch.stack(mixed_in), torch.stack(noise)))
         timestep = torch.tensor(timesteps, device=device)
         alpha_bar = schedule.alpha_bar(timestep)
         x_t = add_noise(mix_anomaly(z_normal, z_anomalous, timestep, schedule.num_timesteps), eps, alpha_bar)
-        noise_pred = self.pipeline.denoise(x_t, timestep, self.prompts[torch.stack(places).to(device)], module)
+        noise_pred = self.pipeline.denoise(x_t, timestep, self.prompts[self.place[indices].to(device)], module)
         return F.mse_loss(noise_pred.float(), denoising_target(x_t, z_normal, alpha_bar))
 
     @torch.no_grad()

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gladad.core.errors import DataError
+from gladad.models.family import Pixels
+from gladad.training.loop import LoopConfig
 
-Pixels = NDArray[np.uint8]
 SAMPLED = 4096  # values of a weight, at least
 
 
-def check_training_images(images: Sequence[Pixels]) -> None:
+def loop_config(settings: Any, **others: Any) -> LoopConfig:
+    """The loop's settings: those of a training's own that have the same name, and others."""
+    own = {field.name: getattr(settings, field.name) for field in fields(LoopConfig) if hasattr(settings, field.name)}
+    return LoopConfig(**own | others)
+
+
+def check_images(images: Sequence[Pixels]) -> None:
     """Refuse what is no set of images to train on.
 
     Raises:
@@ -31,13 +39,7 @@ def check_training_images(images: Sequence[Pixels]) -> None:
 
 
 def image_of_sample(seed: int, number: int, count: int) -> int:
-    """Which of ``count`` images a sample shows: each one once per epoch, in an order drawn for that epoch.
-
-    Args:
-        seed: Of the orders.
-        number: Of the sample, counted through the whole training.
-        count: Images.
-    """
+    """Which of ``count`` images the sample of this number in a training shows: each one once per epoch, in an order drawn for that."""
     epoch, place = divmod(number, count)
     return int(np.random.default_rng([seed, epoch]).permutation(count)[place])
 
