@@ -28,6 +28,10 @@ ONLY_IN = {
     "transformers": {"models", "features", "interop"},
     "huggingface_hub": {"models", "features"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "sklearn": {"metrics"},
+    "skimage": {"data"},
+    "torch": {"core", "algorithm", "features", "training", "models", "detector", "evaluation", "benchmark", "interop"},
     "typer": {"cli"},
     "rich": {"cli"},
     "elpv_dataset": {"cli"},
@@ -79,6 +83,25 @@ def test_models_do_not_know_each_other(module):
 def test_packages_stay_where_they_belong(package):
     users = {module.split(".")[0] for module in MODULES if any(name.split(".")[0] == package for name in imported(module))}
     assert users <= ONLY_IN[package]
+
+
+APART = ("algorithm", "data", "features", "decision", "metrics", "training")
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.split(".")[0] in APART])
+def test_the_lower_rooms_do_not_know_each_other(module):
+    assert rooms(module) <= {"core", module.split(".")[0]}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_too_long_to_be_read(module):
+    """A module at most 400 lines, a function with its decorators and documentation at most 60."""
+    text = (SOURCE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in functions:
+        start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        assert (node.end_lineno or 0) - start < 60, node.name
 
 
 def test_the_door_is_light():

@@ -62,7 +62,8 @@ class LoopConfig:
 class TrainingRun:
     """What a training writes on its way. None of it changes the result."""
 
-    folder: Path | None = None  # for checkpoints, logs and examples; None = nothing is written, and an interrupted training is lost
+    # for checkpoints, logs and examples; None = nothing is written, and an interrupted training is lost
+    folder: Annotated[Path | None, Field(strict=False)] = None
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps between checkpoints
     keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints kept
     tracker: str = "auto"  # "auto" = TensorBoard where it is installed; "none"; or one of accelerate's, such as "wandb"
