@@ -99,9 +99,10 @@ def attach_adapter(unet: Any, adapter: Adapter) -> str:
 
 def settle_adapter(unet: Any, name: str) -> None:
     """Freeze an adapter, in the dtype of its network."""
+    dtype = unet.dtype
     for key, parameter in unet.named_parameters():
         if f".{name}." in key:
-            parameter.data = parameter.data.to(unet.dtype)
+            parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(False)
 
 

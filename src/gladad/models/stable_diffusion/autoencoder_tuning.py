@@ -67,9 +67,9 @@ def tune_autoencoder(
     run: TrainingRun | None = None,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Train an autoencoder in place, to rebuild normal images of a product; the same seed and images give the same weights.
+    """Train an autoencoder in place, to rebuild normal images of a product; returns the loss of every step, with any discriminator's.
 
-    Images are taken as they are: parts have an orientation, so there are no flips. Each is shown once per epoch.
+    The same seed and images give the same weights. Parts have an orientation, so there are no flips. Each image is shown once per epoch.
 
     Args:
         vae: A diffusers ``AutoencoderKL`` in float32. Its encoder learns, too; its ``scaling_factor`` stays.
@@ -78,9 +78,6 @@ def tune_autoencoder(
         config: How to train.
         run: Checkpoints, logs and examples.
         progress: Told of every step, as ``autoencoder``.
-
-    Returns:
-        The loss of every step; with a discriminator its own is in it.
 
     Raises:
         ConfigError: The autoencoder is in half precision, or the images' sides are no multiples of its stride.
@@ -143,8 +140,7 @@ class TrainedAutoencoder(nn.Module):
 def patch_discriminator(seed: int, width: int = 64) -> nn.Sequential:
     """A small convolutional network ``[B, 3, H, W] -> [B, 1, H / 8, W / 8]``: how real each patch looks (PatchGAN, arXiv 1611.07004).
 
-    Group norm in place of batch norm: what it says of an image depends on that image alone. The seed is that of its weights, the width is
-    channels of the first layer.
+    Group norm in place of batch norm: what it says of an image depends on that image alone. The width is channels of the first layer.
     """
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):

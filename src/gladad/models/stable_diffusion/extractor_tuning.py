@@ -72,7 +72,7 @@ def tune_features(
     run: TrainingRun | None = None,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Teach the extractor that scores to overlook what reconstructions of normal images lose.
+    """Teach the extractor that scores to overlook what reconstructions of normal images lose; returns the loss of every step.
 
     Only the MLPs of the blocks whose outputs are compared are trained (blocks 3, 6, 9, 12 of ViT-B), in a copy of the frozen extractor; a
     base that was tuned before starts from the frozen one again. Scores are of another scale afterwards: thresholds have to be calibrated
@@ -84,9 +84,6 @@ def tune_features(
         config: How to train.
         run: Checkpoints, logs and examples.
         progress: Told of every reconstruction and every step, as ``features``.
-
-    Returns:
-        The loss of every step.
 
     Raises:
         ConfigError: The base is not a diffusers base, or its schedule is shorter than ``start_timestep``.

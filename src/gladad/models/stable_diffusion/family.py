@@ -148,13 +148,7 @@ def adjust(model: Model, images: Sequence[Pixels], settings: StableDiffusionSett
 
 
 def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSettings, limit: int | None) -> None:
-    """Refuse a training that does not fit into memory, before its weights are loaded.
-
-    Args:
-        name: Of the base.
-        size: ``(H, W)`` it works at.
-        settings: Of the fit.
-        limit: Bytes; None = what is available.
+    """Refuse a training at ``(H, W)`` that needs more bytes than the limit, or than are available, before its weights are loaded.
 
     Raises:
         ConfigError: It does not fit; the message says what would.

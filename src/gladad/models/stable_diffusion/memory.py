@@ -93,12 +93,13 @@ def _denoise(unet: Any, batch: int, latent: Size) -> None:
 
 def _kept(unet: Any, batch: int, latent: Size, checkpointing: bool, norms_in_float32: bool) -> int:
     """Bytes at the end of a forward pass with gradients, and of what comes and goes on the way back. Changes the network."""
+    half = unet.dtype != torch.float32
     for name, module in unet.train().named_modules():
         norm = isinstance(module, nn.GroupNorm | nn.LayerNorm)
         if norm and norms_in_float32:
             module.float()
         if norm or isinstance(module, nn.Linear | nn.Conv2d):  # as autocast does
-            copy = unet.dtype != torch.float32 and ".lora_A." in name  # peft makes float32 of what adapters are given
+            copy = half and ".lora_A." in name  # peft makes float32 of what adapters are given
             module.register_forward_pre_hook(lambda layer, given, copy=copy: given[0].to(layer.weight.dtype, copy=copy))
     seen = {id(parameter.untyped_storage()): parameter.untyped_storage() for parameter in unet.parameters()}
     kept: list[int] = []  # sizes of storages

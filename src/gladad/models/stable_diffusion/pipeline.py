@@ -255,9 +255,10 @@ class GladPipeline(DiffusionPipeline):
 
     def denoise(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, unet: nn.Module | None = None) -> Tensor:
         """One call of the denoiser, perhaps given wrapped, under text embeddings ``[B or 1, L, D]``, as a noise prediction."""
-        context = prompt_embeds.to(latent.device, self.unet.dtype).expand(len(latent), -1, -1)
+        dtype = self.unet.dtype  # read once: diffusers walks through the whole network for it
+        context = prompt_embeds.to(latent.device, dtype).expand(len(latent), -1, -1)
         network: Any = self.unet if unet is None else unet
-        output: Tensor = network(latent.to(self.unet.dtype), timestep, encoder_hidden_states=context).sample.float()
+        output: Tensor = network(latent.to(dtype), timestep, encoder_hidden_states=context).sample.float()
         if self.scheduler.config.prediction_type == "v_prediction":
             return velocity_to_noise(latent, output, self.schedule.alpha_bar(timestep))
         return output
@@ -276,7 +277,7 @@ class GladPipeline(DiffusionPipeline):
     def score_maps(
         self, image: Tensor, reconstruction: Tensor, scoring: ScoringConfig, feature_size: tuple[int, int], foreground: Tensor | None = None
     ) -> Tensor:
-        """Where images and their reconstructions differ (section 3.5).
+        """Anomaly maps ``[B, 1, *feature_size]``: where images and their reconstructions differ (section 3.5).
 
         Args:
             image: ``[B, 3, H, W]`` in [0, 1].
@@ -285,9 +286,6 @@ class GladPipeline(DiffusionPipeline):
             feature_size: ``(height, width)`` of the map and of the pixel difference; features are extracted at the nearest size that
                 the extractor takes.
             foreground: ``[B, 1, H', W']`` in [0, 1]: how much each place counts (`gladad.algorithm.soft_foreground` of a mask).
-
-        Returns:
-            Anomaly maps ``[B, 1, *feature_size]``.
         """
         pair = [_resize(x.float(), feature_size) for x in (image, reconstruction)]
         difference = (imagenet_normalise(pair[0]) - imagenet_normalise(pair[1])).abs().mean(dim=1, keepdim=True)
