@@ -43,10 +43,8 @@ class Configuration:
 
     def values(self, category: str) -> dict[str, Any]:
         """The settings for one category."""
-        if self.multi_class:
-            return self.settings
-        filled: dict[str, Any] = json.loads(json.dumps(self.settings).replace("{category}", json.dumps(category)[1:-1]))
-        return filled
+        text = json.dumps(self.settings)
+        return dict(json.loads(text if self.multi_class else text.replace("{category}", json.dumps(category)[1:-1])))
 
 
 @validated

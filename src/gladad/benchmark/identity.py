@@ -17,11 +17,8 @@ from gladad.core.records import Sample
 from gladad.data.samples import file_digest, fingerprint
 
 SOURCE = Path(gladad.__file__).parent
-DECIDING = (
-    *("core", "algorithm", "data", "features", "decision", "metrics", "training", "models", "detector", "evaluation"),
-    "benchmark/cell.py",
-)
-"""Packages and modules whose code decides a result."""
+PACKAGES = ("core", "algorithm", "data", "features", "decision", "metrics", "training", "models", "detector", "evaluation")
+DECIDING = (*PACKAGES, "benchmark/cell.py")  # whose code decides a result
 
 
 def digest(value: Any) -> str:

@@ -125,12 +125,7 @@ def plan(config: BenchmarkConfig, data: Path, *, seeds: Sequence[int] = (), sour
 
 
 def select(cells: Sequence[Cell], *, shift: bool = False, **wanted: Sequence[Any] | None) -> list[Cell]:
-    """A part of a plan.
-
-    Args:
-        cells: All of it.
-        shift: Corruptions and contamination too.
-        **wanted: Only these, by ``configuration``, ``category`` and ``seed``; none means all.
+    """A part of a plan: with shifts or without, and what is wanted of each ``configuration``, ``category`` and ``seed``; none means all.
 
     Raises:
         DataError: A name does not exist.
@@ -225,7 +220,7 @@ def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lamb
         tell: Called with a line on every cell.
 
     Returns:
-        ``(cell, reason)`` of those that failed; they are tried again the next time.
+        ``(cell, reason)`` of those that failed, which the next call tries again.
 
     Raises:
         WriteError: Another benchmark is writing into the folder.

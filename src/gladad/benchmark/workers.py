@@ -27,12 +27,9 @@ class Workers:
         self.stopped = False
 
     def run(self, job: Callable[..., None], *arguments: Any, threads: int) -> str:
-        """Run a job to its end. May be called from several threads at a time, but not from the main one.
+        """Call a module's function, whose arguments are pickled, with so many threads of PyTorch, and wait for its end.
 
-        Args:
-            job: A function of a module.
-            *arguments: Its arguments; they are pickled.
-            threads: Of PyTorch, in that process.
+        May be called from several threads at a time, but not from the main one.
 
         Returns:
             What went wrong, in a sentence; empty if nothing did.
@@ -95,7 +92,6 @@ def _child(sender: Connection, threads: int, job: Callable[..., None], *argument
 
 
 def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

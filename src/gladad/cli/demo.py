@@ -32,9 +32,7 @@ DEFAULTS = {"seed": SEED, "training.steps": 400, "false_reject_rate": 0.05}
 def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path], list[Sample]]:
     """Split the monocrystalline cells into files to learn from and labelled samples to judge, the same way for the same seed.
 
-    Args:
-        folder: Where ``labels.csv`` and ``images/`` are; None finds the installed package.
-        seed: Of the split.
+    ``labels.csv`` and ``images/`` are in the folder; None finds the installed package.
 
     Raises:
         MissingExtraError: The package is not installed.
@@ -59,16 +57,9 @@ def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path
 def run(
     output: Path, folder: Path | None = None, *, settings: FitSettings | None = None, progress: Progress = no_progress
 ) -> tuple[Report, Path]:
-    """Fit on good cells, judge held-out ones, and write the report (`gladad.evaluation.run.write_report`).
+    """Fit on good cells (of `solar_cells`), judge held-out ones, and write the report; returns the report and its page.
 
-    Args:
-        output: Folder for the report.
-        folder: As for `solar_cells`.
-        settings: Of the fit; the defaults take a few minutes on two cores.
-        progress: Told of every stage.
-
-    Returns:
-        The report, and its page.
+    The default settings of the fit take a few minutes on two cores.
     """
     train, test = solar_cells(folder)
     check_output(output)

@@ -40,10 +40,7 @@ app = typer.Typer(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None takes the process's.
+    """Run the command line; the arguments are without the program's name, None takes the process's.
 
     Returns:
         Exit status: 0 done, 1 the input's fault, 2 wrong usage, 130 interrupted.

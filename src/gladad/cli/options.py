@@ -56,11 +56,7 @@ class Option:
 
 
 def collects(**tables: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: a command gets, for each table, a dict of setting -> value of those options that were given.
-
-    Args:
-        **tables: Name of the command's parameter -> its options.
-    """
+    """Decorator: for each table, the command's parameter of its name gets a dict of setting -> value of those options that were given."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(command, include_extras=True)
