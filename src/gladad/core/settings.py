@@ -145,6 +145,9 @@ def _sentence(error: ValidationError, kind: Any) -> str:
         path.append(place[-1])
     elif mistake["type"] == "missing":
         said = "is missing"
+    elif mistake["type"] == "union_tag_invalid":
+        path.append(METHOD)
+        said = f"must be one of {mistake['ctx']['expected_tags']}, not {mistake['ctx']['tag']!r}"
     else:
         said = f"{mistake['msg'][:1].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"
     return f"{'.'.join(path) or kind.__name__}: {said}".replace("\n", " ")

@@ -84,13 +84,16 @@ def load_extractor(name: str = DEFAULT_EXTRACTOR, revision: str | None = None, o
         ModelFormatError: There are no such weights within reach, or they are not those of an extractor.
         MissingExtraError: The package of the weights is not installed.
     """
+    found: Extractor
     if name == DEFAULT_EXTRACTOR:
         from gladad.features.efficientnet import pretrained
 
-        return pretrained()
-    from gladad.features.backbones import load_backbone  # brings transformers, which takes seconds
+        found = pretrained()
+    else:
+        from gladad.features.backbones import load_backbone  # brings transformers, which takes seconds
 
-    return load_backbone(name, revision, offline)
+        found = load_backbone(name, revision, offline)
+    return found.eval().requires_grad_(False)
 
 
 def missing_weights(loading_info: Mapping[str, Any]) -> str:

@@ -42,6 +42,10 @@ class FeatureStack:
         """``[B, 3, H, W]`` in [0, 1], on the extractor's device -> ``[B, channels, h, w]`` float32."""
         half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
         levels = [*self.extractor(images), *self.extractor(half)[1:]]
+        widths = [part.stop - part.start for part in self.levels]
+        if (channels := [level.shape[1] for level in levels]) != widths:
+            name = self.extractor.identity.name
+            raise ConfigError(f"features: {name} gives maps of {channels} channels, and says in its levels that they have {widths}")
         pooled = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in levels]
         return torch.cat([_to_grid(level, self.grid) for level in pooled], dim=1)
 

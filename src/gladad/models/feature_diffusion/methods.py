@@ -6,7 +6,7 @@ nothing of which one it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -171,6 +171,9 @@ class Deviation:
         return self.config
 
 
-def method_of(config: OneCallConfig | DeviationConfig) -> Method:
+_METHODS: dict[type, Callable[[Any], Method]] = {OneCallConfig: SingleCalls, DeviationConfig: Deviation}
+
+
+def method_of(config: Any) -> Method:
     """The method that some settings are of."""
-    return SingleCalls(config) if isinstance(config, OneCallConfig) else Deviation(config)
+    return _METHODS[type(config)](config)

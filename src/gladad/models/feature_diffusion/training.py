@@ -163,7 +163,7 @@ def resolved(model: FeatureDiffusion) -> FeatureDiffusionConfig:
     if settings.product == "auto":
         settings = replace(settings, product="texture" if float(model.space.unexplained) > TEXTURE_UNEXPLAINED else "object")
     config = replace(model.config, settings=settings)
-    if not settings.reconstruction.timesteps:
+    if getattr(settings.reconstruction, "timesteps", None) == ():
         search = replace(settings.reconstruction, timesteps=config.recipe.timesteps)
         config = replace(config, settings=replace(settings, reconstruction=search))
     return config
