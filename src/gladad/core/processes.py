@@ -6,6 +6,7 @@ records and errors go between them, large things lie in files.
 
 from __future__ import annotations
 
+import atexit
 import os
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -111,6 +112,7 @@ def started() -> Iterator[Processes]:
 
     # One that has ended is noticed at once, so the limit on waiting for one that works need not be short.
     state = PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))
+    atexit.register(state.destroy_process_group)  # while its threads still have an interpreter: gloo aborts otherwise, now and then
     processes = Processes(state.process_index, count)
     try:
         with interrupted_by_sigterm(), processes._together():
