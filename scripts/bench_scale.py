@@ -12,16 +12,18 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
 
+from gladad.core.settings import with_values
 from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import Sources, locate_base
+from gladad.models.stable_diffusion.family import UNREACHABLE
 from gladad.models.stable_diffusion.memory import plan_inspection, plan_training
-from gladad.models.stable_diffusion.model import UNREACHABLE, PaperBase, PaperConfig
+from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.settings import StableDiffusionConfig, StableDiffusionSettings
 from gladad.models.stable_diffusion.training import FinetuneConfig, TrainedProduct, finetune_denoiser
 from gladad.training.loop import DTYPES
 
@@ -47,11 +49,9 @@ def picture(size: int) -> np.ndarray:
 def inspect(base: str, size: int, guidance: float, delta: float) -> float:
     """Seconds of an inspection with 25 steps, from a picture to its map."""
     pipeline = GladPipeline.from_base(base, torch_dtype=DTYPES[PRECISION])
-    search = replace(PaperConfig().reconstruction, step_threshold=delta)
-    config = PaperConfig(
-        image_size=(size, size), feature_size=(size, size), guidance_scale=guidance, precision=PRECISION, reconstruction=search
-    )
-    detector = PaperBase(config, pipeline)
+    values = {"guidance_scale": guidance, "training.precision": PRECISION, "reconstruction.step_threshold": delta}
+    config = StableDiffusionConfig(settings=with_values(StableDiffusionSettings(), values), image_size=(size, size))
+    detector = StableDiffusion(config, pipeline)
     started = time.perf_counter()
     detector.inspect(picture(size))
     return time.perf_counter() - started

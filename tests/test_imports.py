@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,14 @@ def test_nothing_is_too_long_to_be_read(module):
     for node in functions:
         start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         assert (node.end_lineno or 0) - start < 60, node.name
+
+
+@pytest.mark.parametrize("script", sorted((SOURCE.parents[1] / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_find_what_they_import(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gladad"):
+            module = import_module(str(node.module))
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
 
 
 def test_the_door_is_light():
