@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gladad
+from gladad.core.errors import DataError
 from gladad.core.images import list_images
 from gladad.core.records import Sample
 from gladad.data.samples import file_digest, fingerprint
@@ -38,17 +38,11 @@ def source_fingerprint(source: Path) -> str:
 
 
 def content(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file; empty if it cannot be read. A file is read again only if its size or time has changed."""
+    """SHA-256 (hexadecimal) of a file; empty if it cannot be read."""
     try:
-        about = path.stat()
-        return _content(path, about.st_size, about.st_mtime_ns)
-    except OSError:
+        return file_digest(path)
+    except DataError:
         return ""
-
-
-@functools.cache
-def _content(path: Path, size: int, changed: int) -> str:
-    return file_digest(path)
 
 
 def images_digest(paths: Iterable[Path], root: Path) -> str:

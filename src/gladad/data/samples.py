@@ -12,6 +12,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -147,16 +148,22 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 (hexadecimal) of the content of a file, which is read piece by piece.
+    """SHA-256 (hexadecimal) of the content of a file, which is read piece by piece, and again only if its size or time has changed.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        about = Path(path).stat()
+        return _digest(Path(path).absolute(), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def split_held_out(paths: Sequence[Path], share: float, minimum: int, seed: int) -> tuple[list[Path], list[Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from gladad.core.errors import ConfigError
@@ -63,4 +62,4 @@ def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:
 
 def adjust(model: FeatureDiffusion, images: Sequence[Pixels], settings: FeatureDiffusionSettings, progress: Progress) -> Model:
     """A copy with the statistics measured anew."""
-    return adjusted(model, replace(settings), images, progress)
+    return adjusted(model, settings, images, progress)
