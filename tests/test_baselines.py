@@ -14,15 +14,18 @@ from transformers import ResNetConfig, ResNetModel
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 from gladad.detector.glad import Glad
-from gladad.detector.old_format import upgraded
 from gladad.features.extractor import load_extractor
-from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, MemoryBankSettings, fit_memory_bank
-from gladad.models.registry import make_settings
+from gladad.models.baselines.feature_baselines import (
+    FeatureBaseline,
+    FeatureBaselineConfig,
+    FeatureBaselineSettings,
+    fit_feature_baseline,
+)
 
 SETTINGS = {"image_size": 64, "false_reject_rate": 0.2, "calibration": "held-out"}
 HAS_ANOMALIB = find_spec("anomalib") is not None
 THEIRS = pytest.mark.skipif(not HAS_ANOMALIB, reason="anomalib is not installed")
-BASES = ["memory-bank", pytest.param("anomalib-patchcore", marks=THEIRS), pytest.param("anomalib-padim", marks=THEIRS)]
+BASES = ["memory-bank", "padim", "pca", pytest.param("anomalib-patchcore", marks=THEIRS), pytest.param("anomalib-padim", marks=THEIRS)]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -43,19 +46,19 @@ def test_a_baseline_is_a_base_like_any_other(base, category: Path, tmp_path: Pat
 
 def test_what_is_remembered_is_at_distance_zero():
     images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
-    config = MemoryBankConfig(image_size=(64, 64), settings=MemoryBankSettings(memory=10_000))
-    bank = fit_memory_bank(images, config)
-    assert len(bank.memory) == 2 * 8 * 8  # all of it fits
-    # not quite zero: the square root of what rounding leaves of a sum of 328 squares
+    config = FeatureBaselineConfig(image_size=(64, 64), settings=FeatureBaselineSettings(size=10_000))
+    bank = fit_feature_baseline(images, config)
+    assert len(bank.learnt["rows"]) == 2 * 8 * 8  # all of it fits
+    # not quite zero: the square root of what rounding leaves of a sum of 176 squares
     assert bank.inspect(images[0]).map.max() < 0.2
     assert bank.inspect(np.asarray(draw_part(9, defective=True)[0])).map.max() > 2
-    assert len(fit_memory_bank(images, replace(config, settings=MemoryBankSettings(memory=50))).memory) == 50
+    assert len(fit_feature_baseline(images, replace(config, settings=FeatureBaselineSettings(size=50))).learnt["rows"]) == 50
 
 
 def test_a_damaged_bank(category: Path, tmp_path: Path):
     Glad.from_base("memory-bank", settings=SETTINGS).fit(category).save_pretrained(tmp_path / "model")
-    (tmp_path / "model/base/memory_bank.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ModelFormatError, match="memory_bank"):
+    (tmp_path / "model/base/baseline.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelFormatError, match="baseline"):
         Glad.from_pretrained(tmp_path / "model")
 
 
@@ -69,40 +72,30 @@ def put_backbone(folder: Path, seed: int) -> str:
 
 def test_a_bank_of_other_features_knows_them_again(tmp_path: Path):
     images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
-    config = MemoryBankConfig(image_size=(64, 64), settings=MemoryBankSettings(features=put_backbone(tmp_path / "backbone", seed=0)))
-    bank = fit_memory_bank(images, config)
-    assert bank.memory.shape == (2 * 8 * 8, 16 + 2 * (24 + 32))
+    config = FeatureBaselineConfig(
+        image_size=(64, 64), settings=FeatureBaselineSettings(features=put_backbone(tmp_path / "backbone", seed=0))
+    )
+    bank = fit_feature_baseline(images, config)
+    assert bank.learnt["rows"].shape == (2 * 8 * 8, 16 + 24 + 32)
     assert bank.config.extractor == load_extractor(config.settings.features).identity
     (tmp_path / "bank").mkdir()
     saved = bank.save(tmp_path / "bank")
-    found, expected = (x.inspect(images[0]) for x in (MemoryBank.load(tmp_path / "bank", saved), bank))
+    found, expected = (x.inspect(images[0]) for x in (FeatureBaseline.load(tmp_path / "bank", saved), bank))
     assert found.score == expected.score and np.array_equal(found.map, expected.map)
 
     put_backbone(tmp_path / "backbone", seed=1)
     with pytest.raises(ModelFormatError, match=r"was fitted with the features of .*backbone \(SHA-256 .* provide those, or fit again"):
-        MemoryBank.load(tmp_path / "bank", saved)
+        FeatureBaseline.load(tmp_path / "bank", saved)
     with pytest.raises(ModelFormatError, match="backbone is neither a folder nor"):
-        MemoryBank.load(tmp_path / "bank", {**saved, "settings": {"features": str(tmp_path / "no-backbone")}})
-
-
-def test_a_bank_saved_before_features_were_named_loads(tmp_path: Path):
-    images = [np.asarray(draw_part(seed)[0]) for seed in range(2)]
-    bank = fit_memory_bank(images, MemoryBankConfig(image_size=(64, 64)))
-    bank.save(tmp_path)
-    settings = {"seed": 0, "image_size": 64, "steps": None, "false_reject_rate": 0.01, "adaptive": True}
-    config = {"image_size": [64, 64], "memory": 20_000, "blur_sigma": 4.0, "top_k": 250, "seed": 0}
-    old = {"base": "memory-bank", "source": "memory-bank", "settings": settings, "config": config, "provenance": {}}
-    new = upgraded(old)
-    assert MemoryBank.load(tmp_path, new["config"]).inspect(images[0]).score == bank.inspect(images[0]).score
-    assert make_settings("memory-bank", new["settings"]) == make_settings("memory-bank", {"image_size": 64})
+        FeatureBaseline.load(tmp_path / "bank", {**saved, "settings": {"features": str(tmp_path / "no-backbone")}})
 
 
 def test_settings_that_are_not_for_a_baseline(category: Path):
     with pytest.raises(ConfigError, match="preset: unknown setting"):
         Glad.from_base("memory-bank", settings=SETTINGS | {"preset": "visa/pcb1"})
     detector = Glad.from_base("memory-bank", settings=SETTINGS).fit(category)
-    with pytest.raises(ConfigError, match="memory cannot be changed without another fit"):
-        detector.adjust(category, SETTINGS | {"memory": 7})
+    with pytest.raises(ConfigError, match="size cannot be changed without another fit"):
+        detector.adjust(category, SETTINGS | {"size": 7})
     assert detector.adjust(category, SETTINGS | {"false_reject_rate": 0.5}).calibration_.threshold.false_reject_rate == 0.5
 
 

@@ -46,19 +46,22 @@ def test_needed_images(rate, needed):
     assert required_images(rate) == needed
     enough = max(needed, 4)
     assert conformal_threshold(np.arange(1.0, enough + 1), rate).method == "conformal"
-    if needed > 4:
-        assert conformal_threshold(np.arange(1.0, needed), rate).method == "extrapolated"
+    threshold = conformal_threshold(np.arange(1.0, enough + 1), rate)
+    assert threshold.promised_rate == pytest.approx(rate) and "would need" not in threshold.statement
 
 
-def test_too_few_images_claim_nothing():
-    scores = np.random.default_rng(0).lognormal(0, 0.1, 20)
-    threshold = conformal_threshold(scores, 0.01)
-    assert threshold.method == "extrapolated"
-    assert threshold.value >= scores.max()
-    assert threshold.value < 2 * scores.max()
-    assert threshold.needed == 99
-    assert "no guarantee" in threshold.statement and "99" in threshold.statement and "20" in threshold.statement
-    assert "guarantee" in conformal_threshold(np.arange(1.0, 100), 0.01).statement
+def test_too_few_images_give_the_best_promise_that_they_can():
+    rng = np.random.default_rng(7)
+    thresholds = []
+    rows = rng.lognormal(size=(4000, 42))
+    for row in rows:
+        thresholds.append(conformal_threshold(row[:-1], 0.01))
+    threshold = thresholds[0]
+    assert (threshold.method, threshold.n, threshold.needed) == ("conformal", 41, 99)
+    assert threshold.promised_rate == pytest.approx(1 / 42)
+    assert threshold.statement.startswith("at most 2.38% of good parts like the 41") and "1.00% would need 99" in threshold.statement
+    rejected = np.mean([row[-1] > found.value for row, found in zip(rows, thresholds, strict=True)])
+    assert rejected == pytest.approx(1 / 42, abs=4 * math.sqrt(1 / 42 / 4000))  # kept, and no more careful than it must be
 
 
 def test_scores_that_do_not_vary():

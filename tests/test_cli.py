@@ -83,7 +83,7 @@ def test_fit_and_use(gladad, category, tmp_path):
     model = tmp_path / "models" / "widget"
     result = gladad("fit", category, "-o", model, "--steps", 8, *TINY_FLAGS, "--seed", 3, "--false-reject-rate", 0.2)
     assert (result.status, result.err) == (0, "")
-    assert "16 good images" in result.out and "like these 16 are rejected" in result.out and "no guarantee" in result.out
+    assert "16 good images" in result.out and "like the 16 held-out ones are rejected" in result.out and "no guarantee" in result.out
     assert names(model.parent) == ["widget"]
     loaded = Glad.from_pretrained(model)
     assert loaded.settings == make_settings("lite", TINY_SETTINGS | {"training.steps": 8, "seed": 3, "false_reject_rate": 0.2})
@@ -95,13 +95,6 @@ def test_the_same_fit_gives_the_same_model(gladad, category, tmp_path):
         assert gladad("fit", category / "train/good", "-o", tmp_path / name, *TINY).status == 0
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert files and all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-
-
-@pytest.mark.parametrize("product", ["object", "texture"])
-def test_the_kind_of_product_can_be_given(gladad, category, tmp_path, product):
-    assert gladad("fit", category, "-o", tmp_path / "model", *TINY, "--product", product).status == 0
-    described = json.loads(gladad("info", tmp_path / "model", "--json").out)
-    assert described["config"]["settings"]["product"] == described["settings"]["product"] == product
 
 
 def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path):  # noqa: F811
@@ -236,14 +229,15 @@ def test_info(gladad, model, detector):
 
 
 def test_info_tells_settings_as_the_training_resolved_them(gladad, category, tmp_path):
-    """Except the rate, which may have been chosen anew since."""
-    assert gladad("fit", category, "-o", tmp_path / "model", *TINY).status == 0
+    """Except the rate, which may have been chosen anew since; and which copies of the good images were tried, and how that went."""
+    assert gladad("fit", category, "-o", tmp_path / "model", *TINY, "--set", "reconstruction.adaptive=true").status == 0
     assert gladad("calibrate", tmp_path / "model", category, "--false-reject-rate", "0.3", "-q").status == 0
     described = json.loads(gladad("info", tmp_path / "model", "--json").out)
     resolved = described["config"]["settings"]
-    assert described["settings"]["product"] == "auto" != resolved["product"] and resolved["false_reject_rate"] == 0.01
+    assert not described["settings"]["reconstruction"]["step_thresholds"]
+    assert len(resolved["reconstruction"]["step_thresholds"]) == 2 and resolved["false_reject_rate"] == 0.01
     told = dict(line.split(maxsplit=1) for line in gladad("info", tmp_path / "model").out.splitlines() if line.startswith(" settings."))
-    assert told["settings.product"].strip() == resolved["product"] and told["settings.false_reject_rate"].strip() == "0.3"
+    assert told["settings.false_reject_rate"].strip() == "0.3"
     assert len(told) > 20
 
 

@@ -36,7 +36,7 @@ QUICK = {
     "seed": 1,
     "latent.dimensions": 8,
     "widths": [32, 32],
-    "training": {"steps": 4, "batch_size": 4, "pool": 16, "decoder_steps": 2, "statistics": 6},
+    "training": {"steps": 4, "batch_size": 4, "pool": 16, "decoder_steps": 2},
 }
 """A ``lite`` model that trains in a second; everything else as shipped."""
 
@@ -116,7 +116,7 @@ def test_held_out_images_are_not_trained_on(good: Path, monkeypatch: pytest.Monk
     (trained,) = seen.trained
     assert len(trained) == 24 and len(seen.judged) == len(detector.calibration_.scores) == 6
     assert trained.isdisjoint(seen.judged)
-    assert detector.calibration_.threshold.statement.startswith("no guarantee: 1.00% false rejects need 99")
+    assert detector.calibration_.threshold.statement.startswith("at most 14.29% of good parts like the 6")
 
 
 def test_held_out_images_of_products_fitted_together_are_not_trained_on(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_a_model_in_the_papers_form(good: Path, tmp_path: Path) -> None:
 def test_one_denoiser_for_several_products(good: Path, tmp_path: Path) -> None:
     images = {"a": sorted(good.iterdir())[:25], "b": sorted(good.iterdir())[5:]}
     detectors = Glad.fit_together(images, settings=quick_settings())
-    assert detectors["a"].model_.denoiser is detectors["b"].model_.denoiser
+    assert detectors["a"].model_.scales[0].denoiser is detectors["b"].model_.scales[0].denoiser
     one, two = (detectors[name].inspect(draw_part(50)[0]) for name in ("a", "b"))
     assert one.pred_score != two.pred_score
     detectors["b"].save_pretrained(tmp_path / "b")
@@ -270,10 +270,11 @@ def test_one_denoiser_for_several_products(good: Path, tmp_path: Path) -> None:
     assert loaded.inspect(draw_part(50)[0]).pred_score == two.pred_score
     assert Glad.fit_together(images, settings=quick_settings())["b"].inspect(draw_part(50)[0]).pred_score == two.pred_score
     # The denoiser is told which product it sees.
-    latent = torch.zeros(1, loaded.model_.config.settings.latent.dimensions, 8, 8)
-    told = loaded.model_.predict_noise(latent, torch.tensor([300]))
+    scale = loaded.model_.scales[0]
+    latent = torch.zeros(1, 2 * loaded.model_.config.settings.latent.dimensions, 8, 8)
+    told = scale.predict_noise(latent, torch.tensor([300]))
     loaded.model_.config = replace(loaded.model_.config, category="a")
-    assert not torch.equal(told, loaded.model_.predict_noise(latent, torch.tensor([300])))
+    assert not torch.equal(told, scale.predict_noise(latent, torch.tensor([300])))
 
 
 def test_what_cannot_be_fitted_together(good: Path) -> None:
@@ -356,7 +357,7 @@ def test_a_failed_adjustment_changes_nothing(good: Path) -> None:
     fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
     before = (fitted.settings, fitted.calibration_)
     with pytest.raises(DataError):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=False))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=True))
     assert (fitted.settings, fitted.calibration_) == before
 
 
@@ -365,10 +366,10 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
     with pytest.raises(ConfigError, match="seed cannot be changed"):
         fitted.adjust(good, quick_settings(seed=2))
     with pytest.raises(DataError, match="not the images"):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=False))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=True))
     few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
     with pytest.raises(ConfigError, match="cross-fitted"):
-        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__adaptive=False))
+        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__adaptive=True))
 
 
 @pytest.mark.parametrize(
@@ -458,7 +459,7 @@ class TestNumbersThatAreNotFinite:
 
     def test_statistics_of_a_damaged_model_do_not_pass(self, model: Path, tmp_path: Path) -> None:
         loaded = Glad.from_pretrained(model)
-        loaded.model_.usual_energy.fill_(float("nan"))
+        loaded.model_.scales[0].usual_energy.fill_(float("nan"))
         with pytest.raises(NotFiniteError):
             loaded.inspect(draw_part(0)[0])
 
@@ -492,7 +493,7 @@ def test_steps_that_were_asked_for_are_taken_by_every_training(good: Path) -> No
         sorted(good.iterdir())[:12], progress=lambda stage, done, total: steps.append((stage, total))
     )
     assert {total for stage, total in steps if stage.endswith("denoiser")} == {9}
-    assert len({stage for stage, _ in steps if stage.endswith("denoiser")}) == 3
+    assert len({stage for stage, _ in steps if stage.endswith("denoiser")}) == 3 * 2  # two scales
 
 
 def test_one_shot_has_the_whole_budget(good: Path) -> None:
@@ -501,13 +502,13 @@ def test_one_shot_has_the_whole_budget(good: Path) -> None:
     settings = quick_settings(training__steps=None, training__minutes=0.02, shots=1)
 
     def told(stage: str, done: int, total: int) -> None:
-        if stage == "denoiser":
+        if stage == "scale 1: denoiser":
             steps.add(total)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Glad.from_base("lite", settings=settings).fit(good, progress=told)
-    assert steps == {600}
+    assert steps == {500}
 
 
 # ------------------------------------------------------------------------------------------- what goes in and comes out

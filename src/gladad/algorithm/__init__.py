@@ -19,14 +19,14 @@ from __future__ import annotations
 from gladad.algorithm.chain import FusionMode, ReconstructionConfig, fusion_mask, reconstruct
 from gladad.algorithm.deviation import DeviationConfig, corrupt_cells, deviation_target, random_cells, reconstruct_deviation
 from gladad.algorithm.distance import ScoringConfig, anomaly_map, gaussian_blur, image_score, patch_distance, soft_foreground, top_k_mean
-from gladad.algorithm.networks import Networks, Reconstruction
+from gladad.algorithm.networks import Denoiser, Networks, Reconstruction, Retrieve
 from gladad.algorithm.schedule import Schedule, add_noise, chain_timesteps, ddim_step, image_noise, predict_x0, velocity_to_noise
 from gladad.algorithm.single_calls import OneCallConfig, reconstruct_one_call
 from gladad.algorithm.training_target import denoising_target, mix_anomaly
 
 __all__ = [
-    "DeviationConfig", "FusionMode", "Networks", "OneCallConfig", "Reconstruction", "ReconstructionConfig", "Schedule", "ScoringConfig",
-    "add_noise", "anomaly_map", "chain_timesteps", "corrupt_cells", "ddim_step", "denoising_target", "deviation_target", "fusion_mask",
-    "gaussian_blur", "image_noise", "image_score", "mix_anomaly", "patch_distance", "predict_x0", "random_cells", "reconstruct",
-    "reconstruct_deviation", "reconstruct_one_call", "soft_foreground", "top_k_mean", "velocity_to_noise",
+    "Denoiser", "DeviationConfig", "FusionMode", "Networks", "OneCallConfig", "Reconstruction", "ReconstructionConfig", "Retrieve",
+    "Schedule", "ScoringConfig", "add_noise", "anomaly_map", "chain_timesteps", "corrupt_cells", "ddim_step", "denoising_target",
+    "deviation_target", "fusion_mask", "gaussian_blur", "image_noise", "image_score", "mix_anomaly", "patch_distance", "predict_x0",
+    "random_cells", "reconstruct", "reconstruct_deviation", "reconstruct_one_call", "soft_foreground", "top_k_mean", "velocity_to_noise",
 ]  # fmt: skip

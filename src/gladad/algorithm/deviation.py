@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gladad.algorithm.networks import Networks, Reconstruction
+from gladad.algorithm.networks import Denoiser, Reconstruction, Retrieve
 from gladad.algorithm.schedule import Schedule, add_noise
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
@@ -70,17 +70,22 @@ def deviation_target(z: Tensor, mask: Tensor, noise: Tensor, alpha_bar: Tensor) 
 
 
 @torch.no_grad()
-def reconstruct_deviation(networks: Networks, latent: Tensor, schedule: Schedule, config: DeviationConfig) -> Reconstruction:
+def reconstruct_deviation(
+    networks: Denoiser, latent: Tensor, schedule: Schedule, config: DeviationConfig, retrieve: Retrieve | None = None
+) -> Reconstruction:
     """Take off each latent ``[B, C, h, w]`` what the network believes to be its deviation, in a few corrections and without noise.
 
     Of the networks only ``predict_noise`` is used, which returns the predicted *deviation* here; the schedule is that of training. There is
-    no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction.
+    no choice per image: ``step`` is the first timestep of all. ``trace`` is the mean squared change of every correction. With a memory of
+    normal latents, the network is shown what it holds nearest to each latent.
     """
     x, trace = latent, []
+    nearest = None if retrieve is None else retrieve(latent)
     sigmas = [float((1 - schedule.alpha_bar(timestep)).sqrt()) for timestep in config.timesteps]
     for timestep, sigma, after in zip(config.timesteps, sigmas, [*sigmas[1:], 0.0], strict=True):
         times = torch.full((len(latent),), timestep, dtype=torch.int64, device=latent.device)
-        change = (sigma - after) * networks.predict_noise(x, times)
+        shown = x if nearest is None else torch.cat([x, nearest], dim=1)
+        change = (sigma - after) * networks.predict_noise(shown, times)
         x = x - change
         trace.append(change.square().flatten(1).mean(dim=1))
     return Reconstruction(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gladad.algorithm.chain import FusionMode
 from gladad.algorithm.distance import top_k_mean
-from gladad.algorithm.networks import Networks, Reconstruction
+from gladad.algorithm.networks import Denoiser, Reconstruction, Retrieve
 from gladad.algorithm.schedule import Schedule, add_noise, predict_x0
 from gladad.core.errors import ConfigError
 from gladad.core.settings import validated
@@ -39,7 +39,13 @@ class OneCallConfig:
 
 @torch.no_grad()
 def reconstruct_one_call(
-    networks: Networks, latent: Tensor, noise: Tensor, schedule: Schedule, config: OneCallConfig, scale: Tensor
+    networks: Denoiser,
+    latent: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    config: OneCallConfig,
+    scale: Tensor,
+    retrieve: Retrieve | None = None,
 ) -> Reconstruction:
     """Rebuild each latent from a few single denoiser calls, with a per-image choice of how far down to go.
 
@@ -48,12 +54,13 @@ def reconstruct_one_call(
     which rebuilds normal detail more faithfully. All probes share one batch, because on a CPU that costs less than skipping some.
 
     Args:
-        networks: Only ``predict_noise`` and ``latent_features`` are used.
+        networks: The denoiser.
         latent: ``[B, C, h, w]``.
         noise: ``[B, K, C, h, w]``, one draw per probe.
         schedule: The denoiser's schedule.
         config: Timesteps and options.
         scale: ``[1, D, 1, 1]``, usual magnitude of each feature's residual on normal images.
+        retrieve: A memory of normal latents; the denoiser is shown, beside the noisy latent, what it holds nearest to the clean one.
 
     Returns:
         ``step`` is the timestep each image was decided at.
@@ -63,7 +70,8 @@ def reconstruct_one_call(
     timesteps = grid.repeat(len(latent))  # image-major
     alpha_bar = schedule.alpha_bar(timesteps)
     x_t = add_noise(latent.repeat_interleave(count, dim=0), noise.flatten(0, 1), alpha_bar)
-    x0 = predict_x0(x_t, networks.predict_noise(x_t, timesteps), alpha_bar).unflatten(0, (-1, count))
+    shown = x_t if retrieve is None else torch.cat([x_t, retrieve(latent).repeat_interleave(count, dim=0)], dim=1)
+    x0 = predict_x0(x_t, networks.predict_noise(shown, timesteps), alpha_bar).unflatten(0, (-1, count))
 
     order = torch.arange(1, count + 1, device=latent.device).view(1, -1, 1, 1, 1)
     estimates = x0.cumsum(dim=1) / order  # [B, K, C, h, w]

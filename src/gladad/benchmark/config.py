@@ -23,16 +23,17 @@ class DatasetEntry:
     """One data set to run on."""
 
     name: str  # heading in the tables
-    path: str  # where it lies, below the folder given with --data
+    path: str = "."  # where it lies, below the folder given with --data
     layout: str = "auto"  # see `gladad.data.layouts.LAYOUTS`; "auto" looks
     categories: tuple[str, ...] = ()  # those to run, in the order of the tables; none means all
+    made: tuple[str, ...] = ()  # products that are made on the spot instead, see `gladad.benchmark.products.MADE`
 
 
 @validated
 class Configuration:
     """One detector to compare.
 
-    Its settings have dotted or nested names (`gladad.models.registry.make_settings`) or those of version 0.1. In a model for one category
+    Its settings have dotted or nested names (`gladad.models.registry.make_settings`). In a model for one category
     ``{category}`` stands for the category's name.
     """
 

@@ -32,7 +32,6 @@ from gladad.core.storage import WriteError, read_json
 from gladad.core.threads import interrupted_by_sigterm
 from gladad.data.corruptions import SHIFTS
 from gladad.data.layouts import Dataset, read_dataset
-from gladad.detector.old_format import new_names
 from gladad.models.registry import family_of, make_settings
 from gladad.models.settings import DenoisingSettings, FitSettings
 
@@ -167,7 +166,7 @@ def _places(config: BenchmarkConfig, data: Path, code: str) -> tuple[list[tuple[
 def _cell(facts: _Facts, learnt: Mapping[str, str], configuration: Configuration, seed: int) -> Cell:
     """A configuration on a category; what a run would refuse later is refused now."""
     base, category = configuration.base, facts["category"]
-    settings = make_settings(base, new_names(base, configuration.values(category)) | {"seed": seed})
+    settings = make_settings(base, configuration.values(category) | {"seed": seed})
     family_of(base).check(base, settings, configuration.multi_class)
     trained = digest(learnt) if configuration.multi_class else learnt[category]
     if isinstance(settings, DenoisingSettings) and settings.textures is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import rankdata  # type: ignore[import-untyped, unused-ignore]
+
 from gladad.benchmark.plan import CONTAMINATION, CORRUPTION, PLAIN, Cell
 from gladad.core.storage import write_json, write_text
 
@@ -79,6 +81,7 @@ def to_markdown(title: str, records: Records, failed: Sequence[tuple[Cell, str]]
         notes.append(f"cells were run with {' and '.join(threads)} threads; a training's last digits depend on that, and the times do")
     lines += [f"* {note}" for note in _unique(notes)]
     lines += [f"* FAILED: {cell.label}: {problem}" for cell, problem in failed]
+    lines += _ranks([record for record in records if record["kind"] == PLAIN])
     for dataset, here in _groups(records, "dataset").items():
         plain = [record for record in here if record["kind"] == PLAIN]
         columns = _groups(plain, "configuration")
@@ -93,6 +96,30 @@ def to_markdown(title: str, records: Records, failed: Sequence[tuple[Cell, str]]
             lines += ["", "### Time and memory", "", *_costs(plain)]
         lines += _shift_tables([record for record in here if record["kind"] != PLAIN], plain)
     return "\n".join(lines) + "\n"
+
+
+def _ranks(plain: Records) -> list[str]:
+    """How configurations rank over the products of all data sets that every one of them was run on: how a default is chosen."""
+    columns = list(_groups(plain, "configuration"))
+    lines = ["| metric | products | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for metric in ("image_auroc", "pixel_auroc"):
+        values = _values(plain, lambda record, result: record["cell"]["configuration"], metric)
+        means = {pair: fmean(seeds.values()) for pair, seeds in values.items()}
+        rows = [row for row in _unique(row for row, _ in means) if all((row, column) in means for column in columns)]
+        if len(rows) < 3 or len(columns) < 2:
+            continue
+        ranks = [rankdata([-round(means[row, column], 4) for column in columns]) for row in rows]
+        short = [max(means[row, other] for other in columns) - means[row, column] for column in columns for row in rows]
+        cells = []
+        for place in range(len(columns)):
+            own, behind = [rank[place] for rank in ranks], short[place * len(rows) : (place + 1) * len(rows)]
+            cells.append(f"{fmean(own):.2f}, {max(own):g}, {100 * max(behind):.1f}")
+        lines.append(f"| {METRICS[metric]} | {len(rows)} | {' | '.join(cells)} |")
+    return (
+        ["", "## Ranks", "", "Mean rank, worst rank, and most points behind the best, over the products.", "", *lines]
+        if len(lines) > 2
+        else []
+    )
 
 
 def _shift_tables(shifted: Records, plain: Records) -> list[str]:

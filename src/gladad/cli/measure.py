@@ -183,12 +183,15 @@ def benchmark(
     chosen = read_config(config)
     with waiting("starting", quiet):
         from gladad.benchmark.plan import finished, plan, run, runnable, select
+        from gladad.benchmark.products import prepared
         from gladad.benchmark.tables import write_tables
         from gladad.report.files import check_output
 
     tell = teller(quiet)
     check_output(output)
+    chosen, unmade = prepared(chosen, output / "products", data)
     everything, notes = plan(chosen, data, seeds=seed or ())
+    notes += unmade
     cells = select(everything, shift=shift, configuration=configuration, category=category, seed=seed or chosen.seeds)
     cells, missing = runnable(cells)
     for note in (*notes, *missing):

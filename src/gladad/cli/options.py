@@ -30,6 +30,11 @@ def _size(text: str) -> int:
     return int(float(match[1]) * 2 ** {"k": 10, "m": 20, "": 30, "g": 30, "t": 40}[match[2]])
 
 
+def _names(text: str) -> list[str]:
+    """Of ``light,noise``; none of ``none``."""
+    return [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
+
+
 @dataclass(frozen=True)
 class Option:
     """One option."""
@@ -40,6 +45,7 @@ class Option:
     panel: str | None = None  # heading that it stands below in the help
     setting: str = ""  # dotted name of the setting, where that is not the option's own
     parser: Callable[[str], Any] | None = None  # of the text, for kinds that typer does not know
+    metavar: str = "SIZE"  # what the help calls a text that is parsed
 
     @property
     def name(self) -> str:
@@ -49,7 +55,7 @@ class Option:
     @property
     def parameter(self) -> inspect.Parameter:
         """As a parameter of a command; None where it was not given."""
-        extra: dict[str, Any] = {} if self.parser is None else {"parser": self.parser, "metavar": "SIZE"}
+        extra: dict[str, Any] = {} if self.parser is None else {"parser": self.parser, "metavar": self.metavar}
         told = typer.Option(self.flag, help=self.help, show_default=False, rich_help_panel=self.panel, **extra)
         kind: Any = Annotated[(self.kind | None, told)]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
@@ -100,6 +106,7 @@ WEIGHTS = (
     Option("--offline", bool, "Never ask the Hub.", DIFFUSION),
 )
 SEED = Option("--seed", int, "Seed of everything random (default: 0).")
+TOLERATE_HELP = "Harmless changes that good parts may show: light,noise,focus,compression,shift (default: none)."
 FIT = (
     Option("--minutes", float, "Time budget of the training (lite).", setting="training.minutes"),
     Option("--steps", int, "Steps of each training; 0 only calibrates a trained Stable Diffusion.", setting="training.steps"),
@@ -107,11 +114,11 @@ FIT = (
     Option("--false-reject-rate", float, "Share of good parts that may be rejected (default: 0.01)."),
     Option("--textures", Path, "Folder of images to make defects from."),
     Option("--foreground", Foreground, "Part of the image where defects are made; auto decides by the good images (default: all)."),
-    Option("--product", Literal["auto", "object", "texture"], "Object with structure, or texture (lite; default: auto)."),
     Option("--image-size", int, "Side in pixels to work at (default: 256 for lite, 512)."),
     Option("--max-images", int, "Good images used at most (default: 1000)."),
     Option("--shots", int, "Learn from so few good images (1, 2, 4, 8)."),
     Option("--calibration", Calibration, "Images the threshold is made from (default: auto: cross-fit below 24)."),
+    Option("--tolerate", list, TOLERATE_HELP, parser=_names, metavar="NAMES"),
     Option("--preset", str, "Published constants, such as mvtec_ad/bottle.", DIFFUSION),
     Option("--prompt", str, "What the denoiser is told (default: 'a photo of sks', and the product if several).", DIFFUSION),
     *WEIGHTS,

@@ -3,8 +3,9 @@
 The decision threshold is a split-conformal quantile (Vovk et al. 2005; Lei et al., JASA 2018): with ``n`` held-out normal scores and a
 requested false-reject rate ``a``, the threshold is the ``ceil((n + 1)(1 - a))``-th smallest of them. For a new normal image that is
 exchangeable with them, ``P(score > threshold) <= a``, for any distribution and any model. That rank exists only when
-``n >= 1/a - 1`` (99 images for 1 %). With fewer there is no such guarantee, and none is claimed: the threshold is then the largest
-held-out score or the quantile of a normal law fitted to the logarithm of the scores, whichever is larger.
+``n >= 1/a - 1`` (99 images for 1 %). With fewer the best promise that they allow is given instead: the threshold is the largest
+held-out score, and ``P(score > threshold) <= 1 / (n + 1)``. Only where scores are of copies there is none: the threshold is then the
+largest or the quantile of a normal law fitted to the logarithm of the scores, whichever is larger.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ MIN_HELD_OUT = 4
 class Threshold:
     """A decision threshold and what is known of it.
 
-    Its method is "conformal" (the guarantee holds), "cross-fitted" (the same rank of scores of other models than the final one: it holds
-    approximately), "extrapolated" (too few images: no guarantee) or "copies" (scores of copies of a few images: none either).
+    Its method is "conformal" (the promised rate is guaranteed), "cross-fitted" (the same rank of scores of other models than the final one:
+    it holds approximately) or "copies" (scores of copies of a few images: nothing is promised).
     """
 
     value: float  # scores above it are rejected
@@ -40,15 +41,19 @@ class Threshold:
     @property
     def statement(self) -> str:
         """One sentence for people."""
-        rate = f"{self.false_reject_rate:.2%}"
+        rate, good = f"{self.promised_rate:.2%}", f"good parts like the {self.n} held-out ones"
+        short = self.promised_rate > self.false_reject_rate * (1 + 1e-9)
+        more = f"; {self.false_reject_rate:.2%} would need {self.needed} of them" if short else ""
         if self.method == "conformal":
-            return f"at most {rate} of good parts like the {self.n} held-out ones are rejected (split-conformal, finite-sample guarantee)"
+            return f"at most {rate} of {good} are rejected (split-conformal, finite-sample guarantee{more})"
         if self.method == "cross-fitted":
-            return f"about {rate} of good parts like these {self.n} are rejected, or fewer (cross-fitted: an approximation, no guarantee)"
-        if self.method == "copies":
-            return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
-        missing = f"{rate} false rejects need {self.needed} held-out images and there are {self.n}"
-        return f"no guarantee: {missing}; the threshold is extrapolated from their scores"
+            return f"about {rate} of {good} are rejected, or fewer (cross-fitted: an approximation, no guarantee{more})"
+        return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
+
+    @property
+    def promised_rate(self) -> float:
+        """Of false rejects: the rate asked for, or the smallest that so many images can promise; 1 where they are copies."""
+        return 1.0 if self.method == "copies" else max(self.false_reject_rate, 1 / (self.n + 1))
 
 
 def required_images(false_reject_rate: float) -> int:
@@ -87,12 +92,11 @@ def conformal_threshold(
     copies = images is not None and images < n
     needed = required_images(false_reject_rate)
     rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
-    if rank <= n and not copies:
-        return Threshold(float(scores[rank - 1]), false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
+    if not copies:
+        return Threshold(float(scores[min(rank, n) - 1]), false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
     logs = np.log(np.maximum(scores, 1e-12))
     fitted = math.exp(float(logs.mean()) + NormalDist().inv_cdf(1 - false_reject_rate) * float(logs.std(ddof=1)))
-    method, count = ("copies", images or n) if copies else ("extrapolated", n)
-    return Threshold(max(float(scores[-1]), fitted), false_reject_rate, count, method, needed)
+    return Threshold(max(float(scores[-1]), fitted), false_reject_rate, images or n, "copies", needed)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from gladad.core.settings import to_json
 from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
 from gladad.decision.conformal import Calibration
 from gladad.detector.fit import Fitted, SeenImages
-from gladad.detector.old_format import upgraded
 from gladad.models.registry import family_of_kind
 from gladad.models.settings import FitSettings
 
@@ -53,14 +52,11 @@ def load_model(folder: Path) -> Saved:
     """Read a model, see `gladad.detector.glad.Glad.from_pretrained`."""
     model = read_model_file(folder)
     try:
-        old = model["format_version"] == 1
-        if old:
-            model = upgraded(model)
         name = model["name"]
         family = family_of_kind(model["kind"])
         settings = family.make_settings(name, model["settings"])
         calibration = read_json(folder / CALIBRATION_FILE)
-        images = {} if old else read_json(folder / SEEN_FILE)
+        images = read_json(folder / SEEN_FILE)
         fitted = Fitted(
             model=family.load(folder / WEIGHTS_FOLDER, model["config"]),
             calibration=Calibration.from_json(calibration),
@@ -68,6 +64,6 @@ def load_model(folder: Path) -> Saved:
             provenance=model["provenance"],
             seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
         )
-        return Saved(name, settings, fitted, "" if old else str(model["model_id"]))
+        return Saved(name, settings, fitted, str(model["model_id"]))
     except (KeyError, TypeError, ConfigError) as error:
         raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error

@@ -20,7 +20,8 @@ from gladad.core.threads import in_order
 from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
-from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate
+from gladad.data.tolerance import mixture
+from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, required_images
 from gladad.models.family import Family, Model, Training
 from gladad.models.registry import family_of, family_of_kind
 from gladad.models.settings import DenoisingSettings, FitSettings
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 Images = str | Path | Sequence[str | Path]
 HELD_OUT_SHARE = 0.2
-MAX_HELD_OUT = 120
+MANY_IMAGES, MAX_HELD_OUT = 200, 300
+"""Where so many are left to learn from, as many are held out as the rate's promise needs; never more than these."""
 FEW_IMAGES = 24
 """Below this many images none can be spared: the calibration is cross-fitted."""
 FOLDS = 2
@@ -105,25 +107,25 @@ class Fitter:
         pixels = read_pixels(kept, size, progress)
         place, reason = self.foreground(pixels)
         few, folds = len(paths) < FEW, FOLDS if cross_fitted and len(paths) > 1 else 0
-        training = Training(self.name, self.settings, size, {"": place}, self.textures(size), 1 + folds, run, progress)
+        training = Training(self.name, self.settings, size, {"": place}, self.textures(size), share=1 + folds, run=run, progress=progress)
 
         def train(images: Sequence[Pixels], part: str, told: Progress) -> Model:
             shown = with_copies(images, self.settings.seed) if few else images
-            own = replace(training, run=None if run is None else run.part(part), progress=told)
+            own = replace(training, run=None if run is None else run.part(part), progress=told, different=len(images) if few else None)
             return self.family.train({"": shown}, own)[""]
 
         model = train(pixels, PARTS[0], progress)
         if not cross_fitted:
-            scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress), progress)
+            scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress), self.settings, progress)
         elif not folds:  # one image: nothing but its own copies to be judged by
-            scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), progress)
+            scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), self.settings, progress)
         else:
             scores, peaks = [], []
             for fold in range(folds):
                 rest = [p for i, p in enumerate(pixels) if i % FOLDS != fold]
                 out = [p for i, p in enumerate(pixels) if i % FOLDS == fold]
                 other = train(rest, PARTS[1 + fold], prefixed(progress, f"fold {fold + 1} of {FOLDS}: "))
-                found = held_out_scores(other, moved_copies(out, self.settings.seed) if few else out, progress)
+                found = held_out_scores(other, moved_copies(out, self.settings.seed) if few else out, self.settings, progress)
                 del other  # two sets of networks are enough
                 scores, peaks = scores + found[0], peaks + found[1]
         judged = len(paths) if cross_fitted else len(held_out)
@@ -150,7 +152,7 @@ class Fitter:
         fitted = {}
         for product, (train, held_out) in split.items():
             told = prefixed(progress, f"{product}: ")
-            scores, peaks = held_out_scores(models[product], read_pixels(held_out, size, told), told)
+            scores, peaks = held_out_scores(models[product], read_pixels(held_out, size, told), self.settings, told)
             calibration = self.calibration(scores, peaks, len(scores))
             provenance = self.provenance(chosen[product], len(scores), *places[product])
             fitted[product] = Fitted(models[product], calibration, sorted(peaks), provenance, seen(train, held_out))
@@ -209,7 +211,7 @@ class Fitter:
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Path], progress: Progress) -> Fitted:
         """With thresholds from images that the model was not trained on."""
-        scores, peaks = held_out_scores(fitted.model, read_pixels(held_out, fitted.model.image_size, progress), progress)
+        scores, peaks = held_out_scores(fitted.model, read_pixels(held_out, fitted.model.image_size, progress), self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
         provenance = fitted.provenance | {"held_out": len(held_out)}
         return Fitted(fitted.model, self.calibration(scores, peaks, len(scores)), sorted(peaks), provenance, known)
@@ -245,8 +247,8 @@ class Fitter:
 
     def split(self, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         """Images to train on, and those held out for the calibration."""
-        share = min(HELD_OUT_SHARE, MAX_HELD_OUT / len(paths))
-        return split_held_out(paths, share, MIN_HELD_OUT, self.settings.seed)
+        wanted = max(HELD_OUT_SHARE * len(paths), min(required_images(self.settings.false_reject_rate), len(paths) - MANY_IMAGES))
+        return split_held_out(paths, min(wanted, MAX_HELD_OUT) / len(paths), MIN_HELD_OUT, self.settings.seed)
 
     def split_of(self, fitted: Fitted, images: Images, what: str) -> tuple[list[Path], list[Path]]:
         """`split` of the images of an earlier fit.
@@ -329,8 +331,9 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress
     return pixels
 
 
-def held_out_scores(model: Model, images: Sequence[Pixels], progress: Progress) -> tuple[list[float], list[float]]:
-    """Raw scores and map peaks of held-out normal images."""
+def held_out_scores(model: Model, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> tuple[list[float], list[float]]:
+    """Raw scores and map peaks of held-out normal images, changed as far as such changes are to be tolerated."""
+    images = mixture(images, settings.tolerate, settings.seed)
 
     def look(pixels: Pixels) -> tuple[float, float]:
         inspection = model.inspect(pixels)

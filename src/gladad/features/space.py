@@ -19,7 +19,6 @@ class FeatureSpace(nn.Module):
     std: Tensor  # [1, C, 1, 1], likewise
     basis: Tensor  # [D, C], principal directions of the standardised features, rows by falling variance
     scale: Tensor  # [1, D, 1, 1], what the coordinates along them are divided by
-    unexplained: Tensor  # scalar in [0, 1], share of the normal images' variance that the D directions leave out
 
     def __init__(self, channels: int, dimensions: int, whitening: float):
         super().__init__()
@@ -28,7 +27,6 @@ class FeatureSpace(nn.Module):
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
         self.register_buffer("basis", torch.eye(channels)[:dimensions].clone())
         self.register_buffer("scale", torch.ones(1, dimensions, 1, 1))
-        self.register_buffer("unexplained", torch.zeros(()))
 
     def fit(self, features: Iterable[Tensor]) -> None:
         """Fit on feature batches ``[B, C, h, w]`` of normal images (one pass, sums in double precision)."""
@@ -43,8 +41,8 @@ class FeatureSpace(nn.Module):
         covariance = second / count - torch.outer(mean, mean)
         std = covariance.diagonal().clamp_min(0).sqrt() + 1e-5
         eigenvalues, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
-        variances, basis = eigenvalues.flip(0).clamp_min(1e-10), vectors.flip(1).T
-        kept, basis = variances[: self.dimensions], basis[: self.dimensions]
+        kept = eigenvalues.flip(0).clamp_min(1e-10)[: self.dimensions]
+        basis = vectors.flip(1).T[: self.dimensions]
         # an eigenvector's sign is arbitrary: fix it, so that the same data give the same model
         signs = torch.sign(basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)))
         self.mean.copy_(mean.view(1, -1, 1, 1))
@@ -52,14 +50,7 @@ class FeatureSpace(nn.Module):
         self.basis.copy_(basis * signs)
         unit = (kept ** (1 - self.whitening)).mean().sqrt()  # brings the latent to unit variance
         self.scale.copy_((kept ** (self.whitening / 2) * unit).view(1, -1, 1, 1))
-        self.unexplained.copy_(1 - kept.sum() / variances.sum())
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``[B, C, h, w]`` -> latent ``[B, D, h, w]``, and the standardised features it cannot hold ``[B, C, h, w]``."""
-        standard = (features - self.mean) / self.std
-        inside = F.conv2d(standard, self.basis[:, :, None, None])
-        return inside / self.scale, standard - F.conv2d(inside, self.basis.T[:, :, None, None])
-
-    def to_features(self, latent: Tensor) -> Tensor:
-        """A latent, or a difference of two, ``[B, D, h, w]`` as standardised features ``[B, C, h, w]``."""
-        return F.conv2d(latent * self.scale, self.basis.T[:, :, None, None])
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``[B, C, h, w]`` -> latent ``[B, D, h, w]``."""
+        return F.conv2d((features - self.mean) / self.std, self.basis[:, :, None, None]) / self.scale

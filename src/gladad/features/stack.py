@@ -1,4 +1,4 @@
-"""Features of several strides and two image sizes, on one grid."""
+"""Features of several strides on one grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELL = 8
 
 
 class FeatureStack:
-    """The levels of an image of ``(H, W)`` pixels, and all but the finest of the image at half size, stacked on one grid.
+    """The levels of an extractor for images of ``(H, W)`` pixels, stacked on one grid.
 
     Every level is averaged over 3x3 of its own cells first: single-cell noise of textures is not what distinguishes a part. The extractor
     may be of any dtype and device.
@@ -27,27 +27,32 @@ class FeatureStack:
 
     def __init__(self, extractor: Extractor, image_size: tuple[int, int]):
         self.extractor = extractor
-        self.size_multiple = 2 * extractor.size_multiple  # of image sides: the extractor's own multiple at half size
-        if any(side % self.size_multiple or side < 2 * self.size_multiple for side in image_size):
-            needed = f"two multiples of {self.size_multiple}, each at least {2 * self.size_multiple}"
+        self.cell = cell_size(extractor)
+        multiple = size_multiple(extractor)
+        if any(side % multiple or side < 2 * multiple for side in image_size):
+            needed = f"two multiples of {multiple}, each at least {2 * multiple}"
             raise ConfigError(f"image_size must be {needed} for the features of {extractor.identity.name}, not {image_size}")
-        self.cell = min((level.stride for level in extractor.levels), key=lambda stride: abs(stride - CELL))  # pixels per side
         self.grid = (image_size[0] // self.cell, image_size[1] // self.cell)
-        widths = [level.channels for level in (*extractor.levels, *extractor.levels[1:])]
-        self.channels = sum(widths)
-        # channels of each level, those of the image first, from fine to coarse
-        self.levels = tuple(slice(sum(widths[:level]), sum(widths[: level + 1])) for level in range(len(widths)))
+        self.channels = sum(level.channels for level in extractor.levels)
 
     def __call__(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1], on the extractor's device -> ``[B, channels, h, w]`` float32."""
-        half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
-        levels = [*self.extractor(images), *self.extractor(half)[1:]]
-        widths = [part.stop - part.start for part in self.levels]
-        if (channels := [level.shape[1] for level in levels]) != widths:
+        levels, expected = self.extractor(images), [level.channels for level in self.extractor.levels]
+        if (channels := [level.shape[1] for level in levels]) != expected:
             name = self.extractor.identity.name
-            raise ConfigError(f"features: {name} gives maps of {channels} channels, and says in its levels that they have {widths}")
+            raise ConfigError(f"features: {name} gives maps of {channels} channels, and says in its levels that they have {expected}")
         pooled = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in levels]
         return torch.cat([_to_grid(level, self.grid) for level in pooled], dim=1)
+
+
+def cell_size(extractor: Extractor) -> int:
+    """Pixels per side of a grid cell: the stride nearest to `CELL`."""
+    return min((level.stride for level in extractor.levels), key=lambda stride: abs(stride - CELL))
+
+
+def size_multiple(extractor: Extractor) -> int:
+    """Image sides are multiples of this: every stride divides them, and they have an even number of cells."""
+    return math.lcm(extractor.size_multiple, 2 * cell_size(extractor))
 
 
 def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -60,6 +60,7 @@ class Training:
     size: tuple[int, int]  # (H, W) of the images
     foregrounds: Mapping[str, Foreground]  # product -> where synthetic anomalies may appear
     textures: Sequence[Pixels] = ()  # images of the same size that synthetic anomalies take content from
+    different: int | None = None  # number of different images, where those after them are copies of them in turns; None = all are
     share: int = 1  # number of trainings that a default budget is divided among; a budget that was set is that of each
     run: TrainingRun | None = None  # checkpoints, logs and examples of a long training; None writes nothing
     progress: Progress = field(default=no_progress)  # told of every stage

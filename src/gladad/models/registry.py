@@ -14,6 +14,8 @@ _STABLE_DIFFUSION = f"{_ROOM}.stable_diffusion.family"
 _MODULES = {
     "lite": f"{_ROOM}.feature_diffusion.family",
     "memory-bank": f"{_ROOM}.baselines.family",
+    "padim": f"{_ROOM}.baselines.family",
+    "pca": f"{_ROOM}.baselines.family",
     "anomalib-patchcore": f"{_ROOM}.baselines.family",
     "anomalib-padim": f"{_ROOM}.baselines.family",
 }

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gladad.core.settings import validated
+from gladad.data.tolerance import Tolerance
 
 
 @validated
@@ -19,6 +20,7 @@ class FitSettings:
     max_images: Annotated[int, Field(ge=2)] = 1000  # good images used; a random choice of them if there are more
     shots: Annotated[int, Field(ge=1)] | None = None  # learn from so few (1, 2, 4, 8), which a random choice leaves; None = from all
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images
+    tolerate: tuple[Tolerance, ...] = ()  # harmless changes that the thresholds allow for, and that lite learns as normal
 
 
 @validated

@@ -20,11 +20,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
+from gladad.core.images import resize_pixels, to_tensor
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import content_digest, load_tensors, save_tensors
 from gladad.core.threads import one_thread
-from gladad.models.baselines.memory_bank import FeatureExtractor
+from gladad.features.extractor import load_extractor
+from gladad.features.stack import FeatureStack
 from gladad.models.settings import FitSettings
 
 Pixels = NDArray[np.uint8]
@@ -56,7 +58,7 @@ class _Features(nn.Module):
 
     def __init__(self, image_size: tuple[int, int]):
         super().__init__()
-        self.extract = FeatureExtractor(image_size)
+        self.extract = FeatureStack(load_extractor().fast(), image_size)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {LAYER: self.extract(images)}
@@ -104,7 +106,7 @@ class AnomalibModel:
     def inspect(self, pixels: Pixels) -> Inspection:
         """The model's own map and score of one ``[H, W, 3]`` uint8 image of any size."""
         with one_thread():
-            result = self.model(self.features.extract.prepare(pixels))
+            result = self.model(to_tensor(resize_pixels(pixels, self.image_size))[None])
         maps = result.anomaly_map.reshape(self.config.image_size).float().numpy()
         return Inspection(map=maps, score=float(result.pred_score), step=0, latent=None)
 
@@ -170,7 +172,7 @@ def fit_anomalib(images: Sequence[Pixels], config: AnomalibConfig, *, progress: 
     base = AnomalibModel(config)
     base.model.train()
     for done, pixels in enumerate(images, start=1):
-        base.model(base.features.extract.prepare(pixels))
+        base.model(to_tensor(resize_pixels(pixels, config.image_size))[None])
         progress("features", done, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)

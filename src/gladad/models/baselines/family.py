@@ -11,9 +11,15 @@ from gladad.core.records import Progress
 from gladad.core.settings import to_json, with_values
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import DEFAULT_EXTRACTOR, load_extractor
-from gladad.features.stack import size_for_aspect
+from gladad.features.stack import size_for_aspect, size_multiple
 from gladad.models.baselines.anomalib import AnomalibConfig, AnomalibModel, AnomalibSettings, fit_anomalib
-from gladad.models.baselines.memory_bank import MemoryBank, MemoryBankConfig, MemoryBankSettings, fit_memory_bank
+from gladad.models.baselines.feature_baselines import (
+    METHODS,
+    FeatureBaseline,
+    FeatureBaselineConfig,
+    FeatureBaselineSettings,
+    fit_feature_baseline,
+)
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.settings import FitSettings
 
@@ -21,7 +27,7 @@ LONG, SHARED = False, False
 
 
 def _settings_class(name: str) -> type[FitSettings]:
-    return MemoryBankSettings if name == MemoryBank.kind else AnomalibSettings
+    return FeatureBaselineSettings if name in METHODS else AnomalibSettings
 
 
 def make_settings(name: str, values: Mapping[str, Any]) -> FitSettings:
@@ -38,9 +44,9 @@ def check(name: str, settings: FitSettings, together: bool) -> None:
 
 
 def working_size(settings: FitSettings, aspect: float) -> tuple[int, int]:
-    """That of ``lite``."""
-    features = settings.features if isinstance(settings, MemoryBankSettings) else DEFAULT_EXTRACTOR
-    return size_for_aspect(aspect, settings.image_size or 256, 2 * load_extractor(features).size_multiple)
+    """That of ``lite`` with two scales."""
+    features = settings.features if isinstance(settings, FeatureBaselineSettings) else DEFAULT_EXTRACTOR
+    return size_for_aspect(aspect, settings.image_size or 256, 2 * size_multiple(load_extractor(features)))
 
 
 def foreground(settings: FitSettings, product: str) -> tuple[Foreground | None, str]:
@@ -50,9 +56,9 @@ def foreground(settings: FitSettings, product: str) -> tuple[Foreground | None, 
 
 def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping[str, Model]:
     """Remember the images of each product."""
-    if training.name == MemoryBank.kind:
-        bank = MemoryBankConfig(settings=training.settings, image_size=training.size)
-        return {key: fit_memory_bank(own, bank, progress=training.progress) for key, own in images.items()}
+    if training.name in METHODS:
+        baseline = FeatureBaselineConfig(method=training.name, settings=training.settings, image_size=training.size)
+        return {key: fit_feature_baseline(own, baseline, progress=training.progress) for key, own in images.items()}
     method = cast(Literal["patchcore", "padim"], training.name.removeprefix("anomalib-"))
     config = AnomalibConfig(method=method, settings=training.settings, image_size=training.size)
     return {key: fit_anomalib(own, config, progress=training.progress) for key, own in images.items()}
@@ -70,4 +76,4 @@ def adjust(model: Model, images: Sequence[Pixels], settings: FitSettings, progre
 
 def load(folder: Path, config: dict[str, Any]) -> Model:
     """Read what a ``save`` wrote."""
-    return AnomalibModel.load(folder, config) if "method" in config else MemoryBank.load(folder, config)
+    return (FeatureBaseline if "extractor" in config else AnomalibModel).load(folder, config)

@@ -12,7 +12,7 @@ from gladad.data.foreground import Foreground
 from gladad.features.extractor import load_extractor
 from gladad.features.stack import size_for_aspect
 from gladad.models.family import Model, Pixels, Training
-from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.model import FeatureDiffusion, working_multiple
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
 from gladad.models.feature_diffusion.training import adjusted, train_models
 
@@ -33,7 +33,7 @@ def check(name: str, settings: object, together: bool) -> None:
 
 def working_size(settings: FeatureDiffusionSettings, aspect: float) -> tuple[int, int]:
     """The images' own proportions."""
-    return size_for_aspect(aspect, settings.image_size or 256, 2 * load_extractor(settings.features).size_multiple)
+    return size_for_aspect(aspect, settings.image_size or 256, working_multiple(settings, load_extractor(settings.features)))
 
 
 def foreground(settings: FeatureDiffusionSettings, product: str) -> tuple[Foreground | None, str]:
@@ -48,8 +48,9 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         settings=training.settings, image_size=training.size, categories=categories, category=categories[0] if categories else ""
     )
     return train_models(
-        images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share, progress=training.progress
-    )
+        images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share,
+        different=training.different, progress=training.progress,
+    )  # fmt: skip
 
 
 def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gladad.algorithm import (
+    Denoiser,
     DeviationConfig,
-    Networks,
     OneCallConfig,
     Reconstruction,
+    Retrieve,
     Schedule,
     add_noise,
     corrupt_cells,
@@ -27,7 +28,7 @@ from gladad.algorithm import (
     reconstruct_one_call,
     velocity_to_noise,
 )
-from gladad.models.feature_diffusion.settings import FeatureTrainingSettings, Recipe
+from gladad.models.feature_diffusion.settings import FeatureTrainingSettings
 
 
 class Method(Protocol):
@@ -39,7 +40,7 @@ class Method(Protocol):
     uses_anomalies: bool
     """Whether training wants synthetic anomalies."""
 
-    def trained_timesteps(self, recipe: Recipe, training: FeatureTrainingSettings) -> tuple[int, int]:
+    def trained_timesteps(self, training: FeatureTrainingSettings) -> tuple[int, int]:
         """Training draws timesteps from the first to below the second."""
         ...
 
@@ -53,7 +54,7 @@ class Method(Protocol):
         """The denoiser's raw output as what the algorithm's contract calls the noise prediction."""
         ...
 
-    def reconstruct(self, networks: Networks, latent: Tensor, noise: Tensor, scale: Tensor) -> Reconstruction:
+    def reconstruct(self, networks: Denoiser, latent: Tensor, noise: Tensor, scale: Tensor, retrieve: Retrieve | None) -> Reconstruction:
         """Rebuild latents ``[B, D, h, w]`` with noise ``[B, draws, D, h, w]`` and residual scale ``[1, D, 1, 1]``."""
         ...
 
@@ -61,19 +62,11 @@ class Method(Protocol):
         """The settings without what differs from image to image: statistics of normal residuals are measured with them."""
         ...
 
-    def depths(self) -> list[Any]:
-        """The plain settings of each depth at which an image can be decided; only one entry if that is the same for all."""
-        ...
-
-    def depth(self, step: int) -> int:
-        """Which of them an image was decided at."""
-        ...
-
     def settled(self, deltas: Sequence[float], gap: float) -> Any:
         """The settings with what normal images say.
 
         Args:
-            deltas: Usual gap score at each depth.
+            deltas: Usual gap score after each call.
             gap: The 99 % quantile of the gap of single cells.
         """
         ...
@@ -85,9 +78,9 @@ class SingleCalls:
     def __init__(self, config: OneCallConfig):
         self.config, self.schedule, self.draws, self.uses_anomalies = config, Schedule.scaled_linear(), len(config.timesteps), True
 
-    def trained_timesteps(self, recipe: Recipe, training: FeatureTrainingSettings) -> tuple[int, int]:
-        """Those around the inspection's."""
-        return recipe.trained if training.timesteps is None else training.timesteps
+    def trained_timesteps(self, training: FeatureTrainingSettings) -> tuple[int, int]:
+        """Those of the settings."""
+        return training.timesteps
 
     def example(
         self, z_normal: Tensor, z_input: Tensor, timestep: Tensor, generator: torch.Generator, training: FeatureTrainingSettings
@@ -102,22 +95,13 @@ class SingleCalls:
         """Noise from the velocity."""
         return velocity_to_noise(x_t, output, self.schedule.alpha_bar(timestep))
 
-    def reconstruct(self, networks: Networks, latent: Tensor, noise: Tensor, scale: Tensor) -> Reconstruction:
+    def reconstruct(self, networks: Denoiser, latent: Tensor, noise: Tensor, scale: Tensor, retrieve: Retrieve | None) -> Reconstruction:
         """See `gladad.algorithm.reconstruct_one_call`."""
-        return reconstruct_one_call(networks, latent, noise, self.schedule, self.config, scale)
+        return reconstruct_one_call(networks, latent, noise, self.schedule, self.config, scale, retrieve)
 
     def plain(self) -> OneCallConfig:
         """No search and no fusion."""
         return replace(self.config, adaptive=False, fusion="none")
-
-    def depths(self) -> list[OneCallConfig]:
-        """After each call, where there is a search."""
-        plain, steps = self.plain(), self.config.timesteps
-        return [replace(plain, timesteps=steps[: count + 1]) for count in range(len(steps))] if self.config.adaptive else [plain]
-
-    def depth(self, step: int) -> int:
-        """The number of the call."""
-        return self.config.timesteps.index(step) if self.config.adaptive else 0
 
     def settled(self, deltas: Sequence[float], gap: float) -> OneCallConfig:
         """Delta of every call, unless they were given, and the fusion mask."""
@@ -133,7 +117,7 @@ class Deviation:
     def __init__(self, config: DeviationConfig):
         self.config, self.schedule = config, Schedule.cosine(config.num_timesteps)
 
-    def trained_timesteps(self, recipe: Recipe, training: FeatureTrainingSettings) -> tuple[int, int]:
+    def trained_timesteps(self, training: FeatureTrainingSettings) -> tuple[int, int]:
         """All of its schedule."""
         return 0, self.config.num_timesteps
 
@@ -150,21 +134,13 @@ class Deviation:
         """The deviation, as it is."""
         return output
 
-    def reconstruct(self, networks: Networks, latent: Tensor, noise: Tensor, scale: Tensor) -> Reconstruction:
+    def reconstruct(self, networks: Denoiser, latent: Tensor, noise: Tensor, scale: Tensor, retrieve: Retrieve | None) -> Reconstruction:
         """See `gladad.algorithm.reconstruct_deviation`."""
-        return reconstruct_deviation(networks, latent, self.schedule, self.config)
+        return reconstruct_deviation(networks, latent, self.schedule, self.config, retrieve)
 
     def plain(self) -> DeviationConfig:
         """It has no choices."""
         return self.config
-
-    def depths(self) -> list[DeviationConfig]:
-        """The whole chain."""
-        return [self.config]
-
-    def depth(self, step: int) -> int:
-        """The only one."""
-        return 0
 
     def settled(self, deltas: Sequence[float], gap: float) -> DeviationConfig:
         """Nothing is learned."""

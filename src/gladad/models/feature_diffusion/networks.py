@@ -16,12 +16,13 @@ from gladad.models.feature_diffusion.unet import UNet
 class LatentDenoiser(nn.Module):
     """A small UNet over the 2x2 space-to-depth of the latent, with position channels; predicts the velocity.
 
-    With ``classes`` it is told the product by an embedding that joins the timestep's.
+    With ``shown`` it sees as many further channels, the nearest normal latent beside the noisy one. With ``classes`` it is told the product
+    by an embedding that joins the timestep's.
     """
 
     position: Tensor
 
-    def __init__(self, dimensions: int, grid: tuple[int, int], widths: Sequence[int], classes: int = 0):
+    def __init__(self, dimensions: int, grid: tuple[int, int], widths: Sequence[int], classes: int = 0, shown: int = 0):
         super().__init__()
         height, width = grid[0] // 2, grid[1] // 2
         y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
@@ -31,11 +32,14 @@ class LatentDenoiser(nn.Module):
         levels = len(widths)
         multiple = 2 ** (levels - 1)
         self.pad = (0, -width % multiple, 0, -height % multiple)
-        self.unet = UNet(4 * dimensions + self.position.shape[1], 4 * dimensions, widths, classes)
+        self.unet = UNet(4 * (dimensions + shown) + self.position.shape[1], 4 * dimensions, widths, classes)
         channels_last(self.unet)
 
     def forward(self, x_t: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``, of products ``[B]`` int64 where there are classes."""
+        """Velocity ``[B, D, h, w]`` float32 of noisy latents at timesteps ``[B]``, of products ``[B]`` int64 where there are classes.
+
+        ``x_t`` is ``[B, D + shown, h, w]``: the noisy latents, then what is shown beside them.
+        """
         packed = F.pixel_unshuffle(x_t, 2)
         packed = torch.cat([packed, self.position.to(packed.dtype).expand(len(packed), -1, -1, -1)], dim=1)
         if any(self.pad):

@@ -1,0 +1,44 @@
+"""Changes of a picture that say nothing about the part: those that a fit is told to tolerate become part of what is normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gladad.data.corruptions import SHIFTS
+
+Pixels = NDArray[np.uint8]
+Tolerance = Literal["light", "noise", "focus", "compression", "shift"]
+
+# By group, the shifts of `gladad.data.corruptions` and the strength at which each does nothing; the other end is their severity 1.
+GROUPS: dict[Tolerance, dict[str, Any]] = {
+    "light": {"brightness": 0.0, "darkness": 0.0, "contrast": 1.0},
+    "noise": {"gaussian_noise": 0.0},
+    "focus": {"gaussian_blur": 0.0, "defocus_blur": (0.3, 0.1), "motion_blur": (0.3, 1.0)},
+    "compression": {"jpeg_compression": 95},
+    "shift": {"translation": 0.0, "rotation": 0.0},
+}
+
+
+def variant(pixels: Pixels, groups: Sequence[Tolerance], rng: np.random.Generator) -> Pixels:
+    """An image ``[H, W, 3]`` uint8 under one random shift of one random group, as strong as anything between nothing and severity 1."""
+    group = GROUPS[groups[int(rng.integers(len(groups)))]]
+    name = sorted(group)[int(rng.integers(len(group)))]
+    apply, strengths = SHIFTS[name]
+    nothing, mild, share = group[name], strengths[0], float(rng.uniform())
+    between: Any = tuple(a + share * (b - a) for a, b in zip(nothing, mild, strict=True)) if isinstance(mild, tuple) else None
+    if between is None:
+        between = nothing + share * (mild - nothing)
+    return apply(pixels, round(between) if isinstance(nothing, int) else between, rng)
+
+
+def mixture(images: Sequence[Pixels], groups: Sequence[Tolerance], seed: int) -> list[Pixels]:
+    """Every image once: as it is, or as a `variant` of one of the groups, all of these equally likely."""
+    found = []
+    for number, pixels in enumerate(images):
+        rng = np.random.default_rng((seed, 2, number))
+        found.append(variant(pixels, groups, rng) if groups and rng.integers(1 + len(groups)) else pixels)
+    return found

@@ -1,0 +1,111 @@
+"""A memory of normal latent vectors, and the nearest of them to others, searched by faiss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import faiss  # type: ignore[import-untyped, unused-ignore]
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PROBES = 4
+"""Clusters searched for each vector, of as many as the square root of half the memory: within 2 % of the smallest squared distance."""
+CLUSTERED = 2_000
+"""Fewer vectors are searched one by one."""
+
+
+class Memory(nn.Module):
+    """Latent vectors of normal images, and the image that each is of.
+
+    The search runs on the CPU.
+    """
+
+    rows: Tensor  # [M, D] float16, those of an image one after the other
+    owner: Tensor  # [M] int32, number of the image, rising
+
+    def __init__(self, dimensions: int):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0, dimensions, dtype=torch.float16))
+        self.register_buffer("owner", torch.zeros(0, dtype=torch.int32))
+        self._index: list[Index] = []  # in a list so that it is no part of the saved state
+
+    def remember(self, rows: Tensor, owner: Tensor) -> None:
+        """Hold these ``[M, D]`` vectors of the images ``[M]`` and no others."""
+        order = owner.argsort(stable=True)
+        self.rows, self.owner, self._index = rows[order].half(), owner[order].int(), []
+
+    def forward(self, latent: Tensor, owners: Tensor | None = None) -> Tensor:
+        """The nearest vector to every cell of ``[B, D, h, w]``, in the same shape and dtype.
+
+        With ``owners`` ``[B]``, each image's own vectors are left out, those of its copies included, unless there are no others.
+        """
+        if not self._index:
+            self._index = [Index(self.rows)]
+        cells = latent.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, D]
+        found = []
+        for number, own in enumerate(cells):
+            barred = (0, 0)
+            if owners is not None:
+                own_rows = torch.nonzero(self.owner == owners[number].to(self.owner))
+                if 0 < len(own_rows) < len(self.rows):
+                    barred = (int(own_rows[0]), int(own_rows[-1]) + 1)
+            found.append(self.rows[self._index[0].nearest(own, barred)[1].to(self.rows.device)].to(latent.dtype))
+        nearest: Tensor = torch.stack(found).unflatten(1, latent.shape[2:]).permute(0, 3, 1, 2)
+        return nearest
+
+
+class Index:
+    """The nearest of some vectors ``[M, D]``, by squared Euclidean distance."""
+
+    def __init__(self, rows: Tensor):
+        faiss.omp_set_num_threads(1)  # the clusters' last digits may depend on it; a search's result does not
+        vectors = _array(rows)
+        self._index: Any = faiss.IndexFlatL2(vectors.shape[1])
+        self._clusters = int(math.sqrt(len(vectors) / 2)) if len(vectors) > CLUSTERED else 0
+        if self._clusters:
+            self._coarse = self._index  # faiss does not keep it alive
+            self._index = faiss.IndexIVFFlat(self._coarse, vectors.shape[1], self._clusters)
+            self._index.train(vectors)
+        self._index.add(vectors)
+
+    def nearest(self, queries: Tensor, barred: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+        """Squared distance ``[Q]`` and number ``[Q]`` of the nearest vector to each of ``[Q, D]``, on the CPU.
+
+        Vectors with numbers from the first to below the second of ``barred`` are left out.
+        """
+        faiss.omp_set_num_threads(torch.get_num_threads())  # one at inspection, see `gladad.core.threads.one_thread`
+        vectors = _array(queries)
+        others = faiss.IDSelectorNot(faiss.IDSelectorRange(*barred)) if barred[0] < barred[1] else None
+        distances, numbers = self._searched(vectors, others, PROBES)
+        lost = numbers < 0  # all vectors of the clusters searched are barred
+        if lost.any():
+            distances[lost], numbers[lost] = self._searched(vectors[lost], others, self._clusters)
+        return torch.from_numpy(distances), torch.from_numpy(numbers)
+
+    def _searched(self, vectors: Any, others: Any, probes: int) -> tuple[Any, Any]:
+        kind: Any = faiss.SearchParametersIVF if self._clusters else faiss.SearchParameters
+        parameters = kind(sel=others, nprobe=probes) if self._clusters else kind(sel=others)
+        distances, numbers = self._index.search(vectors, 1, params=parameters)
+        return distances[:, 0], numbers[:, 0]
+
+
+def _array(rows: Tensor) -> Any:
+    return np.ascontiguousarray(rows.float().cpu().numpy())
+
+
+def covering(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Numbers of at most ``size`` of the rows ``[N, D]`` that cover them: rare ones are not lost among many alike.
+
+    Half are drawn at random and the rest with probability proportional to the squared distance to those: one round of k-means||
+    (Bahmani et al., VLDB 2012), which needs one search where a greedy coreset needs ``size``.
+    """
+    order = torch.randperm(len(rows), generator=generator)
+    if len(rows) <= size:
+        return order
+    first, rest = order[: size // 2], order[size // 2 :]
+    weight = Index(rows[first]).nearest(rows[rest])[0] + 1e-12
+    # the first arrivals of exponential races: a draw without replacement from any number of rows
+    race = torch.empty_like(weight).exponential_(generator=generator) / weight
+    return torch.cat([first, rest[race.topk(size - len(first), largest=False).indices]])

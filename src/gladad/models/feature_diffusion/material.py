@@ -1,0 +1,190 @@
+"""What the denoisers of ``lite`` learn from: good images and their copies, synthetic anomalies, and the latents of both at each scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gladad.core.images import to_tensor
+from gladad.core.records import Progress
+from gladad.data.foreground import Foreground
+from gladad.data.synthesis import Draw, synthesise
+from gladad.data.tolerance import variant
+from gladad.features.memory import covering
+from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.placement import tried_copies, wanted, with_copies
+from gladad.models.feature_diffusion.scale import Scale
+
+Pixels = NDArray[np.uint8]
+ENCODE_BATCH = 16
+FEWEST_APART = 8
+"""Fewer images than these say nothing of a spread: then all are shown to the denoisers, and what is usual is measured on all."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The images of a product.
+
+    Attributes:
+        images: ``[H, W, 3]`` uint8 normal images, then copies of them.
+        owner: ``[N]`` the image that each is, or is a copy of.
+        apart: ``[N]`` bool, those that the denoisers are not shown.
+        synthetic: Images with synthetic anomalies.
+        source: ``[P]`` the normal image of each.
+    """
+
+    images: list[Pixels]
+    owner: Tensor
+    apart: Tensor
+    synthetic: list[Pixels]
+    source: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the denoiser of a scale learns of one product.
+
+    Attributes:
+        scale: The product's own.
+        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` likewise.
+        latents: ``[N, D, h, w]`` float16 of the normal images.
+        shown: What the memory shows for them.
+        trained: Numbers of those that the denoiser is shown.
+        measured: Numbers of those by which is measured what is usual.
+        anomalous: ``[P, D, h, w]`` float16 latents of synthetic anomalies.
+        anomalous_shown: What the memory shows for them.
+        source: ``[P]`` the normal image of each.
+    """
+
+    scale: Scale
+    images: list[Pixels]
+    owner: Tensor
+    latents: Tensor
+    shown: Tensor
+    trained: Tensor
+    measured: Tensor
+    anomalous: Tensor
+    anomalous_shown: Tensor
+    source: Tensor
+
+
+def apart_of(count: int, share: float) -> Tensor:
+    """``[count]`` bool: which of so many images are kept from the denoisers, evenly spread; none if there are few."""
+    apart = torch.zeros(count, dtype=torch.bool)
+    wanted = max(FEWEST_APART, round(share * count)) if share else 0
+    if count >= 3 * wanted:
+        apart[np.linspace(0, count - 1, wanted).round().astype(int)] = True
+    return apart
+
+
+def owners_of(count: int, different: int | None) -> Tensor:
+    """``[count]`` the different image that each is of. Of one image there are only copies to tell apart."""
+    return torch.arange(count) % (count if different in (None, 1) else int(different or count))
+
+
+def make_material(
+    model: FeatureDiffusion,
+    images: Sequence[Pixels],
+    different: int | None,
+    foreground: Foreground,
+    count: int,
+    textures: Sequence[Pixels],
+    progress: Progress,
+) -> Material:
+    """Decide which copies are shown, set images apart, and put synthetic anomalies into ``count`` of the others."""
+    settings, scale = model.config.settings, model.all_scales()[0]
+    owner = owners_of(len(images), different)
+    apart = (
+        apart_of(len(images), settings.training.apart) if different in (None, len(images)) else torch.zeros(len(images), dtype=torch.bool)
+    )
+    shown, of = list(images), list(range(len(images)))
+    if settings.training.copies == "auto" and settings.memory and apart.any():
+        rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
+        progress("trying copies", 0, 1)
+        found = tried_copies(
+            rest, others, lambda chosen: features_of(scale, chosen), scale.space, settings.memory, scale.stack.cell, settings.seed
+        )
+        progress("trying copies", 1, 1)
+        model.config = replace(model.config, copies={kind: round(ratio, 4) for kind, ratio in found.items()})
+        shown, of = with_copies(images, wanted(found), scale.stack.cell)
+    if settings.tolerate:
+        for number, pixels in enumerate(images):
+            shown.append(variant(pixels, settings.tolerate, np.random.default_rng((settings.seed, 3, number))))
+            of.append(number)
+    places = torch.tensor(of)
+    owner, apart = owner[places], apart[places]
+    usable = torch.nonzero(~apart).flatten().tolist()
+    synthetic, source = [], []
+    for index in range(count):
+        draw = Draw((settings.seed, index))
+        source.append(usable[draw.integer(0, len(usable) - 1)])
+        synthetic.append(synthesise(shown[source[-1]], draw, settings.training.synthesis, textures, foreground)[0])
+        progress("synthetic anomalies", index + 1, count)
+    return Material(shown, owner, apart, synthetic, torch.tensor(source, dtype=torch.int64))
+
+
+def measured_of(apart: Tensor, owner: Tensor) -> Tensor:
+    """Numbers of the images by which is measured what is usual: those apart, or if there are none, all but copies."""
+    first = torch.zeros(len(owner), dtype=torch.bool)
+    seen: set[int] = set()
+    for place, own in enumerate(owner.tolist()):
+        first[place] = own not in seen
+        seen.add(own)
+    return torch.nonzero(first & (apart if apart.any() else True)).flatten()
+
+
+@torch.no_grad()
+def features_of(scale: Scale, images: Sequence[Pixels]) -> Tensor:
+    """Features ``[N, C, h, w]`` float16 of images, in bounded memory."""
+    device, found = scale.peak.device, []
+    for start in range(0, len(images), ENCODE_BATCH):
+        batch = torch.stack([to_tensor(pixels) for pixels in images[start : start + ENCODE_BATCH]]).to(device)
+        found.append(scale.features(batch).half().cpu())
+    return torch.cat(found) if found else torch.empty(0)
+
+
+@torch.no_grad()
+def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress: Progress) -> Part:
+    """Fit the feature space of a scale and its memory; the denoiser is left to `_train_denoiser`."""
+    scale, settings = model.all_scales()[number], model.config.settings
+    device = model.device
+    found = []
+    for start in range(0, len(material.images), ENCODE_BATCH):
+        found.append(features_of(scale, material.images[start : start + ENCODE_BATCH]))
+        progress("features", min(len(material.images), start + ENCODE_BATCH), len(material.images))
+    scale.space.fit(batch.to(device) for batch in found)
+    latents = torch.cat([scale.space(batch.float().to(device)).half().cpu() for batch in found])
+    del found
+    anomalous = []
+    for start in range(0, len(material.synthetic), ENCODE_BATCH):
+        batch = features_of(scale, material.synthetic[start : start + ENCODE_BATCH])
+        anomalous.append(scale.space(batch.float().to(device)).half().cpu())
+        progress("features of synthetic anomalies", min(len(material.synthetic), start + ENCODE_BATCH), len(material.synthetic))
+    synthetic = torch.cat(anomalous) if anomalous else torch.empty(0)
+    shown, synthetic_shown = torch.empty(0), torch.empty(0)
+    if settings.memory:
+        rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        owner = material.owner.repeat_interleave(len(rows) // len(latents))
+        kept = covering(rows, settings.memory, torch.Generator().manual_seed(settings.seed))
+        scale.memory.remember(rows[kept].to(device), owner[kept].to(device))
+        shown = _shown(scale, latents, material.owner, progress)
+        synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)
+    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.owner)
+    return Part(
+        scale, material.images, material.owner, latents, shown, trained, measured, synthetic, synthetic_shown, material.source
+    )  # fmt: skip
+
+
+def _shown(scale: Scale, latents: Tensor, owner: Tensor, progress: Progress) -> Tensor:
+    """What the memory shows for latents ``[N, D, h, w]`` float16 of images ``[N]``, their own vectors left out."""
+    device, found = scale.peak.device, []
+    for start in range(0, len(latents), ENCODE_BATCH):
+        part = slice(start, start + ENCODE_BATCH)
+        found.append(scale.memory(latents[part].to(device), owner[part].to(device)).cpu())
+        progress("neighbours", min(len(latents), start + ENCODE_BATCH), len(latents))
+    return torch.cat(found) if found else torch.empty(0)

@@ -1,0 +1,135 @@
+"""One scale of a ``lite`` model: the image at full size, half of it, ..., each with a latent space, a memory and a denoiser of its own."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
+from gladad.core.errors import ConfigError
+from gladad.core.inference import inference_copy
+from gladad.features.extractor import Extractor
+from gladad.features.memory import Memory
+from gladad.features.space import FeatureSpace
+from gladad.features.stack import FeatureStack
+from gladad.models.feature_diffusion.methods import Method, method_of
+from gladad.models.feature_diffusion.networks import LatentDenoiser
+from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
+
+
+class Scale(nn.Module):
+    """The denoiser of one scale (`gladad.algorithm.Denoiser`), what it works on, and what is usual on normal images.
+
+    Buffers:
+        residual_scale: ``[1, D, 1, 1]`` root mean square of the residual.
+        usual_energy: Scalar, mean squared residual.
+        peak: ``[2]`` mean and standard deviation of the logarithm of the scores.
+
+    Raises:
+        ConfigError: Settings and image size do not suit the extractor.
+    """
+
+    residual_scale: Tensor
+    usual_energy: Tensor
+    peak: Tensor
+
+    def __init__(self, config: FeatureDiffusionConfig, number: int, extractor: Extractor):
+        super().__init__()
+        latent = config.settings.latent
+        self.image_size = (config.image_size[0] >> number, config.image_size[1] >> number)
+        self.stack = FeatureStack(extractor, self.image_size)
+        if latent.dimensions >= self.stack.channels:
+            raise ConfigError(f"latent.dimensions must be from 1 to {self.stack.channels - 1}, not {latent.dimensions}")
+        self.configure(config)
+        self.space = FeatureSpace(self.stack.channels, latent.dimensions, latent.whitening)
+        self.memory = Memory(latent.dimensions)
+        self.denoiser = self._empty_denoiser()
+        self.register_buffer("residual_scale", torch.ones(1, latent.dimensions, 1, 1))
+        self.register_buffer("usual_energy", torch.ones(()))
+        self.register_buffer("peak", torch.tensor([0.0, 1.0]))
+        self._fast: list[LatentDenoiser] = []  # a bfloat16 copy; in a list so that it is no part of the saved state
+
+    def configure(self, config: FeatureDiffusionConfig) -> None:
+        """Inspect as other settings say."""
+        self.config = config
+        self.method: Method = method_of(config.settings.reconstruction)
+
+    @property
+    def learns_repairs(self) -> bool:
+        """Whether its training wants synthetic anomalies."""
+        return self.config.settings.training.anomaly_oriented and self.method.uses_anomalies
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(h, w)`` of the latent."""
+        return self.stack.grid
+
+    def features(self, image: Tensor) -> Tensor:
+        """Features ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [0, 1] of the model's full size."""
+        if image.shape[-2:] != self.image_size:
+            image = F.interpolate(image, self.image_size, mode="bilinear", antialias=True)
+        return self.stack(image)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> latent ``[B, D, h, w]``."""
+        latent: Tensor = self.space(self.features(image))
+        return latent
+
+    def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """What the method makes of the denoiser's output."""
+        noisy = latent[:, : self.config.settings.latent.dimensions]
+        output = self._fast_denoiser()(latent.to(torch.bfloat16), timestep, self.labels(len(latent)))
+        return self.method.prediction(noisy, output, timestep)
+
+    def latent_features(self, latent: Tensor) -> Tensor:
+        """The latent itself: it is made of features."""
+        return latent
+
+    def rebuild(self, latent: Tensor, owners: Tensor | None = None) -> Reconstruction:
+        """Anomaly-free latents of ``[B, D, h, w]``; with ``owners`` ``[B]``, as if the memory did not know these images."""
+        settings = self.config.settings
+        noise = _kept_noise((settings.latent.dimensions, *self.grid), settings.seed, self.method.draws).to(latent)
+        noises = noise[None].expand(len(latent), -1, -1, -1, -1)
+        retrieve = (lambda z: self.memory(z, owners)) if settings.memory else None
+        return self.method.reconstruct(self, latent, noises, self.residual_scale, retrieve)
+
+    def evidence(self, residual: Tensor) -> Tensor:
+        """Residuals ``[B, D, h, w]`` as magnitude per cell relative to what is usual on normal images, blurred: ``[B, 1, h, w]`` >= 0."""
+        sigma = self.config.settings.scoring.blur_sigma
+        magnitude = (residual.square().mean(1, keepdim=True) / self.usual_energy).sqrt()
+        return gaussian_blur(magnitude, sigma, 2 * math.ceil(4 * sigma) + 1)
+
+    def score(self, evidence: Tensor) -> Tensor:
+        """Mean of the largest cells, ``[B, 1, h, w] -> [B]``."""
+        return top_k_mean(evidence, min(self.config.settings.scoring.top_k, math.prod(self.grid)))
+
+    def labels(self, count: int) -> Tensor | None:
+        """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""
+        if not self.config.categories:
+            return None
+        return torch.full((count,), self.config.categories.index(self.config.category), device=self.peak.device)
+
+    def refresh(self) -> None:
+        """Drop the fast copy of the denoiser; to be called after its weights changed."""
+        self._fast = []
+
+    def _empty_denoiser(self) -> LatentDenoiser:
+        settings = self.config.settings
+        dimensions = settings.latent.dimensions
+        shown = dimensions if settings.memory else 0
+        return LatentDenoiser(dimensions, self.grid, settings.widths, len(self.config.categories), shown)
+
+    def _fast_denoiser(self) -> LatentDenoiser:
+        if not self._fast:
+            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.peak.device))]
+        return self._fast[0]
+
+
+@lru_cache(maxsize=8)
+def _kept_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
+    """`image_noise`, made once: every image is given the same."""
+    return image_noise(shape, seed, count)

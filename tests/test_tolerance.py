@@ -1,0 +1,62 @@
+"""Harmless changes that a fit is told to tolerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, draw_part
+
+from gladad.core.errors import ConfigError
+from gladad.data.corruptions import SHIFTS
+from gladad.data.tolerance import GROUPS, mixture, variant
+from gladad.detector.glad import Glad
+from gladad.models.registry import make_settings
+
+PIXELS = np.asarray(draw_part(3)[0])
+
+
+def test_every_group_is_of_shifts_that_exist_and_none_is_in_two():
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(SHIFTS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_variant_is_milder_than_severity_one(group):
+    for seed in range(12):
+        found = variant(PIXELS, [group], np.random.default_rng(seed))
+        assert found.shape == PIXELS.shape and found.dtype == np.uint8
+        assert np.array_equal(found, variant(PIXELS, [group], np.random.default_rng(seed)))
+    changes = [np.abs(variant(PIXELS, [group], np.random.default_rng(seed)).astype(float) - PIXELS).mean() for seed in range(40)]
+    worst = max(
+        np.abs(SHIFTS[name][0](PIXELS, SHIFTS[name][1][0], np.random.default_rng(seed)).astype(float) - PIXELS).mean()
+        for name in GROUPS[group]
+        for seed in range(8)
+    )
+    assert 0 < np.mean(changes) < max(changes) < 1.3 * worst
+
+
+def test_a_mixture_holds_images_as_they_are_and_changed_ones():
+    images = [PIXELS] * 60
+    found = mixture(images, ["light", "noise"], 0)
+    same = sum(np.array_equal(own, PIXELS) for own in found)
+    assert 8 < same < 35  # a third of them
+    assert all(np.array_equal(a, b) for a, b in zip(found, mixture(images, ["light", "noise"], 0), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(mixture(images, [], 0), images, strict=True))
+
+
+def test_a_fit_that_tolerates_noise_rejects_less_of_it(category: Path):
+    noisy = [SHIFTS["gaussian_noise"][0](np.asarray(draw_part(seed)[0]), 0.05, np.random.default_rng(seed)) for seed in range(700, 712)]
+    rejected = []
+    for tolerate in ([], ["noise"]):
+        detector = Glad.from_base("lite", settings=TINY | {"training.steps": 30, "false_reject_rate": 0.1, "tolerate": tolerate}).fit(
+            category
+        )
+        rejected.append(sum(detector.inspect(pixels, reconstruct=False).pred_label for pixels in noisy))
+    assert rejected[1] < rejected[0]
+
+
+def test_what_cannot_be_tolerated():
+    with pytest.raises(ConfigError, match=r"tolerate.*scratches|tolerate"):
+        make_settings("lite", {"tolerate": ["scratches"]})
