@@ -57,7 +57,7 @@ class FeatureDiffusion(nn.Module):
             raise ConfigError(f"image_size must be {needed} for {count} scales of the features of {name}, not {config.image_size}")
         self._extractor = [extractor]  # in a list so that it is no part of the saved state
         self.scales = nn.ModuleList(Scale(config, number, extractor) for number in range(config.settings.scales))
-        self.decoder = LatentDecoder(config.settings.latent.dimensions)
+        self.decoder = LatentDecoder(self.all_scales()[0].dimensions)
         self.config = config
 
     @property

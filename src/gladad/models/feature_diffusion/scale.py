@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
-from gladad.core.errors import ConfigError
 from gladad.core.inference import inference_copy
 from gladad.features.extractor import Extractor
 from gladad.features.memory import Memory
@@ -42,13 +41,12 @@ class Scale(nn.Module):
         latent = config.settings.latent
         self.image_size = (config.image_size[0] >> number, config.image_size[1] >> number)
         self.stack = FeatureStack(extractor, self.image_size)
-        if latent.dimensions >= self.stack.channels:
-            raise ConfigError(f"latent.dimensions must be from 1 to {self.stack.channels - 1}, not {latent.dimensions}")
+        self.dimensions = latent.of(self.stack.channels)
         self.configure(config)
-        self.space = FeatureSpace(self.stack.channels, latent.dimensions, latent.whitening)
-        self.memory = Memory(latent.dimensions)
+        self.space = FeatureSpace(self.stack.channels, self.dimensions, latent.whitening)
+        self.memory = Memory(self.dimensions)
         self.denoiser = self._empty_denoiser()
-        self.register_buffer("residual_scale", torch.ones(1, latent.dimensions, 1, 1))
+        self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
         self.register_buffer("peak", torch.tensor([0.0, 1.0]))
         self._fast: list[LatentDenoiser] = []  # a bfloat16 copy; in a list so that it is no part of the saved state
@@ -81,7 +79,7 @@ class Scale(nn.Module):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """What the method makes of the denoiser's output."""
-        noisy = latent[:, : self.config.settings.latent.dimensions]
+        noisy = latent[:, : self.dimensions]
         output = self._fast_denoiser()(latent.to(torch.bfloat16), timestep, self.labels(len(latent)))
         return self.method.prediction(noisy, output, timestep)
 
@@ -92,7 +90,7 @@ class Scale(nn.Module):
     def rebuild(self, latent: Tensor, owners: Tensor | None = None) -> Reconstruction:
         """Anomaly-free latents of ``[B, D, h, w]``; with ``owners`` ``[B]``, as if the memory did not know these images."""
         settings = self.config.settings
-        noise = _kept_noise((settings.latent.dimensions, *self.grid), settings.seed, self.method.draws).to(latent)
+        noise = _kept_noise((self.dimensions, *self.grid), settings.seed, self.method.draws).to(latent)
         noises = noise[None].expand(len(latent), -1, -1, -1, -1)
         retrieve = (lambda z: self.memory(z, owners)) if settings.memory else None
         return self.method.reconstruct(self, latent, noises, self.residual_scale, retrieve)
@@ -119,9 +117,8 @@ class Scale(nn.Module):
 
     def _empty_denoiser(self) -> LatentDenoiser:
         settings = self.config.settings
-        dimensions = settings.latent.dimensions
-        shown = dimensions if settings.memory else 0
-        return LatentDenoiser(dimensions, self.grid, settings.widths, len(self.config.categories), shown)
+        shown = self.dimensions if settings.memory else 0
+        return LatentDenoiser(self.dimensions, self.grid, settings.widths, len(self.config.categories), shown)
 
     def _fast_denoiser(self) -> LatentDenoiser:
         if not self._fast:

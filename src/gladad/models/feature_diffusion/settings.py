@@ -21,8 +21,19 @@ DEFAULT_STEPS = 500
 class LatentSettings:
     """The map between features and latent, of every scale."""
 
-    dimensions: Annotated[int, Field(ge=1)] = 80  # principal components kept
+    dimensions: Annotated[int, Field(ge=1)] | None = None  # principal components kept; None = nine tenths of the channels, at most 80
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.5  # exponent: 0 = PCA, 1 = full whitening
+
+    def of(self, channels: int) -> int:
+        """Dimensions for features of so many channels.
+
+        Raises:
+            ConfigError: There are no more channels than dimensions.
+        """
+        found = min(80, channels * 9 // 10) if self.dimensions is None else self.dimensions
+        if found >= channels:
+            raise ConfigError(f"latent.dimensions must be from 1 to {channels - 1}, not {found}")
+        return found
 
 
 @validated
