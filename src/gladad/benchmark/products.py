@@ -119,8 +119,10 @@ MADE: dict[str, Callable[[str, Path, Path], str]] = {
 """What can be made, and by what."""
 
 
-def prepared(config: BenchmarkConfig, folder: Path, data: Path) -> tuple[BenchmarkConfig, list[str]]:
-    """The benchmark with the products it wants made below a folder; and notes on those that cannot be.
+def prepared(
+    config: BenchmarkConfig, folder: Path, data: Path, categories: Sequence[str] | None = None
+) -> tuple[BenchmarkConfig, list[str]]:
+    """The benchmark with the products it wants made below a folder, or only some of them; and notes on those that cannot be.
 
     Raises:
         ConfigError: A name is not known.
@@ -129,7 +131,8 @@ def prepared(config: BenchmarkConfig, folder: Path, data: Path) -> tuple[Benchma
     for entry in config.dataset:
         if unknown := sorted(set(entry.made) - set(MADE)):
             raise ConfigError(f"{config.source}: no product {unknown[0]!r} can be made; there are {', '.join(MADE)}")
-        reasons = {name: make(name, folder, data) for name in entry.made}
+        wanted = [name for name in entry.made if not categories or name in categories or (folder / name).is_dir()]
+        reasons = {name: make(name, folder, data) for name in wanted}
         notes += [f"{entry.name}: left out {name}, because {reason}" for name, reason in reasons.items() if reason]
         there = tuple(name for name, reason in reasons.items() if not reason)
         if there or not entry.made:

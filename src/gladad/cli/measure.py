@@ -189,7 +189,7 @@ def benchmark(
 
     tell = teller(quiet)
     check_output(output)
-    chosen, unmade = prepared(chosen, output / "products", data)
+    chosen, unmade = prepared(chosen, output / "products", data, category)
     everything, notes = plan(chosen, data, seeds=seed or ())
     notes += unmade
     cells = select(everything, shift=shift, configuration=configuration, category=category, seed=seed or chosen.seeds)
