@@ -49,7 +49,7 @@ class FeatureBaselineSettings(FitSettings):
 
     features: str = DEFAULT_EXTRACTOR  # the extractor's name, see `gladad.features.extractor.load_extractor`
     size: Annotated[int, Field(ge=1)] | None = None  # None = 80 000 vectors of a bank, 100 channels of PaDiM, 80 components of PCA
-    blur_sigma: Annotated[float, Field(gt=0)] = 1.0  # Gaussian blur of the map, in cells
+    blur_sigma: Annotated[float, Field(gt=0)] = 0.5  # Gaussian blur of the map, in cells
     top_k: Annotated[int, Field(ge=1)] = 16  # cells averaged into the image score
 
 

@@ -107,7 +107,13 @@ def make_material(
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
         progress("trying copies", 0, 1)
         found = tried_copies(
-            rest, others, lambda chosen: features_of(scale, chosen), scale.space, settings.memory, scale.stack.cell, settings.seed
+            rest,
+            others,
+            lambda chosen: features_of(scale, chosen).to(model.device),
+            scale.space,
+            settings.memory,
+            scale.stack.cell,
+            settings.seed,
         )
         progress("trying copies", 1, 1)
         model.config = replace(model.config, copies={kind: round(ratio, 4) for kind, ratio in found.items()})

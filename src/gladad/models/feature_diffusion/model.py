@@ -55,7 +55,7 @@ class FeatureDiffusion(nn.Module):
             needed = f"two multiples of {multiple}, each at least {2 * multiple}"
             name, count = extractor.identity.name, config.settings.scales
             raise ConfigError(f"image_size must be {needed} for {count} scales of the features of {name}, not {config.image_size}")
-        self._extractor = [extractor]  # in a list so that it is no part of the saved state
+        self._extractor = [extractor]  # in a list so that its weights are no part of the saved state
         self.scales = nn.ModuleList(Scale(config, number, extractor) for number in range(config.settings.scales))
         self.decoder = LatentDecoder(self.all_scales()[0].dimensions)
         self.config = config
@@ -76,6 +76,11 @@ class FeatureDiffusion(nn.Module):
         return [scale for scale in self.scales if isinstance(scale, Scale)]
 
     @property
+    def extractor(self) -> Extractor:
+        """The frozen feature network, which all scales share."""
+        return self._extractor[0]
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """``(H, W)`` that it works at."""
         return self.config.image_size
@@ -87,7 +92,7 @@ class FeatureDiffusion(nn.Module):
 
     def on(self, device: torch.device) -> FeatureDiffusion:
         """The model itself, with all its networks moved to a device."""
-        self._extractor[0].to(device)
+        self.extractor.to(device)
         for scale in self.all_scales():
             scale.refresh()
             scale.memory.remember(scale.memory.rows, scale.memory.owner)

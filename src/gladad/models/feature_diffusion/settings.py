@@ -66,7 +66,7 @@ class FeatureTrainingSettings:
 class MapSettings:
     """How residuals become a map and a score."""
 
-    blur_sigma: Annotated[float, Field(gt=0)] = 1.0  # Gaussian blur of a scale's map, in its cells
+    blur_sigma: Annotated[float, Field(gt=0)] = 0.5  # Gaussian blur of a scale's map, in its cells
     top_k: Annotated[int, Field(ge=1)] = 16  # cells averaged into a scale's score
 
 

@@ -138,8 +138,8 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
         images: Those the model was trained on.
         progress: Told of every stage.
     """
-    kept = [(scale.stack, scale.denoiser, scale.memory) for scale in model.all_scales()]
-    other = copy.deepcopy(model, {id(network): network for scale in kept for network in scale} | {id(model.decoder): model.decoder})
+    kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
+    other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
     owner, apart = owners_of(len(images), None), apart_of(len(images), settings.training.apart)
     measured = measured_of(apart, owner)
