@@ -5,6 +5,7 @@ Each is written in the MVTec layout, as links where the images are files already
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ _TEXTILE = "data/textile_images/simulated"
 
 
 def make(name: str, root: Path, data: Path) -> str:
-    """Write one product below ``root``, unless it is there.
+    """Write one product below ``root``, whole or not at all, unless it is there.
 
     Args:
         name: One of `MADE`.
@@ -37,7 +38,12 @@ def make(name: str, root: Path, data: Path) -> str:
     """
     if (root / name).is_dir():
         return ""
-    return MADE[name](name, root, data)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as temporary:
+        reason = MADE[name](name, Path(temporary), data)
+        if not reason:
+            (Path(temporary) / name).rename(root / name)
+    return reason
 
 
 def _generated(name: str, root: Path, data: Path) -> str:

@@ -109,10 +109,10 @@ def _ranks(plain: Records) -> list[str]:
         if len(rows) < 3 or len(columns) < 2:
             continue
         ranks = [rankdata([-round(means[row, column], 4) for column in columns]) for row in rows]
-        short = [max(means[row, other] for other in columns) - means[row, column] for column in columns for row in rows]
+        best = {row: max(means[row, column] for column in columns) for row in rows}
         cells = []
-        for place in range(len(columns)):
-            own, behind = [rank[place] for rank in ranks], short[place * len(rows) : (place + 1) * len(rows)]
+        for place, column in enumerate(columns):
+            own, behind = [rank[place] for rank in ranks], [best[row] - means[row, column] for row in rows]
             cells.append(f"{fmean(own):.2f}, {max(own):g}, {100 * max(behind):.1f}")
         lines.append(f"| {METRICS[metric]} | {len(rows)} | {' | '.join(cells)} |")
     return (

@@ -15,6 +15,11 @@ from gladad.core.errors import NotFiniteError
 Progress = Callable[[str, int, int], None]  # called as ``progress(stage, done, total)``; the shell shows it as a bar
 
 
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """The same progress, with a word before each stage."""
+    return lambda stage, done, total: progress(prefix + stage, done, total)
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """The progress function of callers that want none."""
 

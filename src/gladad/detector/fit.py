@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.processes import process_count
-from gladad.core.records import Progress
+from gladad.core.records import Progress, prefixed
 from gladad.core.threads import in_order
 from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
@@ -349,11 +349,6 @@ def held_out_scores(model: Model, images: Sequence[Pixels], settings: FitSetting
             found.append(pair)
             progress("calibration", len(found), len(images))
     return [score for score, _ in found], [peak for _, peak in found]
-
-
-def prefixed(progress: Progress, prefix: str) -> Progress:
-    """The same progress, with a word before each stage."""
-    return lambda stage, done, total: progress(prefix + stage, done, total)
 
 
 def _versions() -> dict[str, str]:

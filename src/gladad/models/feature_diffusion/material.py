@@ -99,9 +99,7 @@ def make_material(
     """Decide which copies are shown, set images apart, and put synthetic anomalies into ``count`` of the others."""
     settings, scale = model.config.settings, model.all_scales()[0]
     owner = owners_of(len(images), different)
-    apart = (
-        apart_of(len(images), settings.training.apart) if different in (None, len(images)) else torch.zeros(len(images), dtype=torch.bool)
-    )
+    apart = apart_of(len(images), settings.training.apart if different in (None, len(images)) else 0)
     shown, of = list(images), list(range(len(images)))
     if settings.training.copies == "auto" and settings.memory and apart.any():
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gladad.core.errors import DataError, TrainingError
 from gladad.core.images import to_tensor
-from gladad.core.records import Progress, no_progress
+from gladad.core.records import Progress, no_progress, prefixed
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of, owners_of
@@ -81,7 +81,7 @@ def train_models(
         count, place = planned.pool // len(images) if model.all_scales()[0].learns_repairs else 0, (foregrounds or {}).get(product, "all")
         materials[product] = make_material(model, images[product], different, place, count, textures, progress)
     for number in range(config.settings.scales):
-        told = _prefixed(progress, f"scale {number + 1}: ")
+        told = prefixed(progress, f"scale {number + 1}: ")
         learnt = [fit_scale(model, number, materials[product], told) for product, model in models.items()]
         _train_denoiser(learnt, planned.until(number, config.settings.scales), generator, started, told)
         for model, part in zip(models.values(), learnt, strict=True):
@@ -147,10 +147,6 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
         _measure(other, number, [images[place] for place in measured.tolist()], owner[measured])
         progress("usual residuals", number + 1, settings.scales)
     return other
-
-
-def _prefixed(progress: Progress, prefix: str) -> Progress:
-    return lambda stage, done, total: progress(prefix + stage, done, total)
 
 
 def _train_denoiser(parts: Sequence[Part], planned: Budget, generator: torch.Generator, started: float, progress: Progress) -> None:
@@ -291,7 +287,9 @@ def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], own
         _inspect_by(model, settings)
         settings = replace(settings, reconstruction=scale.method.settled(deltas, centre))
     _inspect_by(model, settings)
-    scores = scale.score(scale.evidence(residuals()[0])).log()
+    if settings != plain:
+        residual, _ = residuals()
+    scores = scale.score(scale.evidence(residual)).log()
     scale.peak.copy_(torch.stack([scores.mean(), scores.std(correction=0).clamp_min(SMALLEST_SPREAD)]))
     for name in ("residual_scale", "usual_energy", "peak"):
         if not getattr(scale, name).isfinite().all():
