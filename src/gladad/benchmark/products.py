@@ -16,7 +16,7 @@ from PIL import Image
 
 from gladad.benchmark import generated
 from gladad.benchmark.config import BenchmarkConfig
-from gladad.core.errors import ConfigError
+from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images, load_image
 
 TRAIN, TEST = 400, 100
@@ -76,10 +76,23 @@ def _solar_cells(name: str, root: Path, data: Path) -> str:
     package = _package("elpv_dataset")
     if package is None:
         return "elpv-dataset is not installed"
-    rows = [line.split() for line in (package / "data/labels.csv").read_text(encoding="utf-8").splitlines() if line.strip()]
-    own = [(package / "data" / path, float(defect)) for path, defect, kind in rows if kind == name.removeprefix("solar_")]
-    _split(name, root, *([path for path, defect in own if defect == wanted] for wanted in (0, 1)))
+    _split(name, root, *solar_cells(package / "data", name.removeprefix("solar_")))
     return ""
+
+
+def solar_cells(folder: Path, kind: str) -> tuple[list[Path], list[Path]]:
+    """Files of ``elpv-dataset``, from its data folder: cells of a kind, ``mono`` or ``poly``, certainly functional and certainly defective.
+
+    Raises:
+        DataError: The folder does not hold the data set.
+    """
+    try:
+        lines = (folder / "labels.csv").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{folder}: holds no solar cells (no labels.csv); reinstall elpv-dataset") from error
+    cells = [(folder / path, float(defect)) for path, defect, of in map(str.split, filter(None, lines)) if of == kind]
+    good, bad = ([path for path, defect in cells if defect == wanted] for wanted in (0, 1))
+    return good, bad
 
 
 def _textile(name: str, root: Path, data: Path) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gladad.core.errors import DataError, MissingExtraError
+from gladad.benchmark import products
+from gladad.core.errors import MissingExtraError
 from gladad.core.records import Progress, Report, Sample, no_progress
 from gladad.data.samples import split_held_out
 from gladad.detector.glad import Glad
@@ -38,13 +39,7 @@ def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path
         MissingExtraError: The package is not installed.
         DataError: The folder does not hold the data set.
     """
-    root = _package_data() if folder is None else folder
-    try:
-        lines = (root / "labels.csv").read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{root}: holds no solar cells (no labels.csv); reinstall elpv-dataset") from error
-    cells = [(root / name, float(probability)) for name, probability, kind in map(str.split, filter(None, lines)) if kind == "mono"]
-    good, bad = ([path for path, probability in cells if probability == wanted] for wanted in (0, 1))
+    good, bad = products.solar_cells(_package_data() if folder is None else folder, "mono")
     test_good, test_bad = (split_held_out(paths, share=0.0, minimum=TEST, seed=seed)[1] for paths in (good, bad))
     held_out = set(test_good)
     rest = [path for path in good if path not in held_out]
