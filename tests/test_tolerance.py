@@ -10,7 +10,7 @@ from conftest import TINY, draw_part
 
 from gladad.core.errors import ConfigError
 from gladad.data.corruptions import SHIFTS
-from gladad.data.tolerance import GROUPS, mixture, variant
+from gladad.data.tolerance import GROUPS, VARIANTS, mixture, variant, variants
 from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 
@@ -35,6 +35,16 @@ def test_a_variant_is_milder_than_severity_one(group):
         for seed in range(8)
     )
     assert 0 < np.mean(changes) < max(changes) < 1.3 * worst
+
+
+def test_every_image_is_varied_by_every_group_where_there_are_few():
+    groups = ["light", "noise", "focus"]
+    found = list(variants([PIXELS] * 4, groups, 0))
+    assert [number for _, number in found] == [0, 1, 2, 3] * 3
+    assert len({pixels.tobytes() for pixels, _ in found}) > 8  # the mildest blur leaves so small a picture as it is
+    many = [PIXELS[:2, :2]] * (VARIANTS // 2 + 1)
+    assert len(list(variants(many, groups, 0))) == len(many)
+    assert len(list(variants(many[:-1], groups, 0))) == VARIANTS
 
 
 def test_a_mixture_holds_images_as_they_are_and_changed_ones():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,8 @@ from gladad.data.corruptions import SHIFTS
 Pixels = NDArray[np.uint8]
 Tolerance = Literal["light", "noise", "focus", "compression", "shift"]
 
+VARIANTS = 800
+"""Made at most of all images, unless there are more images: each takes time and memory as an image does."""
 # By group, the shifts of `gladad.data.corruptions` and the strength at which each does nothing; the other end is their severity 1.
 GROUPS: dict[Tolerance, dict[str, Any]] = {
     "light": {"brightness": 0.0, "darkness": 0.0, "contrast": 1.0},
@@ -24,15 +27,25 @@ GROUPS: dict[Tolerance, dict[str, Any]] = {
 
 
 def variant(pixels: Pixels, groups: Sequence[Tolerance], rng: np.random.Generator) -> Pixels:
-    """An image ``[H, W, 3]`` uint8 under one random shift of one random group, as strong as anything between nothing and severity 1."""
+    """An image ``[H, W, 3]`` uint8 under one random shift of one random group, between nothing and severity 1, strong ones more often."""
     group = GROUPS[groups[int(rng.integers(len(groups)))]]
     name = sorted(group)[int(rng.integers(len(group)))]
     apply, strengths = SHIFTS[name]
-    nothing, mild, share = group[name], strengths[0], float(rng.uniform())
+    nothing, mild, share = group[name], strengths[0], math.sqrt(rng.uniform())
     between: Any = tuple(a + share * (b - a) for a, b in zip(nothing, mild, strict=True)) if isinstance(mild, tuple) else None
     if between is None:
         between = nothing + share * (mild - nothing)
     return apply(pixels, round(between) if isinstance(nothing, int) else between, rng)
+
+
+def variants(images: Sequence[Pixels], groups: Sequence[Tolerance], seed: int) -> Iterator[tuple[Pixels, int]]:
+    """Images under shifts of the groups in turns, each with the number of its image: one of each group, or fewer where there are many.
+
+    Every image has at least one.
+    """
+    for turn in range(max(1, min(len(groups), VARIANTS // max(1, len(images))))):
+        for number, pixels in enumerate(images):
+            yield variant(pixels, [groups[(turn + number) % len(groups)]], np.random.default_rng((seed, 3, number, turn))), number
 
 
 def mixture(images: Sequence[Pixels], groups: Sequence[Tolerance], seed: int) -> list[Pixels]:

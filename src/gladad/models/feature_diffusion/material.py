@@ -14,7 +14,7 @@ from gladad.core.images import to_tensor
 from gladad.core.records import Progress
 from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, synthesise
-from gladad.data.tolerance import variant
+from gladad.data.tolerance import variants
 from gladad.features.memory import covering
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.placement import tried_copies, wanted, with_copies
@@ -117,8 +117,8 @@ def make_material(
         model.config = replace(model.config, copies={kind: round(ratio, 4) for kind, ratio in found.items()})
         shown, of = with_copies(images, wanted(found), scale.stack.cell)
     if settings.tolerate:
-        for number, pixels in enumerate(images):
-            shown.append(variant(pixels, settings.tolerate, np.random.default_rng((settings.seed, 3, number))))
+        for pixels, number in variants(images, settings.tolerate, settings.seed):
+            shown.append(pixels)
             of.append(number)
     places = torch.tensor(of)
     owner, apart = owner[places], apart[places]
