@@ -105,9 +105,8 @@ def test_scored_again_at_another_rate_is_as_if_inspected_at_it(report_folder, mo
     assert again.metrics.keys() == fresh.metrics.keys()
     for name, value in fresh.metrics.items():
         if name != "seconds_per_image":
-            assert again.metrics[name] == pytest.approx(value, rel=1e-5), (
-                name
-            )  # maps are scaled anew in float32, which may swap pixels that are all but equal
+            # maps are scaled anew in float32, which may swap pixels that are all but equal
+            assert again.metrics[name] == pytest.approx(value, rel=1e-5 if name == "pixel_ap" else 1e-6), name
     for ours, theirs in zip(again.rows, fresh.rows, strict=True):
         assert ours["pred_score"] == pytest.approx(theirs["pred_score"]) and ours["p_value"] == theirs["p_value"]
         assert (ours["pred_label"], ours["outcome"]) == (theirs["pred_label"], theirs["outcome"])

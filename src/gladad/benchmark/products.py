@@ -51,7 +51,8 @@ def _generated(name: str, root: Path, data: Path) -> str:
     return ""
 
 
-def _package(name: str) -> Path | None:
+def package(name: str) -> Path | None:
+    """Folder of an installed package, if it is."""
     spec = find_spec(name)
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
@@ -73,10 +74,10 @@ def _split(name: str, root: Path, good: Sequence[Path], bad: Sequence[Path]) -> 
 
 def _solar_cells(name: str, root: Path, data: Path) -> str:
     """Cells of ``elpv-dataset`` that all experts called functional, and those that all called defective."""
-    package = _package("elpv_dataset")
-    if package is None:
+    folder = package("elpv_dataset")
+    if folder is None:
         return "elpv-dataset is not installed"
-    _split(name, root, *solar_cells(package / "data", name.removeprefix("solar_")))
+    _split(name, root, *solar_cells(folder / "data", name.removeprefix("solar_")))
     return ""
 
 
@@ -90,17 +91,17 @@ def solar_cells(folder: Path, kind: str) -> tuple[list[Path], list[Path]]:
         lines = (folder / "labels.csv").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"{folder}: holds no solar cells (no labels.csv); reinstall elpv-dataset") from error
-    cells = [(folder / path, float(defect)) for path, defect, of in map(str.split, filter(None, lines)) if of == kind]
+    cells = [(folder / path, float(defect)) for path, defect, of in map(str.split, filter(str.strip, lines)) if of == kind]
     good, bad = ([path for path, defect in cells if defect == wanted] for wanted in (0, 1))
     return good, bad
 
 
 def _textile(name: str, root: Path, data: Path) -> str:
     """Simulated textiles of ``conformal-clip-data`` with local or global defects."""
-    package = _package("conformal_clip_data")
-    if package is None:
+    folder = package("conformal_clip_data")
+    if folder is None:
         return "conformal-clip-data is not installed"
-    _split(name, root, *(list_images(package / _TEXTILE / kind) for kind in ("nominal", name.removeprefix("textile_"))))
+    _split(name, root, *(list_images(folder / _TEXTILE / kind) for kind in ("nominal", name.removeprefix("textile_"))))
     return ""
 
 

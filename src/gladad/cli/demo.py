@@ -39,7 +39,12 @@ def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path
         MissingExtraError: The package is not installed.
         DataError: The folder does not hold the data set.
     """
-    good, bad = products.solar_cells(_package_data() if folder is None else folder, "mono")
+    if folder is None:
+        package = products.package("elpv_dataset")
+        if package is None:
+            raise MissingExtraError("the demo", "'gladad[demo]'")
+        folder = package / "data"
+    good, bad = products.solar_cells(folder, "mono")
     test_good, test_bad = (split_held_out(paths, share=0.0, minimum=TEST, seed=seed)[1] for paths in (good, bad))
     held_out = set(test_good)
     rest = [path for path in good if path not in held_out]
@@ -63,11 +68,3 @@ def run(
     report = evaluate(detector, test, collect=items.append, progress=progress)
     report.details["data"] = {"name": "ELPV, monocrystalline", "train": len(train), "test": len(test), "seed": SEED}
     return report, write_report(report, items, output, title="Solar cells: what the detector makes of cells it has not seen")
-
-
-def _package_data() -> Path:
-    try:
-        import elpv_dataset
-    except ImportError as error:
-        raise MissingExtraError("the demo", "'gladad[demo]'") from error
-    return Path(elpv_dataset.__file__).parent / "data"

@@ -100,7 +100,12 @@ _TRAINING = (
 )
 DENOISER = tuple(Option(flag, kind, text, DIFFUSION, f"training.{name}") for flag, name, kind, text in _TRAINING)
 WEIGHTS = (
-    Option("--features", str, "Extractor: folder or Hub id (default: facebook/dino-vitb8; lite: its own).", DIFFUSION),
+    Option(
+        "--features",
+        str,
+        "Extractor: folder or Hub id, for lite also efficientnet-lite2 (default: facebook/dino-vitb8; lite: efficientnet-lite0).",
+        DIFFUSION,
+    ),
     Option("--vae", str, "Autoencoder that replaces the base's: folder or Hub id.", DIFFUSION),
     Option("--revision", str, "Branch, tag or commit on the Hub.", DIFFUSION),
     Option("--offline", bool, "Never ask the Hub.", DIFFUSION),

@@ -74,7 +74,7 @@ class MapSettings:
 class FeatureDiffusionSettings(DenoisingSettings):
     """Everything that may be chosen about a ``lite`` model; ``image_size`` None means 256."""
 
-    features: str = DEFAULT_EXTRACTOR  # extractor: that one, or folder or Hub id of a transformers backbone
+    features: str = DEFAULT_EXTRACTOR  # extractor: any name that `load_extractor` takes
     scales: Annotated[int, Field(ge=1, le=4)] = 2  # the image itself, at half its size, at a quarter, ...
     latent: LatentSettings = field(default_factory=LatentSettings)
     memory: Annotated[int, Field(ge=0)] = 20_000  # normal latent vectors kept of each scale, to show the denoiser; 0 = it is shown none
