@@ -35,7 +35,6 @@ ONLY_IN = {
     "torch": {"core", "algorithm", "features", "training", "models", "detector", "evaluation", "benchmark", "interop"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "elpv_dataset": {"cli"},
     "anomalib": {"models"},
 }
 
