@@ -25,7 +25,7 @@ from gladad.core.inference import inference_copy
 from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import Extractor, Identity, Level, load_extractor
 from gladad.features.space import FeatureSpace
-from gladad.features.stack import FeatureStack, size_for_aspect, size_multiple
+from gladad.features.stack import FeatureStack, size_for_aspect, size_multiple, working_size
 
 VIT = {"hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 3, "initializer_range": 0.2}
 STAGES = {"depths": [1, 1, 1, 1]}
@@ -323,6 +323,21 @@ def test_working_size_keeps_proportions_and_budget(aspect: float, multiple: int)
     assert 0.6 * 280**2 <= height * width <= 280**2
     assert abs(torch.tensor(width / height / aspect).log()) < 0.3
     assert size_for_aspect(1.0, 280, multiple) == (280 // multiple * multiple,) * 2
+
+
+@pytest.mark.parametrize(
+    ("native", "side", "expected"),
+    [
+        ((64, 64), None, (256, 256)),  # features want so many
+        ((300, 300), None, (288, 288)),
+        ((4000, 4000), None, (384, 384)),
+        ((460, 1130), None, (256, 576)),
+        ((4000, 4000), 128, (128, 128)),
+        ((64, 64), 512, (512, 512)),
+    ],
+)
+def test_features_are_computed_at_the_size_of_the_images_within_limits_or_at_that_asked_for(native, side, expected) -> None:
+    assert working_size(native, side, 32) == expected
 
 
 class Flat(Extractor):

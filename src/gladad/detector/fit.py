@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -273,9 +274,10 @@ class Fitter:
         return choice.foreground, choice.reason
 
     def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
-        """``(H, W)`` the model works at, by the median proportions of the images."""
+        """``(H, W)`` the model works at, by the images' median proportions and median number of pixels."""
         shapes = [load_image(path).shape for path in paths[:: max(1, len(paths) // 25)]]
-        return self.family.working_size(self.settings, float(np.median([width / height for height, width, _ in shapes])))
+        aspect, pixels = (float(np.median(each)) for each in zip(*((w / h, w * h) for h, w, _ in shapes), strict=True))
+        return self.family.working_size(self.settings, (math.sqrt(pixels / aspect), math.sqrt(pixels * aspect)))
 
     def textures(self, size: tuple[int, int]) -> list[Pixels]:
         """Images ``[H, W, 3]`` that synthetic anomalies take content from."""

@@ -61,6 +61,26 @@ def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
 
 
+SIDES = (256, 384)
+"""Sides of squares of as few and as many pixels as features are computed of, unless a size is asked for."""
+
+
+def working_size(native: tuple[float, float], side: int | None, multiple: int) -> tuple[int, int]:
+    """The ``(H, W)`` in multiples of ``multiple`` to work at, for images of ``(H, W)`` pixels: about their own, within `SIDES`.
+
+    Enlarged images show no more detail, and cost and lose as much as larger ones; smaller defects need more pixels.
+
+    Args:
+        native: ``(H, W)`` of a typical image; its proportions are kept.
+        side: Asks for about ``side**2`` pixels instead.
+        multiple: Of the extractor.
+    """
+    height, width = native
+    if side is None:
+        side = round(min(max(SIDES[0], math.sqrt(height * width)), SIDES[1]))
+    return size_for_aspect(width / height, side, multiple)
+
+
 def size_for_aspect(aspect: float, side: int, multiple: int) -> tuple[int, int]:
     """The ``(H, W)`` in multiples of ``multiple`` with about ``side**2`` pixels that best keeps a width-to-height ratio.
 

@@ -83,8 +83,8 @@ class Family(Protocol):
     def check(self, name: str, settings: FitSettings, together: bool) -> None:
         """Raise ConfigError if settings are of another family or do not fit together, or the model cannot be shared by products."""
 
-    def working_size(self, settings: Any, aspect: float) -> tuple[int, int]:
-        """``(H, W)`` to work at, for images of this ratio of width to height."""
+    def working_size(self, settings: Any, native: tuple[float, float]) -> tuple[int, int]:
+        """``(H, W)`` to work at, for images of typically ``(H, W)`` pixels."""
 
     def foreground(self, settings: Any, product: str) -> tuple[Foreground | None, str]:
         """Where synthetic anomalies may appear and why; None leaves the choice to the images."""

@@ -16,7 +16,9 @@ class FitSettings:
 
     seed: Annotated[int, Field(ge=0)] = 0  # of everything random
     false_reject_rate: Annotated[float, Field(gt=0, le=0.5)] = 0.01  # share of good parts that may be rejected
-    image_size: Annotated[int, Field(ge=64, le=2048)] | None = None  # side of a square with as many pixels as the model works on
+    image_size: Annotated[int, Field(ge=64, le=2048)] | None = (
+        None  # side of a square with as many pixels as the model works on; None = by the images
+    )
     max_images: Annotated[int, Field(ge=2)] = 1000  # good images used; a random choice of them if there are more
     shots: Annotated[int, Field(ge=1)] | None = None  # learn from so few (1, 2, 4, 8), which a random choice leaves; None = from all
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images

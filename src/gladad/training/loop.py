@@ -6,6 +6,7 @@ several processes, which divide the samples of every step among them, draw what 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,9 @@ def make_accelerator() -> Accelerator:
     # Precision is the loop's own affair: the accelerator's would be fixed for the whole process.
     # The main process writes gigabytes while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+    atexit.register(accelerator.state.destroy_process_group)  # while threads still have an interpreter: gloo aborts otherwise, now and then
+    return accelerator
 
 
 def divided(work: Callable[[int], Result], count: int, told: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:

@@ -10,8 +10,8 @@ from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import to_json, with_values
 from gladad.data.foreground import Foreground
+from gladad.features import stack
 from gladad.features.extractor import DEFAULT_EXTRACTOR, load_extractor
-from gladad.features.stack import size_for_aspect, size_multiple
 from gladad.models.baselines.anomalib import AnomalibConfig, AnomalibModel, AnomalibSettings, fit_anomalib
 from gladad.models.baselines.feature_baselines import (
     METHODS,
@@ -43,10 +43,10 @@ def check(name: str, settings: FitSettings, together: bool) -> None:
         raise ConfigError(f"{name} needs {wanted.__name__}, not {type(settings).__name__}")
 
 
-def working_size(settings: FitSettings, aspect: float) -> tuple[int, int]:
+def working_size(settings: FitSettings, native: tuple[float, float]) -> tuple[int, int]:
     """That of ``lite`` with two scales."""
     features = settings.features if isinstance(settings, FeatureBaselineSettings) else DEFAULT_EXTRACTOR
-    return size_for_aspect(aspect, settings.image_size or 256, 2 * size_multiple(load_extractor(features)))
+    return stack.working_size(native, settings.image_size, 2 * stack.size_multiple(load_extractor(features)))
 
 
 def foreground(settings: FitSettings, product: str) -> tuple[Foreground | None, str]:

@@ -9,8 +9,8 @@ from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import METHOD, to_json, with_values
 from gladad.data.foreground import Foreground
+from gladad.features import stack
 from gladad.features.extractor import load_extractor
-from gladad.features.stack import size_for_aspect
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.feature_diffusion.model import FeatureDiffusion, working_multiple
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
@@ -31,9 +31,9 @@ def check(name: str, settings: object, together: bool) -> None:
         raise ConfigError(f"{name} needs FeatureDiffusionSettings, not {type(settings).__name__}")
 
 
-def working_size(settings: FeatureDiffusionSettings, aspect: float) -> tuple[int, int]:
-    """The images' own proportions."""
-    return size_for_aspect(aspect, settings.image_size or 256, working_multiple(settings, load_extractor(settings.features)))
+def working_size(settings: FeatureDiffusionSettings, native: tuple[float, float]) -> tuple[int, int]:
+    """By the images' own size, in their proportions."""
+    return stack.working_size(native, settings.image_size, working_multiple(settings, load_extractor(settings.features)))
 
 
 def foreground(settings: FeatureDiffusionSettings, product: str) -> tuple[Foreground | None, str]:

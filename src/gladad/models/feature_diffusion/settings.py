@@ -72,7 +72,7 @@ class MapSettings:
 
 @validated
 class FeatureDiffusionSettings(DenoisingSettings):
-    """Everything that may be chosen about a ``lite`` model; ``image_size`` None means 256."""
+    """Everything that may be chosen about a ``lite`` model; ``image_size`` None: see `features.stack`."""
 
     features: str = DEFAULT_EXTRACTOR  # extractor: any name that `load_extractor` takes
     scales: Annotated[int, Field(ge=1, le=4)] = 2  # the image itself, at half its size, at a quarter, ...

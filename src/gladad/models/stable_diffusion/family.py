@@ -69,7 +69,7 @@ def check(name: str, settings: object, together: bool) -> None:
         raise ConfigError(f"preset: {settings.preset} is for {wanted}")
 
 
-def working_size(settings: StableDiffusionSettings, aspect: float) -> tuple[int, int]:
+def working_size(settings: StableDiffusionSettings, native: tuple[float, float]) -> tuple[int, int]:
     """A square."""
     side = settings.image_size or 512
     return side, side
