@@ -116,7 +116,8 @@ def tune_vae(
     paths = training_images(images, layout, category)
     with alone(base, quiet) as (main, silent):
         with waiting("starting", silent):
-            from gladad.detector.fit import Fitter, read_pixels
+            from gladad.detector.fit import Fitter
+            from gladad.detector.view import read_pixels
             from gladad.models.registry import make_settings
             from gladad.models.stable_diffusion import autoencoder_tuning as tuning
             from gladad.models.stable_diffusion.components import Sources, load_autoencoder, locate_base

@@ -120,6 +120,8 @@ FIT = (
     Option("--textures", Path, "Folder of images to make defects from."),
     Option("--foreground", Foreground, "Part of the image where defects are made; auto decides by the good images (default: all)."),
     Option("--image-size", int, "Side in pixels to work at (default: that of the images, from 256 to 384; Stable Diffusion: 512)."),
+    Option("--tiles", int, "Cut large images into so many tiles per side, for tiny defects (default: 1)."),
+    Option("--align", bool, "Turn and crop the images so that parts before an even ground lie alike."),
     Option("--max-images", int, "Good images used at most (default: 1000)."),
     Option("--shots", int, "Learn from so few good images (1, 2, 4, 8)."),
     Option("--calibration", Calibration, "Images the threshold is made from (default: auto: cross-fit below 24)."),

@@ -8,12 +8,14 @@ from pathlib import Path
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import to_json
 from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
+from gladad.data.alignment import Alignment
 from gladad.decision.conformal import Calibration
 from gladad.detector.fit import Fitted, SeenImages
 from gladad.models.registry import family_of_kind
 from gladad.models.settings import FitSettings
+from gladad.models.tiled import tiled
 
-CALIBRATION_FILE, SEEN_FILE, WEIGHTS_FOLDER = "calibration.json", "images.json", "base"
+CALIBRATION_FILE, SEEN_FILE, ALIGNMENT_FILE, WEIGHTS_FOLDER = "calibration.json", "images.json", "alignment.safetensors", "base"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def save_model(saved: Saved, folder: Path) -> None:
         write_json(temporary / CALIBRATION_FILE, fitted.calibration.to_json() | {"map_peaks": fitted.peaks})
         images = {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)}
         write_json(temporary / SEEN_FILE, images)
+        if fitted.alignment is not None:
+            fitted.alignment.save(temporary / ALIGNMENT_FILE)
         description = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -58,11 +62,12 @@ def load_model(folder: Path) -> Saved:
         calibration = read_json(folder / CALIBRATION_FILE)
         images = read_json(folder / SEEN_FILE)
         fitted = Fitted(
-            model=family.load(folder / WEIGHTS_FOLDER, model["config"]),
+            model=tiled(family.load(folder / WEIGHTS_FOLDER, model["config"]), settings.tiles),
             calibration=Calibration.from_json(calibration),
             peaks=[float(p) for p in calibration["map_peaks"]],
             provenance=model["provenance"],
             seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
+            alignment=Alignment.load(folder / ALIGNMENT_FILE) if settings.align else None,
         )
         return Saved(name, settings, fitted, str(model["model_id"]))
     except (KeyError, TypeError, ConfigError) as error:

@@ -17,15 +17,19 @@ from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.processes import process_count
 from gladad.core.records import Progress, prefixed
+from gladad.core.storage import content_digest
 from gladad.core.threads import in_order
+from gladad.data.alignment import Alignment
 from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
 from gladad.data.tolerance import mixture
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, required_images
+from gladad.detector.view import read_pixels
 from gladad.models.family import Family, Model, Training
 from gladad.models.registry import family_of, family_of_kind
 from gladad.models.settings import DenoisingSettings, FitSettings
+from gladad.models.tiled import Tiled, cut, tiled
 
 if TYPE_CHECKING:
     from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
@@ -42,6 +46,8 @@ FOLDS = 2
 PARTS = ("all", *(f"fold-{fold + 1}" for fold in range(FOLDS)))
 """Names of the trainings of a fit, as folders of their checkpoints: that of the model, and those of cross-fitting."""
 MAX_TEXTURES = 300
+ALIGNED_IMAGES = 100
+"""From which is learnt how to locate a part."""
 NO_RECORD = (
     "the model was saved by a version that did not record which images it was trained on: "
     "the promise holds only if none of them are among those that it is calibrated on"
@@ -71,6 +77,7 @@ class Fitted:
         peaks: Largest raw map value of each held-out image, rising.
         provenance: Versions, seed and data fingerprint.
         seen: The images of the fit; None where a model was saved without.
+        alignment: How parts are located before the model sees them, if they are.
     """
 
     model: Model
@@ -78,6 +85,12 @@ class Fitted:
     peaks: list[float]
     provenance: dict[str, Any]
     seen: SeenImages | None = field(default_factory=SeenImages)
+    alignment: Alignment | None = None
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of everything that makes a score."""
+        own = self.model.digest()
+        return own if self.alignment is None else content_digest({"model": own, "alignment": self.alignment.digest()}, {})
 
 
 @dataclass(frozen=True)
@@ -104,20 +117,27 @@ class Fitter:
         cross_fitted = self.cross_fits(paths)
         # What is held out takes no part in any choice: the thresholds' guarantee needs that.
         kept, held_out = (paths, []) if cross_fitted else self.split(paths)
-        size = self.working_size(kept)
-        pixels = read_pixels(kept, size, progress)
+        alignment = self.alignment(kept)
+        tile = self.working_size(kept, alignment)
+        size = (self.settings.tiles * tile[0], self.settings.tiles * tile[1])
+        pixels = read_pixels(kept, size, progress, alignment)
         place, reason = self.foreground(pixels)
         few, folds = len(paths) < FEW, FOLDS if cross_fitted and len(paths) > 1 else 0
-        training = Training(self.name, self.settings, size, {"": place}, self.textures(size), share=1 + folds, run=run, progress=progress)
+        training = Training(self.name, self.settings, tile, {"": place}, self.textures(tile), share=1 + folds, run=run, progress=progress)
 
         def train(images: Sequence[Pixels], part: str, told: Progress) -> Model:
             shown = with_copies(images, self.settings.seed) if few else images
-            own = replace(training, run=None if run is None else run.part(part), progress=told, different=len(images) if few else None)
-            return self.family.train({"": shown}, own)[""]
+            tiles = [each for pixels in shown for each in cut(pixels, self.settings.tiles)]
+            of, copies = None, 0
+            if len(images) > 1:  # of one image there are only copies and tiles to tell apart
+                share = len(tiles) // len(shown)
+                of, copies = [i // share % len(images) for i in range(len(tiles))], len(tiles) - share * len(images)
+            own = replace(training, run=None if run is None else run.part(part), progress=told, of=of, copies=copies)
+            return tiled(self.family.train({"": tiles}, own)[""], self.settings.tiles)
 
         model = train(pixels, PARTS[0], progress)
         if not cross_fitted:
-            scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress), self.settings, progress)
+            scores, peaks = held_out_scores(model, read_pixels(held_out, size, progress, alignment), self.settings, progress)
         elif not folds:  # one image: nothing but its own copies to be judged by
             scores, peaks = held_out_scores(model, moved_copies(pixels, self.settings.seed), self.settings, progress)
         else:
@@ -131,11 +151,14 @@ class Fitter:
                 scores, peaks = scores + found[0], peaks + found[1]
         judged = len(paths) if cross_fitted else len(held_out)
         calibration = self.calibration(scores, peaks, judged, cross_fitted=folds > 0)
-        return Fitted(model, calibration, sorted(peaks), self.provenance(paths, judged, place, reason), seen(kept, held_out))
+        provenance = self.provenance(paths, judged, place, reason)
+        return Fitted(model, calibration, sorted(peaks), provenance, seen(kept, held_out), alignment)
 
     def fit_together(self, images: Mapping[str, Sequence[str | Path]], run: TrainingRun | None, progress: Progress) -> dict[str, Fitted]:
         """Fit one denoiser for several products, see `gladad.detector.glad.Glad.fit_together`."""
         self.family.check(self.name, self.settings, True)
+        if self.settings.align or self.settings.tiles > 1:
+            raise ConfigError("align and tiles are for one product; fit each by itself")
         chosen = {product: self.chosen(images[product]) for product in sorted(images)}
         for product, paths in chosen.items():
             if len(paths) < FEW_IMAGES:
@@ -170,7 +193,9 @@ class Fitter:
             return after.at_rate(fitted)
         train, held_out = self.split_of(fitted, images, "adjusted")
         size = fitted.model.image_size
-        model = family.adjust(fitted.model, read_pixels(train, size, progress), settings, progress)
+        if isinstance(fitted.model, Tiled):
+            raise ConfigError("a model of tiles cannot be adjusted; fit it again")
+        model = family.adjust(fitted.model, read_pixels(train, size, progress, fitted.alignment), settings, progress)
         return after.recalibrated(replace(fitted, model=model), held_out, progress)
 
     def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
@@ -204,7 +229,7 @@ class Fitter:
         train, held_out = self.split_of(fitted, images, "tuned")
         before = model.pipeline.tuned_weights()
         try:
-            tune_features(model, read_pixels(train, model.image_size, progress), config, run=run, progress=progress)
+            tune_features(model, read_pixels(train, model.image_size, progress, fitted.alignment), config, run=run, progress=progress)
             return self.recalibrated(fitted, held_out, progress)
         except BaseException:
             model.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
@@ -212,10 +237,12 @@ class Fitter:
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Path], progress: Progress) -> Fitted:
         """With thresholds from images that the model was not trained on."""
-        scores, peaks = held_out_scores(fitted.model, read_pixels(held_out, fitted.model.image_size, progress), self.settings, progress)
+        pixels = read_pixels(held_out, fitted.model.image_size, progress, fitted.alignment)
+        scores, peaks = held_out_scores(fitted.model, pixels, self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
         provenance = fitted.provenance | {"held_out": len(held_out)}
-        return Fitted(fitted.model, self.calibration(scores, peaks, len(scores)), sorted(peaks), provenance, known)
+        calibration = self.calibration(scores, peaks, len(scores))
+        return replace(fitted, calibration=calibration, peaks=sorted(peaks), provenance=provenance, seen=known)
 
     def at_rate(self, fitted: Fitted) -> Fitted:
         """With thresholds for the false-reject rate of the settings, from the scores that are there."""
@@ -273,11 +300,18 @@ class Fitter:
         choice = choose_foreground(pixels)
         return choice.foreground, choice.reason
 
-    def working_size(self, paths: Sequence[Path]) -> tuple[int, int]:
-        """``(H, W)`` the model works at, by the images' median proportions and median number of pixels."""
-        shapes = [load_image(path).shape for path in paths[:: max(1, len(paths) // 25)]]
-        aspect, pixels = (float(np.median(each)) for each in zip(*((w / h, w * h) for h, w, _ in shapes), strict=True))
-        return self.family.working_size(self.settings, (math.sqrt(pixels / aspect), math.sqrt(pixels * aspect)))
+    def alignment(self, paths: Sequence[Path]) -> Alignment | None:
+        """How parts are located, learnt from a choice of the images."""
+        return Alignment.learn([load_image(path) for path in evenly(paths, ALIGNED_IMAGES)]) if self.settings.align else None
+
+    def working_size(self, paths: Sequence[Path], alignment: Alignment | None = None) -> tuple[int, int]:
+        """``(H, W)`` the model works at, by the median proportions and number of pixels of images, or of what is kept of them."""
+        shapes: list[tuple[float, float]] = [load_image(path).shape[:2] for path in evenly(paths, 25)]
+        if alignment is not None:
+            shapes = [alignment.size(*shape) for shape in shapes]
+        aspect, pixels = (float(np.median(each)) for each in zip(*((w / h, w * h) for h, w in shapes), strict=True))
+        of_tile = pixels / self.settings.tiles**2
+        return self.family.working_size(self.settings, (math.sqrt(of_tile / aspect), math.sqrt(of_tile * aspect)))
 
     def textures(self, size: tuple[int, int]) -> list[Pixels]:
         """Images ``[H, W, 3]`` that synthetic anomalies take content from."""
@@ -324,13 +358,9 @@ def _distinct(paths: Sequence[Path]) -> list[Path]:
     return list({file_digest(path): path for path in reversed(paths)}.values())[::-1]
 
 
-def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress) -> list[Pixels]:
-    """Images ``[H, W, 3]`` at one size."""
-    pixels = []
-    for path in paths:
-        pixels.append(resize_pixels(load_image(path), size))
-        progress("reading images", len(pixels), len(paths))
-    return pixels
+def evenly(paths: Sequence[Path], count: int) -> Sequence[Path]:
+    """About ``count`` of them."""
+    return paths[:: max(1, len(paths) // count)]
 
 
 def held_out_scores(model: Model, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> tuple[list[float], list[float]]:

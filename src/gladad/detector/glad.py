@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from gladad.core.errors import ConfigError, NotFittedError
@@ -25,6 +23,7 @@ from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
 from gladad.detector.files import Saved, load_model, save_model
 from gladad.detector.fit import Fitted, Fitter, Images
+from gladad.detector.view import View
 from gladad.models.family import Model
 from gladad.models.registry import make_settings
 from gladad.models.settings import FitSettings
@@ -246,7 +245,7 @@ class Glad:
         before = self._fitted
         if not model_id:
             same = before is not None and before.model is fitted.model and self.model_id
-            model_id = self.model_id if same else fitted.model.digest()[:16]
+            model_id = self.model_id if same else fitted.digest()[:16]
         content = json.dumps(fitted.calibration.to_json(), sort_keys=True).encode()
         self._fitted, self._ids = fitted, (model_id, hashlib.sha256(content).hexdigest()[:16])
 
@@ -275,11 +274,10 @@ class Glad:
         fitted = self._require_fit()
         pixels = as_pixels(image)
         started = time.perf_counter()
-        inspection = fitted.model.inspect(pixels)
-        size = (pixels.shape[0], pixels.shape[1])
-        raw = torch.from_numpy(inspection.map)[None, None]
-        maps = F.interpolate(raw, size, mode="bilinear", align_corners=False)[0, 0] / fitted.calibration.pixel_threshold
-        anomaly_map = maps.numpy()
+        size, limit = (pixels.shape[0], pixels.shape[1]), fitted.calibration.pixel_threshold
+        view = View(pixels, fitted.alignment)
+        inspection = fitted.model.inspect(view.pixels)
+        anomaly_map = view.whole_map(inspection.map) / np.float32(limit)
         mask = anomaly_map > 1.0
         threshold = fitted.calibration.threshold.value
         seconds = time.perf_counter() - started
@@ -292,7 +290,7 @@ class Glad:
             pred_mask=mask,
             regions=find_regions(mask, anomaly_map),
             image_size=size,
-            reconstruction=fitted.model.picture(inspection, pixels, fitted.calibration.pixel_threshold) if reconstruct else None,
+            reconstruction=view.whole_picture(fitted.model.picture(inspection, view.pixels, limit)) if reconstruct else None,
             image_path=Path(image) if isinstance(image, str | Path) else None,
             seconds=seconds,
             model_id=self.model_id,

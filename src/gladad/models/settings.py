@@ -19,6 +19,8 @@ class FitSettings:
     image_size: Annotated[int, Field(ge=64, le=2048)] | None = (
         None  # side of a square with as many pixels as the model works on; None = by the images
     )
+    tiles: Annotated[int, Field(ge=1, le=8)] = 1  # cut large images into so many tiles per side, each of that size
+    align: bool = False  # turn and crop every image so that its part, which stands before an even ground, lies as all others do
     max_images: Annotated[int, Field(ge=2)] = 1000  # good images used; a random choice of them if there are more
     shots: Annotated[int, Field(ge=1)] | None = None  # learn from so few (1, 2, 4, 8), which a random choice leaves; None = from all
     calibration: Literal["auto", "held-out", "cross-fit"] = "auto"  # auto = cross-fit below 24 images

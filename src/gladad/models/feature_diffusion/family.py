@@ -49,7 +49,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     )
     return train_models(
         images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share,
-        different=training.different, progress=training.progress,
+        of=training.of, copies=training.copies, progress=training.progress,
     )  # fmt: skip
 
 

@@ -32,8 +32,9 @@ class Material:
 
     Attributes:
         images: ``[H, W, 3]`` uint8 normal images, then copies of them.
-        owner: ``[N]`` the image that each is, or is a copy of.
+        owner: ``[N]`` the photograph that each is, or is a copy or a tile of.
         apart: ``[N]`` bool, those that the denoisers are not shown.
+        originals: Number of images, the first ones, that are no copies.
         synthetic: Images with synthetic anomalies.
         source: ``[P]`` the normal image of each.
     """
@@ -41,6 +42,7 @@ class Material:
     images: list[Pixels]
     owner: Tensor
     apart: Tensor
+    originals: int
     synthetic: list[Pixels]
     source: Tensor
 
@@ -82,15 +84,11 @@ def apart_of(count: int, share: float) -> Tensor:
     return apart
 
 
-def owners_of(count: int, different: int | None) -> Tensor:
-    """``[count]`` the different image that each is of. Of one image there are only copies to tell apart."""
-    return torch.arange(count) % (count if different in (None, 1) else int(different or count))
-
-
 def make_material(
     model: FeatureDiffusion,
     images: Sequence[Pixels],
-    different: int | None,
+    photographs: Sequence[int] | None,
+    copies: int,
     foreground: Foreground,
     count: int,
     textures: Sequence[Pixels],
@@ -98,8 +96,8 @@ def make_material(
 ) -> Material:
     """Decide which copies are shown, set images apart, and put synthetic anomalies into ``count`` of the others."""
     settings, scale = model.config.settings, model.all_scales()[0]
-    owner = owners_of(len(images), different)
-    apart = apart_of(len(images), settings.training.apart if different in (None, len(images)) else 0)
+    owner = torch.arange(len(images)) if photographs is None else torch.tensor(photographs)
+    apart = apart_of(int(owner.max()) + 1, settings.training.apart)[owner]
     shown, of = list(images), list(range(len(images)))
     if settings.training.copies == "auto" and settings.memory and apart.any():
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
@@ -129,17 +127,12 @@ def make_material(
         source.append(usable[draw.integer(0, len(usable) - 1)])
         synthetic.append(synthesise(shown[source[-1]], draw, settings.training.synthesis, textures, foreground)[0])
         progress("synthetic anomalies", index + 1, count)
-    return Material(shown, owner, apart, synthetic, torch.tensor(source, dtype=torch.int64))
+    return Material(shown, owner, apart, len(images) - copies, synthetic, torch.tensor(source, dtype=torch.int64))
 
 
-def measured_of(apart: Tensor, owner: Tensor) -> Tensor:
-    """Numbers of the images by which is measured what is usual: those apart, or if there are none, all but copies."""
-    first = torch.zeros(len(owner), dtype=torch.bool)
-    seen: set[int] = set()
-    for place, own in enumerate(owner.tolist()):
-        first[place] = own not in seen
-        seen.add(own)
-    return torch.nonzero(first & (apart if apart.any() else True)).flatten()
+def measured_of(apart: Tensor, originals: int) -> Tensor:
+    """Numbers of the images by which is measured what is usual, none of them copies: those apart, or if there are none, all."""
+    return torch.nonzero(apart[:originals] | ~apart.any()).flatten()
 
 
 @torch.no_grad()
@@ -178,7 +171,7 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
         scale.memory.remember(rows[kept].to(device), owner[kept].to(device))
         shown = _shown(scale, latents, material.owner, progress)
         synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)
-    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.owner)
+    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.originals)
     return Part(
         scale, material.images, material.owner, latents, shown, trained, measured, synthetic, synthetic_shown, material.source
     )  # fmt: skip

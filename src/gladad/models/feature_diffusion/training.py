@@ -19,7 +19,7 @@ from gladad.core.images import to_tensor
 from gladad.core.records import Progress, no_progress, prefixed
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
-from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of, owners_of
+from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
@@ -32,6 +32,8 @@ Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 TIMING_STEPS = 10
 MIN_STEPS = 20
+BATCH_CELLS = 1024
+"""Of a latent of 256x256 pixels: fewer latents that are larger make a batch, so that a step takes no longer."""
 SMALLEST_SPREAD = 0.01
 """Of the logarithm of scores: images that are all but alike must not make a scale infinitely sure."""
 
@@ -43,7 +45,8 @@ def train_models(
     textures: Sequence[Pixels] = (),
     foregrounds: Mapping[str, Foreground] | None = None,
     share: int = 1,
-    different: int | None = None,
+    of: Sequence[int] | None = None,
+    copies: int = 0,
     extractor: Extractor | None = None,
     device: torch.device = CPU,
     progress: Progress = no_progress,
@@ -58,7 +61,8 @@ def train_models(
         textures: Images of the same size that synthetic anomalies take content from; generated textures when there are none.
         foregrounds: Product -> where synthetic anomalies may appear; None means everywhere.
         share: Number of trainings that the default budget is divided among.
-        different: Number of different images, where those after them are copies of them in turns; None = all are.
+        of: Number of the photograph that each image is, or is a copy or a tile of; None = each is one.
+        copies: Number of images, the last ones, that are copies of others.
         extractor: The frozen feature network; None loads that of the settings.
         device: To train and to stay on. Everything random is drawn on the CPU, so that all devices draw the same.
         progress: Told of every stage.
@@ -79,7 +83,7 @@ def train_models(
     materials = {}
     for product, model in models.items():
         count, place = planned.pool // len(images) if model.all_scales()[0].learns_repairs else 0, (foregrounds or {}).get(product, "all")
-        materials[product] = make_material(model, images[product], different, place, count, textures, progress)
+        materials[product] = make_material(model, images[product], of, copies, place, count, textures, progress)
     for number in range(config.settings.scales):
         told = prefixed(progress, f"scale {number + 1}: ")
         learnt = [fit_scale(model, number, materials[product], told) for product, model in models.items()]
@@ -141,10 +145,9 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
     other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
-    owner, apart = owners_of(len(images), None), apart_of(len(images), settings.training.apart)
-    measured = measured_of(apart, owner)
+    measured = measured_of(apart_of(len(images), settings.training.apart), len(images))
     for number in range(settings.scales):
-        _measure(other, number, [images[place] for place in measured.tolist()], owner[measured])
+        _measure(other, number, [images[place] for place in measured.tolist()], measured)
         progress("usual residuals", number + 1, settings.scales)
     return other
 
@@ -208,9 +211,10 @@ def _draw_batch(
 
     The first three are ``[B, D, h, w]`` float32; without a memory the third has no channels.
     """
-    counts = [training.batch_size]
+    size = max(1, round(training.batch_size * min(1.0, BATCH_CELLS / math.prod(parts[0].scale.grid))))
+    counts = [size]
     if len(parts) > 1:
-        counts = torch.randint(len(parts), (training.batch_size,), generator=generator).bincount(minlength=len(parts)).tolist()
+        counts = torch.randint(len(parts), (size,), generator=generator).bincount(minlength=len(parts)).tolist()
     drawn, timesteps, labels = [], [], []
     for part, count in zip(parts, counts, strict=True):
         if count:

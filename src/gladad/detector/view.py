@@ -1,0 +1,57 @@
+"""An image as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from gladad.core.images import load_image, resize_pixels
+from gladad.core.records import Progress
+from gladad.data.alignment import Alignment
+
+Pixels = NDArray[np.uint8]
+
+
+class View:
+    """An image aligned, where that is wanted, and the way back.
+
+    Attributes:
+        pixels: ``[h, w, 3]`` uint8 for the model.
+    """
+
+    def __init__(self, image: Pixels, alignment: Alignment | None):
+        self._image, self._alignment = image, alignment
+        self.pixels = image
+        if alignment is not None:
+            self._pose = alignment.locate(image)
+            self.pixels = alignment.apply(image, self._pose)
+
+    def whole_map(self, found: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The model's map as one ``[H, W]`` of the image; 0 where the model has not looked."""
+        size = (self.pixels.shape[0], self.pixels.shape[1])
+        raw = torch.from_numpy(found)[None, None]
+        shown: NDArray[np.float32] = F.interpolate(raw, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        if self._alignment is None:
+            return shown
+        size = (self._image.shape[0], self._image.shape[1])
+        return self._alignment.restore(shown, self._pose, size, np.zeros(size, np.float32))
+
+    def whole_picture(self, picture: Pixels | None) -> Pixels | None:
+        """The model's picture put back into the image ``[H, W, 3]``."""
+        if picture is None or self._alignment is None:
+            return picture
+        return self._alignment.restore(picture, self._pose, (self._image.shape[0], self._image.shape[1]), self._image)
+
+
+def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress, alignment: Alignment | None = None) -> list[Pixels]:
+    """Images as the model sees them, ``[H, W, 3]`` at one size."""
+    pixels = []
+    for path in paths:
+        pixels.append(resize_pixels(View(load_image(path), alignment).pixels, size))
+        progress("reading images", len(pixels), len(paths))
+    return pixels
