@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 
 from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.storage import save_tensors
 from gladad.data.alignment import Alignment
 from gladad.detector.glad import Glad
 from gladad.models.tiled import cut, joined
@@ -77,15 +79,11 @@ def test_what_is_restored_lies_where_it_was(learnt):
     assert again.dtype == np.uint8 and np.abs(again.astype(int) - pixels)[inside].mean() < 12
 
 
-def test_an_alignment_survives_saving(learnt, tmp_path):
+def test_an_alignment_is_known_by_its_arrays(learnt):
     alignment, dark = learnt
-    alignment.save(tmp_path / "alignment.safetensors")
-    again = Alignment.load(tmp_path / "alignment.safetensors")
+    again = Alignment.of_arrays(alignment.arrays())
     pixels = draw(77, 0.5, 0.5, dark=dark)
-    assert again.locate(pixels) == alignment.locate(pixels) and again.digest() == alignment.digest()
-    (tmp_path / "alignment.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ModelFormatError, match="alignment"):
-        Alignment.load(tmp_path / "alignment.safetensors")
+    assert again.foreground == alignment.foreground and again.locate(pixels) == alignment.locate(pixels)
 
 
 def test_what_shows_no_part_is_refused_and_an_empty_image_taken_as_it_is(learnt):
@@ -124,6 +122,9 @@ def test_a_detector_that_aligns(tmp_path):
     loaded = Glad.from_pretrained(tmp_path / "model")
     assert loaded.inspect(broken).pred_score == found.pred_score and loaded.model_id == detector.model_id
     assert loaded.calibrate(good).inspect(broken).model_id == detector.model_id
+    save_tensors(tmp_path / "model" / "alignment.safetensors", {"frame": torch.zeros(4)})
+    with pytest.raises(ModelFormatError, match="does not hold an alignment"):
+        Glad.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "alignment.safetensors").unlink()
     with pytest.raises(ModelFormatError, match=r"alignment\.safetensors"):
         Glad.from_pretrained(tmp_path / "model")

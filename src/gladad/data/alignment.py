@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
-from torch import Tensor
 
-from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.errors import ConfigError
 from gladad.core.images import resize_pixels
-from gladad.core.storage import content_digest, load_tensors, save_tensors
 from gladad.data.foreground import choose_foreground, foreground_mask
 
 Pixels = NDArray[np.uint8]
@@ -82,28 +78,16 @@ class Alignment:
         (left, top, right, bottom), extra = min(frames, key=lambda found: _area(found[0]))
         return cls(choice.foreground, _turned(template, extra).astype(np.float32), (left / SIDE, top / SIDE, right / SIDE, bottom / SIDE))
 
-    def save(self, path: Path) -> None:
-        """Write it as safetensors."""
-        save_tensors(path, self._tensors())
-
-    def digest(self) -> str:
-        """SHA-256 (hexadecimal) of all of it."""
-        return content_digest({}, self._tensors())
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All of it, for files."""
+        return {"bright": np.array(self.foreground == "bright"), "frame": np.array(self.frame), "template": self.template}
 
     @classmethod
-    def load(cls, path: Path) -> Alignment:
-        """Read what `save` wrote; raises ModelFormatError if that is missing or damaged."""
-        tensors = load_tensors(path)
-        try:
-            left, top, right, bottom = tensors["frame"].tolist()
-            template = tensors["template"].reshape(ANGLES, RADII).numpy()
-            return cls("bright" if tensors["bright"].item() else "dark", template, (left, top, right, bottom))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise ModelFormatError(f"{path}: does not hold an alignment ({error})") from error
-
-    def _tensors(self) -> dict[str, Tensor]:
-        bright, frame = torch.tensor(self.foreground == "bright"), torch.tensor(self.frame, dtype=torch.float64)
-        return {"bright": bright, "frame": frame, "template": torch.from_numpy(self.template)}
+    def of_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Alignment:
+        """Undo `arrays`; raises KeyError or ValueError where they are none of an alignment."""
+        left, top, right, bottom = arrays["frame"].tolist()
+        template = arrays["template"].reshape(ANGLES, RADII)
+        return cls("bright" if arrays["bright"] else "dark", template, (left, top, right, bottom))
 
     def locate(self, pixels: Pixels) -> Pose:
         """The part in ``[H, W, 3]`` uint8; an image without one is taken as it is."""

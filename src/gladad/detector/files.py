@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import to_json
-from gladad.core.storage import FORMAT, FORMAT_VERSION, MODEL_FILE, atomic_folder, read_json, read_model_file, write_json
+from gladad.core.storage import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    atomic_folder,
+    load_tensors,
+    read_json,
+    read_model_file,
+    save_tensors,
+    write_json,
+)
 from gladad.data.alignment import Alignment
 from gladad.decision.conformal import Calibration
 from gladad.detector.fit import Fitted, SeenImages
@@ -38,7 +50,7 @@ def save_model(saved: Saved, folder: Path) -> None:
         images = {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)}
         write_json(temporary / SEEN_FILE, images)
         if fitted.alignment is not None:
-            fitted.alignment.save(temporary / ALIGNMENT_FILE)
+            save_tensors(temporary / ALIGNMENT_FILE, {name: torch.from_numpy(array) for name, array in fitted.alignment.arrays().items()})
         description = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -67,8 +79,15 @@ def load_model(folder: Path) -> Saved:
             peaks=[float(p) for p in calibration["map_peaks"]],
             provenance=model["provenance"],
             seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
-            alignment=Alignment.load(folder / ALIGNMENT_FILE) if settings.align else None,
+            alignment=_alignment(folder / ALIGNMENT_FILE) if settings.align else None,
         )
         return Saved(name, settings, fitted, str(model["model_id"]))
     except (KeyError, TypeError, ConfigError) as error:
         raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error
+
+
+def _alignment(path: Path) -> Alignment:
+    try:
+        return Alignment.of_arrays({name: tensor.numpy() for name, tensor in load_tensors(path).items()})
+    except (KeyError, ValueError) as error:
+        raise ModelFormatError(f"{path}: does not hold an alignment ({error})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gladad.core.errors import ConfigError, DataError
@@ -90,7 +91,9 @@ class Fitted:
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""
         own = self.model.digest()
-        return own if self.alignment is None else content_digest({"model": own, "alignment": self.alignment.digest()}, {})
+        if self.alignment is None:
+            return own
+        return content_digest(own, {name: torch.from_numpy(array) for name, array in self.alignment.arrays().items()})
 
 
 @dataclass(frozen=True)
