@@ -229,7 +229,7 @@ def test_info(gladad, model, detector):
 
 
 def test_info_tells_settings_as_the_training_resolved_them(gladad, category, tmp_path):
-    """Except the rate, which may have been chosen anew since; and which copies of the good images were tried, and how that went."""
+    """Except the rate, which may have been chosen anew since; and whether turned copies pay."""
     flags = ("--set", "reconstruction.adaptive=true", "--set", "reconstruction.timesteps=[600, 400]")
     assert gladad("fit", category, "-o", tmp_path / "model", *TINY, *flags).status == 0
     assert gladad("calibrate", tmp_path / "model", category, "--false-reject-rate", "0.3", "-q").status == 0

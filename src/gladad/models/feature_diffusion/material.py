@@ -17,7 +17,7 @@ from gladad.data.synthesis import Draw, synthesise
 from gladad.data.tolerance import variants
 from gladad.features.memory import covering
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.placement import tried_copies, wanted, with_copies
+from gladad.models.feature_diffusion.placement import pays, try_turned, with_turned
 from gladad.models.feature_diffusion.scale import Scale
 
 Pixels = NDArray[np.uint8]
@@ -95,25 +95,21 @@ def make_material(
     progress: Progress,
 ) -> Material:
     """Decide which copies are shown, set images apart, and put synthetic anomalies into ``count`` of the others."""
-    settings, scale = model.config.settings, model.all_scales()[0]
+    settings = model.config.settings
     owner = torch.arange(len(images)) if photographs is None else torch.tensor(photographs)
     apart = apart_of(int(owner.max()) + 1, settings.training.apart)[owner]
     shown, of = list(images), list(range(len(images)))
     if settings.training.copies == "auto" and settings.memory and apart.any():
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
-        progress("trying copies", 0, 1)
-        found = tried_copies(
-            rest,
-            others,
-            lambda chosen: features_of(scale, chosen).to(model.device),
-            scale.space,
-            settings.memory,
-            scale.stack.cell,
-            settings.seed,
+        coarse = model.all_scales()[-1]  # how a part is turned is seen best there, and soonest
+        progress("trying turned copies", 0, 1)
+        ratio = try_turned(
+            rest, others, lambda chosen: features_of(coarse, chosen).to(model.device), coarse.space, settings.memory, settings.seed
         )
-        progress("trying copies", 1, 1)
-        model.config = replace(model.config, copies={kind: round(ratio, 4) for kind, ratio in found.items()})
-        shown, of = with_copies(images, wanted(found), scale.stack.cell)
+        progress("trying turned copies", 1, 1)
+        model.config = replace(model.config, turned=round(ratio, 4))
+        if pays(ratio):
+            shown, of = with_turned(images)
     if settings.tolerate:
         for pixels, number in variants(images, settings.tolerate, settings.seed):
             shown.append(pixels)

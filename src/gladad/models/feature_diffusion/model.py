@@ -29,7 +29,7 @@ from gladad.core.threads import one_thread
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import size_multiple
 from gladad.models.feature_diffusion.networks import LatentDecoder
-from gladad.models.feature_diffusion.placement import reasons
+from gladad.models.feature_diffusion.placement import reason
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
 
@@ -180,8 +180,8 @@ class FeatureDiffusion(nn.Module):
         return to_json(self.config)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready: the config with everything resolved, and which copies of the good images were learnt."""
-        return {"config": to_json(self.config), "copies": reasons(self.config.copies)}
+        """JSON-ready: the config with everything resolved, and whether turned copies of the good images were learnt."""
+        return {"config": to_json(self.config), "copies": reason(self.config.turned)}
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and all weights."""

@@ -1,4 +1,7 @@
-"""How parts lie: whether turned or shifted copies of the good images are normal too, by what other good images say."""
+"""How parts lie: whether turned copies of the good images are normal too, by what other good images say.
+
+Shifted copies would say nothing new: the memory does not ask where in an image a vector was.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +20,35 @@ TRIAL_IMAGES = 64  # good images whose copies are tried: more change little, and
 GAIN = 0.02  # copies must bring the memory nearer to the other images by this share: trials on one product differ by some .01
 
 
-def turned(pixels: Pixels, cell: int) -> list[Pixels]:
+def turned(pixels: Pixels) -> list[Pixels]:
     """The image ``[H, W, 3]`` by a quarter, a half and three quarters of a turn; by a half if it is no square."""
     turns = (1, 2, 3) if pixels.shape[0] == pixels.shape[1] else (2,)
     return [np.ascontiguousarray(np.rot90(pixels, count)) for count in turns]
 
 
-def shifted(pixels: Pixels, cell: int) -> list[Pixels]:
-    """The image shifted by half a cell of ``cell`` pixels to the right, downwards, and both, with repeated borders."""
-    step, (height, width) = cell // 2, pixels.shape[:2]
-    return [np.pad(pixels, ((dy, 0), (dx, 0), (0, 0)), mode="edge")[:height, :width] for dy, dx in ((0, step), (step, 0), (step, step))]
-
-
-KINDS: dict[str, Callable[[Pixels, int], list[Pixels]]] = {"turned": turned, "shifted": shifted}
-
-
-def with_copies(images: Sequence[Pixels], kinds: Sequence[str], cell: int) -> tuple[list[Pixels], list[int]]:
-    """The images followed by their copies of some kinds, and for each the number of the image it is of."""
+def with_turned(images: Sequence[Pixels]) -> tuple[list[Pixels], list[int]]:
+    """The images followed by their turned copies, and for each the number of the image it is of."""
     shown, of = list(images), list(range(len(images)))
-    for kind in kinds:
-        for number, pixels in enumerate(images):
-            copies = KINDS[kind](pixels, cell)
-            shown += copies
-            of += [number] * len(copies)
+    for number, pixels in enumerate(images):
+        copies = turned(pixels)
+        shown += copies
+        of += [number] * len(copies)
     return shown, of
 
 
 @torch.no_grad()
-def tried_copies(
+def try_turned(
     images: Sequence[Pixels],
     others: Sequence[Pixels],
     features: Callable[[Sequence[Pixels]], Tensor],
     space: FeatureSpace,
     memory: int,
-    cell: int,
     seed: int,
-) -> dict[str, float]:
-    """Try every kind of copies.
+) -> float:
+    """Compare a memory of images and their turned copies with one of as many vectors of the images alone.
 
-    A memory of the images and their copies is compared with one of as many vectors of the images alone. Copies of parts that lie still
-    only take the place of better vectors; copies of parts that move or turn bring the memory nearer to images it does not know.
+    Copies of parts that lie still only take the place of better vectors; copies of parts that lie at any angle bring the memory nearer to
+    images it does not know.
 
     Args:
         images: ``[H, W, 3]`` uint8 normal images.
@@ -64,11 +56,10 @@ def tried_copies(
         features: Images -> features ``[N, C, h, w]``.
         space: Is fitted on them.
         memory: Vectors of a memory.
-        cell: Pixels per side of a cell.
         seed: Of the choice of vectors.
 
     Returns:
-        Kind -> mean squared distance of the other images to the memory with such copies, relative to that without.
+        Mean squared distance of the other images to the memory with such copies, relative to that without.
     """
     chosen = list(images[:: -(-len(images) // TRIAL_IMAGES)])
     plain = features(chosen)
@@ -81,26 +72,22 @@ def tried_copies(
         kept = rows[covering(rows, size, torch.Generator().manual_seed(seed))]
         return float(Index(kept).nearest(queries)[0].mean())
 
-    before, found = distance(rows), {}
-    for kind in KINDS:
-        copies = [copy for pixels in chosen for copy in KINDS[kind](pixels, cell)]
-        found[kind] = distance(torch.cat([rows, _rows(space(features(copies)))])) / max(before, 1e-12)
-    return found
+    copies = [copy for pixels in chosen for copy in turned(pixels)]
+    return distance(torch.cat([rows, _rows(space(features(copies)))])) / max(distance(rows), 1e-12)
 
 
-def wanted(found: dict[str, float]) -> list[str]:
-    """The kinds of copies that pay."""
-    return [kind for kind, ratio in found.items() if ratio < 1 - GAIN]
+def pays(ratio: float) -> bool:
+    """Whether turned copies are learnt."""
+    return ratio < 1 - GAIN
 
 
 def _rows(latent: Tensor) -> Tensor:
     return latent.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def reasons(found: dict[str, float]) -> dict[str, str]:
-    """What was decided about every kind of copies and why, for people."""
-    told = {}
-    for kind, ratio in found.items():
-        change = f"the memory {'nearer to' if ratio < 1 else 'farther from'} good images it does not know by {abs(1 - ratio):.1%}"
-        told[kind] = f"{'learnt' if ratio < 1 - GAIN else 'not learnt'}: they bring {change}; {GAIN:.0%} nearer is asked for"
-    return told
+def reason(ratio: float | None) -> str:
+    """What was decided about turned copies and why, for people."""
+    if ratio is None:
+        return "turned copies were not tried"
+    change = f"they bring the memory {'nearer to' if ratio < 1 else 'farther from'} good images it does not know by {abs(1 - ratio):.1%}"
+    return f"turned copies are {'learnt' if pays(ratio) else 'not learnt'}: {change}; {GAIN:.0%} nearer is asked for"

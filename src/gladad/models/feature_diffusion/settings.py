@@ -51,7 +51,7 @@ class FeatureTrainingSettings:
     anomaly_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability that a sample carries a synthetic anomaly
     weighting: Literal["x0", "velocity"] = "x0"  # loss weight: error of the clean latent, or of the velocity
     pool: Annotated[int, Field(ge=0)] = 400  # synthetic anomalies made in advance
-    copies: Literal["auto", "none"] = "auto"  # turned or shifted copies of the good images, where those say that parts lie so
+    copies: Literal["auto", "none"] = "auto"  # turned copies of the good images, where those say that parts lie so
     decoder_steps: Annotated[int, Field(ge=0)] = 200  # optimiser steps of the picture decoder
     apart: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of the good images that the denoiser is not shown: usual residuals are theirs
     step_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.9  # delta of each call: this quantile of the gap score on normal images
@@ -94,7 +94,7 @@ class FeatureDiffusionConfig:
     image_size: tuple[int, int] = (256, 256)  # (H, W) in pixels that every image is resized to
     categories: tuple[str, ...] = ()  # products that share the denoisers, which are told which one they see; none = they know one only
     category: str = ""  # the product of this model, one of these
-    copies: dict[str, float] = field(default_factory=dict)  # kinds of copies tried -> distance to the memory with them, 1 = without
+    turned: float | None = None  # distance of good images to the memory with turned copies of others, 1 = without; None = not tried
     extractor: Identity | None = None  # whose features; set by training
 
     def __post_init__(self) -> None:
