@@ -53,3 +53,15 @@ def test_rare_vectors_are_not_lost_among_many_alike() -> None:
         assert len(kept.unique()) == 400
         assert int((kept >= 5000).sum()) > 30  # a random choice of 400 would hold three of the 40
     assert covering(rows[:10], 400, torch.Generator()).sort().values.tolist() == list(range(10))
+
+
+def test_an_index_leaves_the_number_of_threads_as_it_was() -> None:
+    """Faiss and torch may share one OpenMP: a training that follows must not be left with a single thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        index = Index(torch.randn(CLUSTERED + 10, 8))
+        index.nearest(torch.randn(5, 8))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

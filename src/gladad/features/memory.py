@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gladad.core.threads import one_thread
+
 PROBES = 4
 """Clusters searched for each vector, of as many as the square root of half the memory: within 2 % of the smallest squared distance."""
 CLUSTERED = 2_000
@@ -60,15 +62,16 @@ class Index:
     """The nearest of some vectors ``[M, D]``, by squared Euclidean distance."""
 
     def __init__(self, rows: Tensor):
-        faiss.omp_set_num_threads(1)  # the clusters' last digits may depend on it; a search's result does not
         vectors = _array(rows)
         self._index: Any = faiss.IndexFlatL2(vectors.shape[1])
         self._clusters = int(math.sqrt(len(vectors) / 2)) if len(vectors) > CLUSTERED else 0
-        if self._clusters:
-            self._coarse = self._index  # faiss does not keep it alive
-            self._index = faiss.IndexIVFFlat(self._coarse, vectors.shape[1], self._clusters)
-            self._index.train(vectors)
-        self._index.add(vectors)
+        with one_thread():  # the clusters' last digits may depend on their number; a search's result does not
+            if self._clusters:
+                self._coarse = self._index  # faiss does not keep it alive
+                self._index = faiss.IndexIVFFlat(self._coarse, vectors.shape[1], self._clusters)
+                faiss.omp_set_num_threads(1)
+                self._index.train(vectors)
+            self._index.add(vectors)
 
     def nearest(self, queries: Tensor, barred: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
         """Squared distance ``[Q]`` and number ``[Q]`` of the nearest vector to each of ``[Q, D]``, on the CPU.
