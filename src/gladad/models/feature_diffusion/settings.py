@@ -42,7 +42,7 @@ class FeatureTrainingSettings:
 
     steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps of each denoiser; None = 500, divided where folds are trained too
     minutes: Annotated[float, Field(gt=0)] | None = None  # wall-clock budget of the whole fit instead; then a second run may differ
-    batch_size: Annotated[int, Field(ge=1)] = 16  # latents per step; larger ones than those of 256x256 pixels count as more
+    batch_size: Annotated[int, Field(ge=1)] = 16  # latents per step; fewer of those above 1536 cells
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3  # peak, of AdamW; warm-up over 50 steps, then a cosine to 0
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3  # of AdamW
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995  # decay of the averaged weights, which are the ones kept

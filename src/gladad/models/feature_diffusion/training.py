@@ -32,8 +32,8 @@ Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 TIMING_STEPS = 10
 MIN_STEPS = 20
-BATCH_CELLS = 1024
-"""Of a latent of 256x256 pixels: fewer latents that are larger make a batch, so that a step takes no longer."""
+BATCH_CELLS = 1536
+"""Of latents that are larger, fewer make a batch, so that a step takes little longer."""
 SMALLEST_SPREAD = 0.01
 """Of the logarithm of scores: images that are all but alike must not make a scale infinitely sure."""
 
