@@ -248,6 +248,28 @@ def test_a_perfect_denoiser_gives_the_normal_latent(latents: tuple[torch.Tensor,
     assert found.gap_score[0] < 1e-6 < found.gap_score[2] < found.gap_score[1]
 
 
+def test_without_a_draw_the_noise_does_not_matter(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latent, normal = latents
+
+    class Keeping(Oracle):
+        def predict_noise(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return 0.5 * latent
+
+    config = OneCallConfig(timesteps=(400,), adaptive=False)
+    made = {
+        noise: [
+            reconstruct_one_call(
+                Keeping(normal), latent, draw.expand(3, 1, 4, 6, 6), SCHEDULE, replace(config, noise=noise), torch.ones(1)
+            ).latent
+            for draw in (torch.randn(4, 6, 6), torch.randn(4, 6, 6))
+        ]
+        for noise in ("drawn", "mean")
+    }
+    assert torch.equal(*made["mean"]) and not torch.equal(*made["drawn"])
+    alpha_bar = SCHEDULE.alpha_bar(torch.tensor([400]))
+    torch.testing.assert_close(made["mean"][0], latent * (1 - 0.5 * (1 - alpha_bar).sqrt()))
+
+
 def test_the_step_search_stops_at_the_first_clear_difference(latents: tuple[torch.Tensor, torch.Tensor]) -> None:
     latent, normal = latents
     found = one_call(latent, normal, adaptive=True, step_thresholds=(1.0, 0.05, 0.05))

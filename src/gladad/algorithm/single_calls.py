@@ -25,6 +25,7 @@ class OneCallConfig:
 
     method: Literal["single-calls"] = "single-calls"
     timesteps: tuple[int, ...] = (500, 300)  # probes, from high to low
+    noise: Literal["drawn", "mean"] = "drawn"  # "mean": its mean, 0, in place of a draw, so that no score hangs on one
     adaptive: bool = True  # stop, per image, at the first timestep where the difference is clear; False = average all probes
     step_thresholds: tuple[float, ...] = ()  # delta of each timestep (calibrated); needed when adaptive
     top_k: int = 10  # places averaged into the gap score
@@ -69,7 +70,8 @@ def reconstruct_one_call(
     grid = torch.tensor(config.timesteps, device=latent.device)
     timesteps = grid.repeat(len(latent))  # image-major
     alpha_bar = schedule.alpha_bar(timesteps)
-    x_t = add_noise(latent.repeat_interleave(count, dim=0), noise.flatten(0, 1), alpha_bar)
+    drawn = noise.flatten(0, 1) if config.noise == "drawn" else torch.zeros_like(noise).flatten(0, 1)
+    x_t = add_noise(latent.repeat_interleave(count, dim=0), drawn, alpha_bar)
     shown = x_t if retrieve is None else torch.cat([x_t, retrieve(latent).repeat_interleave(count, dim=0)], dim=1)
     x0 = predict_x0(x_t, networks.predict_noise(shown, timesteps), alpha_bar).unflatten(0, (-1, count))
 

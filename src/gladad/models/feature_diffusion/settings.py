@@ -81,7 +81,7 @@ class FeatureDiffusionSettings(DenoisingSettings):
     widths: tuple[int, ...] = (64, 96, 128)  # channels of the denoiser's levels
     training: FeatureTrainingSettings = field(default_factory=FeatureTrainingSettings)
     reconstruction: Annotated[OneCallConfig | DeviationConfig, Field(discriminator="method")] = field(
-        default_factory=lambda: OneCallConfig(timesteps=(400,), adaptive=False)
+        default_factory=lambda: OneCallConfig(timesteps=(400,), noise="mean", adaptive=False)
     )
     scoring: MapSettings = field(default_factory=MapSettings)
 
