@@ -104,7 +104,7 @@ def make_material(
         coarse = model.all_scales()[-1]  # how a part is turned is seen best there, and soonest
         progress("trying turned copies", 0, 1)
         ratio = try_turned(
-            rest, others, lambda chosen: features_of(coarse, chosen).to(model.device), coarse.space, settings.memory, settings.seed
+            rest, others, lambda chosen: features_of(coarse, chosen).to(model.device), coarse.space, coarse.capacity, settings.seed
         )
         progress("trying turned copies", 1, 1)
         model.config = replace(model.config, turned=round(ratio, 4))
@@ -163,7 +163,7 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
     if settings.memory:
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
         owner = material.owner.repeat_interleave(len(rows) // len(latents))
-        kept = covering(rows, settings.memory, torch.Generator().manual_seed(settings.seed))
+        kept = covering(rows, scale.capacity, torch.Generator().manual_seed(settings.seed))
         scale.memory.remember(rows[kept].to(device), owner[kept].to(device))
         shown = _shown(scale, latents, material.owner, progress)
         synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)

@@ -19,6 +19,9 @@ from gladad.models.feature_diffusion.methods import Method, method_of
 from gladad.models.feature_diffusion.networks import LatentDenoiser
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
 
+MEMORY_CELLS = 1024
+"""Of a latent, up to which the memory is as large as the settings say; it grows in proportion beyond."""
+
 
 class Scale(nn.Module):
     """The denoiser of one scale (`gladad.algorithm.Denoiser`), what it works on, and what is usual on normal images.
@@ -65,6 +68,11 @@ class Scale(nn.Module):
     def grid(self) -> tuple[int, int]:
         """``(h, w)`` of the latent."""
         return self.stack.grid
+
+    @property
+    def capacity(self) -> int:
+        """Vectors that its memory may hold: the more cells a latent has, the more differ."""
+        return round(self.config.settings.memory * max(1.0, math.prod(self.grid) / MEMORY_CELLS))
 
     def features(self, image: Tensor) -> Tensor:
         """Features ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [0, 1] of the model's full size."""
