@@ -13,6 +13,7 @@ _ROOM = "gladad.models"
 _STABLE_DIFFUSION = f"{_ROOM}.stable_diffusion.family"
 _MODULES = {
     "lite": f"{_ROOM}.feature_diffusion.family",
+    "small": _STABLE_DIFFUSION,
     "memory-bank": f"{_ROOM}.baselines.family",
     "padim": f"{_ROOM}.baselines.family",
     "pca": f"{_ROOM}.baselines.family",

@@ -21,6 +21,7 @@ from gladad.core.errors import ConfigError
 from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
+from gladad.features.pyramid import PyramidFeatures
 from gladad.features.vit import DinoFeatures
 from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.components import latent_size
@@ -60,7 +61,7 @@ class AutoencoderTuningConfig:
 
 def tune_autoencoder(
     vae: Any,
-    features: DinoFeatures,
+    features: DinoFeatures | PyramidFeatures,
     images: Sequence[Pixels],
     config: AutoencoderTuningConfig,
     *,

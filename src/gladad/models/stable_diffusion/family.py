@@ -17,6 +17,7 @@ from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
 from gladad.data.foreground import Foreground
 from gladad.models.family import Model, Pixels, Training
+from gladad.models.stable_diffusion import small
 from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
 from gladad.models.stable_diffusion.device import available_memory, choose_device
@@ -26,6 +27,7 @@ from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
 from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
 from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, Trained, TrainedProduct, finetune_denoiser
+from gladad.models.stable_diffusion.training_inputs import sha256_of_weights
 from gladad.training.loop import DTYPES, divided
 
 LONG, SHARED = True, True
@@ -37,7 +39,9 @@ load = StableDiffusion.load
 def make_settings(name: str, values: Mapping[str, Any]) -> StableDiffusionSettings:
     """The defaults, or those of the ``preset`` among the values, with the other values; see `gladad.models.family.Family`."""
     preset = values.get("preset")
-    start = StableDiffusionSettings() if preset is None else from_preset(load_preset(str(preset)))
+    start = (
+        (small.SETTINGS if name == small.NAME else StableDiffusionSettings()) if preset is None else from_preset(load_preset(str(preset)))
+    )
     if "image_size" in values and "feature_size" not in values:
         start = replace(start, feature_size=None)  # the preset's goes with its own image size
     return with_values(start, values)
@@ -90,17 +94,24 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     denoiser, steps = settings.training, settings.training.steps
     if steps is None:
         steps = max(1, DEFAULT_STEPS // training.share)
-    if steps and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
+    fresh = training.name == small.NAME
+    if fresh and not steps:
+        raise ConfigError("training.steps: small starts from random weights, and has none that could be adopted as they are; train it")
+    if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if training.run is None else training.run.memory_limit)
     own = {key: settings.of_product(key, preset) for key in images}
     prompts, dtype = {key: product.prompt for key, product in own.items()}, DTYPES[denoiser.precision]
     trained_dtype = torch.float32 if denoiser.method == "full" and steps else dtype
-    pipelines = GladPipeline.for_prompts(settings.sources(training.name), prompts, dtype, trained_dtype)
+    if fresh:
+        pipelines = small.make_pipelines(prompts, images, training, choose_device(), dtype)
+    else:
+        pipelines = GladPipeline.for_prompts(settings.sources(training.name), prompts, dtype, trained_dtype)
     for pipeline in pipelines.values():
         pipeline.to(choose_device())
     first, trained = next(iter(pipelines.values())), Trained([])
     if steps:
-        origin = {} if first.origin is None else first.origin.fingerprints()
+        # what no file says: the autoencoder of a base that starts from nothing
+        origin = {"vae": sha256_of_weights(first.vae.state_dict())} if first.origin is None else first.origin.fingerprints()
         trained = finetune_denoiser(
             first,
             {key: TrainedProduct(images[key], pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key in images},
@@ -108,11 +119,11 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
             steps,
             seed=settings.seed,
             textures=training.textures,
-            run=training.run,
+            run=training.run.part("denoiser") if fresh and training.run is not None else training.run,
             identity={"origin": origin, "prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
             progress=training.progress,
         )
-    first.unet.to(dtype)
+    torch.nn.Module.to(first.unet, dtype)
     models = {}
     for key, pipeline in pipelines.items():
         config = StableDiffusionConfig(settings=own[key], image_size=training.size, adapted=trained.adapter is not None)

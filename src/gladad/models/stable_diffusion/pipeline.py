@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_noise
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.storage import load_tensors, read_json, save_tensors
+from gladad.features.pyramid import PyramidFeatures
 from gladad.features.vit import DinoFeatures, imagenet_normalise
 from gladad.models.stable_diffusion import components
 from gladad.models.stable_diffusion.components import Components, Origin, Source, Sources, first_line
@@ -55,7 +56,7 @@ class GladPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
-        features: DinoFeatures,
+        features: DinoFeatures | PyramidFeatures,
         prompt_embeds: Tensor | None = None,
         prompt: str = DEFAULT_PROMPT,
         guidance_scale: float = 1.0,

@@ -11,6 +11,7 @@ from gladad.algorithm import ReconstructionConfig, ScoringConfig
 from gladad.core.settings import validated
 from gladad.data.foreground import Foreground
 from gladad.models.settings import DenoisingSettings
+from gladad.models.stable_diffusion.autoencoder_tuning import AutoencoderTuningConfig
 from gladad.models.stable_diffusion.components import Sources
 from gladad.models.stable_diffusion.pipeline import DEFAULT_PROMPT
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset
@@ -40,6 +41,7 @@ class StableDiffusionSettings(DenoisingSettings):
     prompt: str = DEFAULT_PROMPT  # several products add their name, or stand in for {category}
     preset: str | None = None  # the published constants that these settings started from, for the record
     training: DenoiserSettings = field(default_factory=DenoiserSettings)
+    autoencoder: AutoencoderTuningConfig | None = None  # training of the autoencoder of a base without weights (``small``)
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0  # classifier-free guidance; 1 = off, the paper uses 9
     feature_size: Annotated[int, Field(ge=32)] | None = None  # side at which input and reconstruction are compared; None = image_size
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)

@@ -1,0 +1,110 @@
+"""``small``: a base in the paper's form that starts from random weights, for images of one product and machines without the Hub.
+
+Autoencoder, UNet and schedule are of the classes and the form of Stable Diffusion; the extractor is EfficientNet-Lite0. The autoencoder is
+trained first, on the good images, on the same with synthetic anomalies, which it must be able to draw, and on textures if there are any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from gladad.core.images import to_tensor
+from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
+from gladad.features.pyramid import PyramidFeatures
+from gladad.models.family import Pixels, Training
+from gladad.models.stable_diffusion.autoencoder_tuning import AutoencoderTuningConfig, tune_autoencoder
+from gladad.models.stable_diffusion.components import Components
+from gladad.models.stable_diffusion.pipeline import GladPipeline
+from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiffusionSettings
+
+NAME = "small"
+PROMPT_WIDTH = 64
+WITH_ANOMALIES = 200  # images with synthetic anomalies that the autoencoder learns to draw
+STANDARDISED = 64  # good images by which the latents' scale is set
+VAE = {  # 10.9 million parameters, 8 pixels per latent cell
+    "block_out_channels": (32, 64, 128, 256),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 16,
+}
+UNET = {  # 24 million parameters
+    "sample_size": 32,
+    "block_out_channels": (96, 192, 288),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": PROMPT_WIDTH,
+    "attention_head_dim": 8,
+}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
+SETTINGS = StableDiffusionSettings(
+    image_size=256,
+    training=DenoiserSettings(method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False),
+    autoencoder=AutoencoderTuningConfig(
+        steps=4000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False, precision="bfloat16"
+    ),
+)
+"""Defaults: those of Stable Diffusion, but for the size and the trainings, which start from nothing."""
+
+
+def untrained(seed: int) -> Components:
+    """The networks with random weights, the same for the same seed; the extractor with its trained ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae, unet = AutoencoderKL(**VAE), UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
+    scheduler = DDIMScheduler(**SCHEDULER)  # type: ignore[no-untyped-call]
+    return Components(vae=vae, unet=unet, scheduler=scheduler, features=PyramidFeatures.pretrained())
+
+
+def prompt_embeds(prompt: str) -> Tensor:
+    """``[2, 1, PROMPT_WIDTH]``: a random vector that a prompt always gets, and zeros for the empty one."""
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+    drawn = torch.randn(1, 1, PROMPT_WIDTH, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([drawn, torch.zeros_like(drawn)])
+
+
+def make_pipelines(
+    prompts: Mapping[str, str], images: Mapping[str, Sequence[Pixels]], training: Training, device: torch.device, dtype: torch.dtype
+) -> dict[str, GladPipeline]:
+    """Train the autoencoder, and give each product a pipeline over the same networks; the denoiser, in float32, is still untrained.
+
+    Args:
+        prompts: Name of the product -> prompt.
+        images: Name of the product -> ``[H, W, 3]`` uint8 normal images.
+        training: What the fit is asked for; its settings say how the autoencoder is trained.
+        device: For the networks.
+        dtype: Of autoencoder and extractor afterwards.
+    """
+    settings: StableDiffusionSettings = training.settings
+    networks, seed = untrained(settings.seed), settings.seed
+    good = [(product, image) for product, own in images.items() for image in own]
+    shown = [image for _, image in good]
+    for number in range(WITH_ANOMALIES):
+        draw = Draw((seed, 4, number))
+        product, image = good[draw.integer(0, len(good) - 1)]
+        shown.append(synthesise(image, draw, SynthesisConfig(), training.textures, training.foregrounds[product])[0])
+    run = None if training.run is None else training.run.part("autoencoder")
+    config = replace(settings.autoencoder or AutoencoderTuningConfig(), seed=seed)
+    tune_autoencoder(networks.vae, networks.features, [*shown, *training.textures], config, run=run, progress=training.progress)
+    networks.vae.register_to_config(scaling_factor=1 / _spread(networks.vae, [image for _, image in good]))
+    for network in (networks.vae, networks.features):
+        torch.nn.Module.to(network, device, dtype)
+    networks.unet.to(device)
+    return {product: GladPipeline.of(networks, prompt_embeds(prompt), prompt) for product, prompt in prompts.items()}
+
+
+@torch.no_grad()
+def _spread(vae: Any, images: Sequence[Pixels]) -> float:
+    """Standard deviation of the latents of some images."""
+    chosen = images[:: -(-len(images) // STANDARDISED)]
+    latents = [vae.encode(to_tensor(image)[None].to(vae.device) * 2 - 1).latent_dist.mean for image in chosen]
+    return max(float(torch.cat(latents).std()), 1e-6)

@@ -1,0 +1,109 @@
+"""The base that starts from random weights, through the program that Stable Diffusion goes through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.detector.glad import Glad
+from gladad.features.pyramid import PyramidFeatures
+from gladad.models.registry import make_settings
+from gladad.models.stable_diffusion import small
+from gladad.training.loop import TrainingRun
+
+QUICK = {
+    "image_size": 64,
+    "training.steps": 2,
+    "training.pool": 4,
+    "training.batch_size": 2,
+    "autoencoder.steps": 2,
+    "autoencoder.batch_size": 2,
+    "reconstruction.num_steps": 5,
+    "calibration": "held-out",
+    "false_reject_rate": 0.2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_anomalies() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "WITH_ANOMALIES", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fitted(category: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Glad, Path]:
+    folder = tmp_path_factory.mktemp("small")
+    detector = Glad.from_base("small", settings=QUICK).fit(category, run=TrainingRun(folder=folder / "run", tracker="none"))
+    detector.save_pretrained(folder / "model")
+    return detector, folder
+
+
+def test_a_fit_goes_through_autoencoder_and_denoiser_and_is_saved_whole(fitted, category):
+    detector, folder = fitted
+    assert {path.name for path in (folder / "run" / "all").iterdir()} == {"autoencoder", "denoiser"}
+    defect = sorted((category / "test" / "hole").iterdir())[0]
+    found = detector.inspect(defect)
+    assert found.anomaly_map.shape == found.reconstruction.shape[:2] == (72, 72)
+    loaded = Glad.from_pretrained(folder / "model")
+    assert loaded.inspect(defect).pred_score == found.pred_score
+    assert loaded.model_id == detector.model_id
+
+
+def test_the_same_seed_gives_the_same_model_and_finished_trainings_are_not_repeated(fitted, category, tmp_path):
+    detector, folder = fitted
+    stages: list[str] = []
+    again = Glad.from_base("small", settings=QUICK).fit(
+        category,
+        run=TrainingRun(folder=folder / "run", tracker="none"),
+        progress=lambda stage, done, total: stages.append(stage) if done < total else None,
+    )
+    assert again.model_id == detector.model_id
+    assert "autoencoder" not in stages and "denoiser" not in stages
+    fresh = Glad.from_base("small", settings=QUICK).fit(category)
+    assert fresh.model_id == detector.model_id
+
+
+def test_latents_of_the_trained_autoencoder_have_unit_variance(fitted, category):
+    detector, _ = fitted
+    pipeline = detector.model_.pipeline
+    images = torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))])
+    assert pipeline.vae.config.scaling_factor != 0.18215  # that of Stable Diffusion
+    assert pipeline.encode(images).isfinite().all()
+
+
+def test_prompts_tell_products_apart():
+    one, other = small.prompt_embeds("a photo of one"), small.prompt_embeds("a photo of another")
+    assert one.shape == (2, 1, small.PROMPT_WIDTH) and not one[1].any()
+    assert torch.equal(one, small.prompt_embeds("a photo of one")) and not torch.equal(one, other)
+
+
+def test_there_is_nothing_to_adopt(category):
+    with pytest.raises(ConfigError, match=r"training\.steps: small starts from random weights"):
+        Glad.from_base("small", settings=QUICK | {"training.steps": 0}).fit(category)
+
+
+def test_its_defaults_are_its_own():
+    settings = make_settings("small", {"training.steps": 10})
+    assert settings.image_size == 256 and settings.training.method == "full" and settings.autoencoder.steps == 4000
+    assert make_settings("sd14").autoencoder is None
+
+
+def test_the_extractor_is_saved_and_read_back(tmp_path):
+    features = PyramidFeatures.pretrained()
+    image = torch.rand(1, 3, 64, 96)
+    maps = features(image)
+    assert [tuple(each.shape[2:]) for each in maps] == [(16, 24), (8, 12), (4, 6)]
+    assert torch.equal(features(image, layers=(3,))[0], maps[2])
+    assert features.nearest_size((70, 100)) == (64, 96)
+    features.save_pretrained(tmp_path / "features")
+    again = PyramidFeatures.from_pretrained(tmp_path / "features")
+    assert all(torch.equal(a, b) for a, b in zip(again(image), maps, strict=True))
+    (tmp_path / "features" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ModelFormatError, match="is no folder of efficientnet-lite0"):
+        PyramidFeatures.from_pretrained(tmp_path / "features")
+    with pytest.raises(ConfigError, match="no MLPs"):
+        features.mlp_parameters([1])
