@@ -75,6 +75,27 @@ def test_latents_of_the_trained_autoencoder_have_unit_variance(fitted, category)
     assert pipeline.encode(images).isfinite().all()
 
 
+def test_delta_and_a_calibrated_mask_follow_from_the_good_images(fitted, category):
+    detector, _ = fitted
+    resolved = detector.model_.config.settings.reconstruction
+    assert resolved.step_threshold != 0.35 and resolved.fusion_center == 0
+    calibrated = Glad.from_base("small", settings=QUICK | {"reconstruction.fusion": "calibrated"}).fit(category)
+    resolved = calibrated.model_.config.settings.reconstruction
+    assert resolved.fusion_center == resolved.step_threshold > 0 and resolved.fusion_width == resolved.step_threshold / 4
+
+
+def test_an_adjusted_model_is_that_of_a_fit_and_the_first_one_stays(fitted, category):
+    detector, folder = fitted
+    settings = QUICK | {"reconstruction.adaptive": False, "reconstruction.max_step": 500, "guidance_scale": 2.0}
+    adjusted = Glad.from_pretrained(folder / "model").adjust(category, settings)
+    whole = Glad.from_base("small", settings=settings).fit(category)
+    defect = sorted((category / "test" / "hole").iterdir())[0]
+    assert adjusted.inspect(defect).pred_score == whole.inspect(defect).pred_score != detector.inspect(defect).pred_score
+    assert detector.model_.pipeline.guidance_scale == 1
+    with pytest.raises(ConfigError, match="training cannot be changed without another fit"):
+        detector.adjust(category, QUICK | {"training.steps": 3})
+
+
 def test_prompts_tell_products_apart():
     one, other = small.prompt_embeds("a photo of one"), small.prompt_embeds("a photo of another")
     assert one.shape == (2, 1, small.PROMPT_WIDTH) and not one[1].any()

@@ -158,11 +158,12 @@ class Glad:
         progress: Progress = no_progress,
         cancel: CancelToken | None = None,
     ) -> Glad:
-        """Change how a fitted ``lite`` detector inspects, without another training; the result is that of a fit with these settings.
+        """Change how a fitted detector inspects, without another training; the result is that of a fit with these settings.
 
         Args:
             images: Those it was fitted on.
-            settings: They differ from the detector's in the reconstruction and the false-reject rate only; or values by their names.
+            settings: They differ from the detector's in the reconstruction, the false-reject rate and, in the paper's form, how images are
+                compared; or values by their names.
             progress: As for `fit`.
             cancel: As for `fit`.
 
@@ -170,8 +171,8 @@ class Glad:
             This detector, which is as it was if anything goes wrong.
 
         Raises:
-            ConfigError: Another setting differs; or more than the false-reject rate does, and the model is not a ``lite`` one or the
-                calibration is cross-fitted.
+            ConfigError: Another setting differs; or more than the false-reject rate does, and the model is a baseline or one of tiles, or
+                the calibration is cross-fitted.
             DataError: The images are not those of the fit.
         """
         if not isinstance(settings, FitSettings):

@@ -134,7 +134,10 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
 
 
 def _set_delta(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
-    """Set delta to the 90 % quantile of the largest gap of each image's whole search: a normal one then usually gets the least noise."""
+    """Set delta to the 90 % quantile of the largest gap of each image's whole search: a normal one then usually gets the least noise.
+
+    A calibrated fusion mask is centred there too, unless its centre is given.
+    """
     settings = model.config.settings
     search = replace(settings.reconstruction, step_threshold=UNREACHABLE)
 
@@ -143,7 +146,10 @@ def _set_delta(model: StableDiffusion, images: Sequence[Pixels], stage: str, pro
         return float(trace[0, :-1].max()) if trace.shape[1] > 1 else float(trace.max())
 
     peaks = divided(peak, min(len(images), STEP_SEARCH_IMAGES), lambda done, total: progress(stage, done, total))
-    found = replace(settings.reconstruction, step_threshold=float(np.quantile(peaks, 0.9)))
+    delta = float(np.quantile(peaks, 0.9))
+    found = replace(settings.reconstruction, step_threshold=delta)
+    if found.fusion == "calibrated" and not found.fusion_center:  # where normal images differ no more than usual, the input is kept
+        found = replace(found, fusion_center=delta, fusion_width=max(delta / 4, 1e-6))
     model.config = replace(model.config, settings=replace(settings, reconstruction=found))
 
 
@@ -153,9 +159,12 @@ def training_values(settings: StableDiffusionSettings) -> dict[str, Any]:
     return {name: value for name, value in to_json(settings).items() if name not in apart}
 
 
-def adjust(model: Model, images: Sequence[Pixels], settings: StableDiffusionSettings, progress: Progress) -> Model:
-    """Not built for these models."""
-    raise ConfigError(f"the inspection of a {model.kind} model cannot be adjusted; fit it anew with --steps 0 from the trained one")
+def adjust(model: StableDiffusion, images: Sequence[Pixels], settings: StableDiffusionSettings, progress: Progress) -> Model:
+    """A copy over the same networks, its delta set anew."""
+    other = model.adjusted(replace(settings, prompt=model.config.settings.prompt))  # several products have prompts of their own
+    if settings.reconstruction.adaptive and settings.calibrate_step:
+        _set_delta(other, images, "step search", progress)
+    return other
 
 
 def check_memory(name: str, size: tuple[int, int], settings: StableDiffusionSettings, limit: int | None) -> None:

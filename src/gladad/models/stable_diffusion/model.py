@@ -28,7 +28,7 @@ from gladad.models.stable_diffusion.components import Base, Components, Origin, 
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds
 from gladad.models.stable_diffusion.presets import load_preset
-from gladad.models.stable_diffusion.settings import StableDiffusionConfig
+from gladad.models.stable_diffusion.settings import StableDiffusionConfig, StableDiffusionSettings
 from gladad.training.loop import DTYPES
 
 ORIGIN_FILE = "origin.json"
@@ -143,6 +143,14 @@ class StableDiffusion:
             weakref.finalize(model, detach_adapter, networks.unet, name).atexit = False
         model.pipeline.origin = origin
         return model
+
+    def adjusted(self, settings: StableDiffusionSettings) -> StableDiffusion:
+        """A model over the same networks that inspects as other settings say."""
+        old = self.pipeline
+        pipeline = GladPipeline.of(Components(old.vae, old.unet, old.scheduler, old.features), old.prompt_embeds, old.prompt)
+        pipeline.origin = old.origin
+        pipeline.tune_scoring(old.tuned_weights())
+        return StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
 
     def standalone(self) -> StableDiffusion:
         """This model with its adapter added to weights of its own, so that it needs its base no more.
