@@ -106,9 +106,9 @@ class Alignment:
         """The part of ``[H, W, 3]`` uint8 as all others lie, cropped: ``[h, w, 3]``. Outside of the image is the ground's median colour."""
         height, width = pixels.shape[:2]
         h, w = (max(8, round(side)) for side in self.size(height, width))
-        mask = foreground_mask(pixels[:: max(1, height // SIDE), :: max(1, width // SIDE)], self.foreground)
-        shown = pixels[:: max(1, height // SIDE), :: max(1, width // SIDE)]
-        ground = np.median(shown[~mask] if mask is not None and not mask.all() else shown.reshape(-1, 3), axis=0)
+        coarse = pixels[:: max(1, height // SIDE), :: max(1, width // SIDE)]
+        mask = foreground_mask(coarse, self.foreground)
+        ground = np.median(coarse.reshape(-1, 3) if mask is None else coarse[~mask], axis=0)
         moved = Image.fromarray(pixels).transform(
             (w, h),
             Image.Transform.AFFINE,
