@@ -95,6 +95,11 @@ def test_what_shows_no_part_is_refused_and_an_empty_image_taken_as_it_is(learnt)
     pose = alignment.locate(empty)
     assert (pose.x, pose.y, pose.angle) == (59.5, 44.5, 0)
     assert (alignment.apply(empty, pose) == 40).all()
+    specks = np.where(np.indices((SIDE, SIDE)).sum(0) % 7 == 0, 180, 40).astype(np.uint8)
+    specks[1::2] = 40
+    specks = np.repeat(specks[..., None], 3, axis=2)
+    found = alignment.locate(255 - specks if alignment.foreground == "dark" else specks)
+    assert all(map(math.isfinite, (found.x, found.y, found.angle)))
 
 
 def save_all(folder: Path, pictures: list[np.ndarray]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,15 @@ def test_there_is_nothing_to_adopt(category):
         Glad.from_base("small", settings=QUICK | {"training.steps": 0}).fit(category)
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [({"training.method": "lora"}, r"training\.method"), ({"vae": "vae"}, "vae"), ({"preset": "mvtec_ad/bottle"}, "preset")],
+)
+def test_what_it_cannot_take_is_refused(category, values, key):
+    with pytest.raises(ConfigError, match=f"^{key}: small starts from random weights"):
+        Glad.from_base("small", settings=values).fit(category)
+
+
 def test_its_defaults_are_its_own():
     settings = make_settings("small", {"training.steps": 10})
     assert settings.image_size == 256 and settings.training.method == "full" and settings.autoencoder.steps == 4000
@@ -128,3 +138,14 @@ def test_the_extractor_is_saved_and_read_back(tmp_path):
         PyramidFeatures.from_pretrained(tmp_path / "features")
     with pytest.raises(ConfigError, match="no MLPs"):
         features.mlp_parameters([1])
+
+
+def test_an_adjusted_model_keeps_the_adapter_of_the_one_it_was_loaded_as(tiny_base, category, tmp_path):
+    settings = {name: value for name, value in QUICK.items() if not name.startswith("autoencoder")}
+    Glad.from_base(str(tiny_base), settings=settings).fit(category).save_pretrained(tmp_path / "model")
+    adjusted = Glad.from_pretrained(tmp_path / "model").adjust(category, settings | {"reconstruction.adaptive": False})
+    gc.collect()  # nothing but the adjusted detector is left of the loaded one
+    defect = sorted((category / "test" / "hole").iterdir())[0]
+    found = adjusted.inspect(defect).pred_score
+    adjusted.save_pretrained(tmp_path / "adjusted")
+    assert Glad.from_pretrained(tmp_path / "adjusted").inspect(defect).pred_score == found

@@ -135,8 +135,9 @@ def discard_checkpoints(run: TrainingRun) -> None:
     from gladad.training.checkpoints import discard
 
     for part in (run, *map(run.part, PARTS)):
-        if part.folder is not None:
-            discard(part.folder)
+        for own in (part, part.part("autoencoder"), part.part("denoiser")):  # the trainings of a base from random weights
+            if own.folder is not None:
+                discard(own.folder)
 
 
 def _one_process(command: str) -> None:

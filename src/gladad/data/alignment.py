@@ -90,7 +90,7 @@ class Alignment:
         return cls("bright" if arrays["bright"] else "dark", template, (left, top, right, bottom))
 
     def locate(self, pixels: Pixels) -> Pose:
-        """The part in ``[H, W, 3]`` uint8; an image without one is taken as it is."""
+        """The part in ``[H, W, 3]`` uint8; an image of specks or of one colour is taken as it is."""
         height, width = pixels.shape[:2]
         if (mask := _mask(small := _small(pixels), self.foreground)) is None:
             return Pose((width - 1) / 2, (height - 1) / 2, 0.0)
@@ -161,7 +161,8 @@ def _mask(pixels: Pixels, foreground: Literal["bright", "dark"]) -> NDArray[np.b
     pieces, count = ndimage.label(mask)
     areas = np.bincount(pieces.ravel(), minlength=count + 1)
     areas[0] = 0
-    return np.asarray(ndimage.binary_fill_holes((areas >= SPECK * areas.sum())[pieces] & mask))
+    kept = np.asarray((areas >= SPECK * areas.sum())[pieces] & mask)
+    return np.asarray(ndimage.binary_fill_holes(kept)) if kept.any() else None
 
 
 def _signal(pixels: Pixels, mask: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -68,6 +68,12 @@ def check(name: str, settings: object, together: bool) -> None:
     """Refuse settings of another family, and a preset of one category for several products or the reverse."""
     if not isinstance(settings, StableDiffusionSettings):
         raise ConfigError(f"{name} needs StableDiffusionSettings, not {type(settings).__name__}; is it the name of a built-in model?")
+    if name == small.NAME:
+        elsewhere = [key for key in ("preset", "features", "vae", "revision") if getattr(settings, key) is not None]
+        if elsewhere:
+            raise ConfigError(f"{elsewhere[0]}: {name} starts from random weights and has everything of its own; leave it out")
+        if settings.training.method != "full":
+            raise ConfigError(f"training.method: {name} starts from random weights, of which all are trained; leave it at full")
     if settings.preset is not None and (load_preset(settings.preset).category == MULTI_CLASS) != together:
         wanted = "one product; use the data set's multi_class" if together else "several products together; use a preset of one category"
         raise ConfigError(f"preset: {settings.preset} is for {wanted}")

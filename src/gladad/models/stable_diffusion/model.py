@@ -59,6 +59,7 @@ class StableDiffusion:
     ):
         self.config, self.pipeline, self.image_size = config, pipeline, config.image_size
         self.adapter, self.adapter_name, self.networks = adapter, adapter_name, networks
+        self.before: StableDiffusion | None = None  # the model that this one was adjusted from
         pipeline.guidance_scale = config.settings.guidance_scale
 
     @torch.no_grad()
@@ -113,6 +114,8 @@ class StableDiffusion:
         origin = self.pipeline.origin
         learned = self.pipeline.unet.state_dict() if self.adapter is None else self.adapter.weights
         own = {**learned, **self.pipeline.tuned_weights(), "prompt_embeds": self.pipeline.prompt_embeds}
+        if origin is None and self.config.settings.autoencoder is not None:  # no file's fingerprint tells it
+            own |= {f"vae.{name}": value for name, value in self.pipeline.vae.state_dict().items()}
         return content_digest([to_json(self.config), {} if origin is None else origin.fingerprints()], own)
 
     @classmethod
@@ -150,7 +153,9 @@ class StableDiffusion:
         pipeline = GladPipeline.of(Components(old.vae, old.unet, old.scheduler, old.features), old.prompt_embeds, old.prompt)
         pipeline.origin = old.origin
         pipeline.tune_scoring(old.tuned_weights())
-        return StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
+        other = StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
+        other.before = self  # the adapter leaves the denoiser with the model that it was attached for
+        return other
 
     def standalone(self) -> StableDiffusion:
         """This model with its adapter added to weights of its own, so that it needs its base no more.
