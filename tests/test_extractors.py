@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import gladad
 from gladad.core.errors import ConfigError, GladError, MissingExtraError, ModelFormatError
-from gladad.core.inference import inference_copy
+from gladad.core.inference import fast_autocast, fast_dtype, inference_copy
 from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import Extractor, Identity, Level, load_extractor
 from gladad.features.space import FeatureSpace
@@ -127,8 +127,22 @@ def test_the_fast_copy_is_the_one_of_inspection() -> None:
     before, fast = extractor(image), extractor.fast()
     assert fast.identity == extractor.identity
     for maps, expected in zip(fast(image), inference_copy(pretrained(), EfficientNetLite())(image), strict=True):
-        assert maps.dtype == torch.bfloat16 and torch.equal(maps, expected)
+        assert maps.dtype == fast_dtype(image.device) and torch.equal(maps, expected)
     assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@torch.no_grad()
+def test_copies_are_in_bfloat16_only_where_the_processor_computes_in_it(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    extractor, image = load_extractor(), images(1, (64, 64))
+    for exact, maps in zip(extractor(image), extractor.fast()(image), strict=True):
+        assert maps.dtype == dtype
+        assert F.cosine_similarity(maps.float().flatten(), exact.flatten(), dim=0) > 0.99
+    with fast_autocast(image.device):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_efficientnet_needs_no_transformers() -> None:
@@ -190,7 +204,7 @@ def test_the_fast_copy_of_a_backbone(family: str, tmp_path: Path) -> None:
     fast = extractor.fast()
     assert fast.identity == extractor.identity and fast.levels == extractor.levels
     for x, y in zip(fast(image), extractor(image), strict=True):
-        assert x.dtype == torch.bfloat16 and y.dtype == torch.float32
+        assert x.dtype == fast_dtype(image.device) and y.dtype == torch.float32
         assert F.cosine_similarity(x.float().flatten(), y.flatten(), dim=0) > 0.99
 
 

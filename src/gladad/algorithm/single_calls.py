@@ -70,8 +70,8 @@ def reconstruct_one_call(
     grid = torch.tensor(config.timesteps, device=latent.device)
     timesteps = grid.repeat(len(latent))  # image-major
     alpha_bar = schedule.alpha_bar(timesteps)
-    drawn = noise.flatten(0, 1) if config.noise == "drawn" else torch.zeros_like(noise).flatten(0, 1)
-    x_t = add_noise(latent.repeat_interleave(count, dim=0), drawn, alpha_bar)
+    drawn = noise if config.noise == "drawn" else torch.zeros_like(noise)
+    x_t = add_noise(latent.repeat_interleave(count, dim=0), drawn.flatten(0, 1), alpha_bar)
     shown = x_t if retrieve is None else torch.cat([x_t, retrieve(latent).repeat_interleave(count, dim=0)], dim=1)
     x0 = predict_x0(x_t, networks.predict_noise(shown, timesteps), alpha_bar).unflatten(0, (-1, count))
 

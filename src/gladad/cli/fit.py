@@ -132,10 +132,11 @@ def save(detectors: dict[str, Glad], output: Path, run: TrainingRun | None) -> N
 def discard_checkpoints(run: TrainingRun) -> None:
     """Remove the checkpoints of a training, and of its parts, whose result is saved."""
     from gladad.detector.fit import PARTS
+    from gladad.models.stable_diffusion import small
     from gladad.training.checkpoints import discard
 
     for part in (run, *map(run.part, PARTS)):
-        for own in (part, part.part("autoencoder"), part.part("denoiser")):  # the trainings of a base from random weights
+        for own in (part, *map(part.part, small.PARTS)):
             if own.folder is not None:
                 discard(own.folder)
 

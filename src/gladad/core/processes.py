@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar, cast
 
 from gladad.core.errors import ConfigError, GladError
@@ -112,7 +113,7 @@ def started() -> Iterator[Processes]:
 
     # One that has ended is noticed at once, so the limit on waiting for one that works need not be short.
     state = PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))
-    atexit.register(state.destroy_process_group)  # while its threads still have an interpreter: gloo aborts otherwise, now and then
+    end_group_at_exit()
     processes = Processes(state.process_index, count)
     try:
         with interrupted_by_sigterm(), processes._together():
@@ -121,6 +122,14 @@ def started() -> Iterator[Processes]:
         if processes.main:
             raise
         raise SystemExit(0) from None  # at another status torchrun would end the main process before it has told of the error
+
+
+@cache
+def end_group_at_exit() -> None:
+    """Leave the group of processes while its threads still have an interpreter: gloo aborts otherwise, now and then."""
+    from accelerate import PartialState
+
+    atexit.register(PartialState().destroy_process_group)
 
 
 def process_count() -> int:

@@ -102,10 +102,14 @@ class Alignment:
         left, top, right, bottom = (each * max(height, width) for each in self.frame)
         return bottom - top, right - left
 
+    def _whole_size(self, height: int, width: int) -> tuple[int, int]:
+        h, w = self.size(height, width)
+        return max(8, round(h)), max(8, round(w))
+
     def apply(self, pixels: Pixels, pose: Pose) -> Pixels:
         """The part of ``[H, W, 3]`` uint8 as all others lie, cropped: ``[h, w, 3]``. Outside of the image is the ground's median colour."""
         height, width = pixels.shape[:2]
-        h, w = (max(8, round(side)) for side in self.size(height, width))
+        h, w = self._whole_size(height, width)
         coarse = pixels[:: max(1, height // SIDE), :: max(1, width // SIDE)]
         mask = foreground_mask(coarse, self.foreground)
         ground = np.median(coarse.reshape(-1, 3) if mask is None else coarse[~mask], axis=0)
@@ -131,7 +135,7 @@ class Alignment:
             ``[H, W]`` or ``[H, W, 3]``, of the same type.
         """
         height, width = size
-        h, w = (max(8, round(side)) for side in self.size(height, width))
+        h, w = self._whole_size(height, width)
         back = _inverse(self._into_image(pose, height, width))
         scaled = _scaled(back, values.shape[1] / w, values.shape[0] / h)
         moved = np.asarray(Image.fromarray(values).transform((width, height), Image.Transform.AFFINE, scaled, Image.Resampling.BILINEAR))
@@ -156,7 +160,7 @@ def _small(pixels: Pixels) -> Pixels:
 def _mask(pixels: Pixels, foreground: Literal["bright", "dark"]) -> NDArray[np.bool_] | None:
     """Where the part is, without specks, and with its holes filled: a defect must not move it; None where there is nothing."""
     mask = foreground_mask(pixels, foreground)
-    if mask is None or not mask.any():
+    if mask is None:
         return None
     pieces, count = ndimage.label(mask)
     areas = np.bincount(pieces.ravel(), minlength=count + 1)

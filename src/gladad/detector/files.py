@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import to_json
 from gladad.core.storage import (
@@ -50,7 +48,7 @@ def save_model(saved: Saved, folder: Path) -> None:
         images = {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)}
         write_json(temporary / SEEN_FILE, images)
         if fitted.alignment is not None:
-            save_tensors(temporary / ALIGNMENT_FILE, {name: torch.from_numpy(array) for name, array in fitted.alignment.arrays().items()})
+            save_tensors(temporary / ALIGNMENT_FILE, fitted.alignment_tensors())
         description = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

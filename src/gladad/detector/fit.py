@@ -93,7 +93,15 @@ class Fitted:
         own = self.model.digest()
         if self.alignment is None:
             return own
-        return content_digest(own, {name: torch.from_numpy(array) for name, array in self.alignment.arrays().items()})
+        return content_digest(own, self.alignment_tensors())
+
+    def alignment_tensors(self) -> dict[str, torch.Tensor]:
+        """All of the alignment, for files and digests; empty where there is none."""
+        return {} if self.alignment is None else {name: torch.from_numpy(array) for name, array in self.alignment.arrays().items()}
+
+    def pixels(self, paths: Sequence[Path], progress: Progress) -> list[Pixels]:
+        """Images as the model sees them."""
+        return read_pixels(paths, self.model.image_size, progress, self.alignment)
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,11 @@ class Fitter:
         def train(images: Sequence[Pixels], part: str, told: Progress) -> Model:
             shown = with_copies(images, self.settings.seed) if few else images
             tiles = [each for pixels in shown for each in cut(pixels, self.settings.tiles)]
-            of, copies = None, 0
+            photographs, copies = None, 0
             if len(images) > 1:  # of one image there are only copies and tiles to tell apart
-                share = len(tiles) // len(shown)
-                of, copies = [i // share % len(images) for i in range(len(tiles))], len(tiles) - share * len(images)
-            own = replace(training, run=None if run is None else run.part(part), progress=told, of=of, copies=copies)
+                share = self.settings.tiles**2
+                photographs, copies = [i // share % len(images) for i in range(len(tiles))], len(tiles) - share * len(images)
+            own = replace(training, run=None if run is None else run.part(part), progress=told, photographs=photographs, copies=copies)
             return tiled(self.family.train({"": tiles}, own)[""], self.settings.tiles)
 
         model = train(pixels, PARTS[0], progress)
@@ -168,14 +176,13 @@ class Fitter:
                 raise DataError(f"{product}: at least {FEW_IMAGES} good images are needed to fit it together with others, not {len(paths)}")
         split = {product: self.split(paths) for product, paths in chosen.items()}
         # One grid for all: that of the images together.
-        size = self.working_size([path for train, _ in split.values() for path in train[:: max(1, len(train) // 25)]])
+        size = self.working_size([path for train, _ in split.values() for path in evenly(train, 25)])
         kept = {product: read_pixels(train, size, prefixed(progress, f"{product}: ")) for product, (train, _) in split.items()}
         places = {product: self.foreground(pixels, product) for product, pixels in kept.items()}
         own_run = None if run is None else run.part(PARTS[0])
         foregrounds = {product: place for product, (place, _) in places.items()}
-        models = self.family.train(
-            kept, Training(self.name, self.settings, size, foregrounds, self.textures(size), run=own_run, progress=progress)
-        )
+        training = Training(self.name, self.settings, size, foregrounds, self.textures(size), run=own_run, progress=progress)
+        models = self.family.train(kept, training)
         fitted = {}
         for product, (train, held_out) in split.items():
             told = prefixed(progress, f"{product}: ")
@@ -195,10 +202,9 @@ class Fitter:
         if replace(settings, false_reject_rate=self.settings.false_reject_rate) == self.settings:
             return after.at_rate(fitted)
         train, held_out = self.split_of(fitted, images, "adjusted")
-        size = fitted.model.image_size
         if isinstance(fitted.model, Tiled):
             raise ConfigError("a model of tiles cannot be adjusted; fit it again")
-        model = family.adjust(fitted.model, read_pixels(train, size, progress, fitted.alignment), settings, progress)
+        model = family.adjust(fitted.model, fitted.pixels(train, progress), settings, progress)
         return after.recalibrated(replace(fitted, model=model), held_out, progress)
 
     def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
@@ -232,7 +238,7 @@ class Fitter:
         train, held_out = self.split_of(fitted, images, "tuned")
         before = model.pipeline.tuned_weights()
         try:
-            tune_features(model, read_pixels(train, model.image_size, progress, fitted.alignment), config, run=run, progress=progress)
+            tune_features(model, fitted.pixels(train, progress), config, run=run, progress=progress)
             return self.recalibrated(fitted, held_out, progress)
         except BaseException:
             model.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
@@ -240,18 +246,15 @@ class Fitter:
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Path], progress: Progress) -> Fitted:
         """With thresholds from images that the model was not trained on."""
-        pixels = read_pixels(held_out, fitted.model.image_size, progress, fitted.alignment)
-        scores, peaks = held_out_scores(fitted.model, pixels, self.settings, progress)
+        scores, peaks = held_out_scores(fitted.model, fitted.pixels(held_out, progress), self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
-        provenance = fitted.provenance | {"held_out": len(held_out)}
-        calibration = self.calibration(scores, peaks, len(scores))
-        return replace(fitted, calibration=calibration, peaks=sorted(peaks), provenance=provenance, seen=known)
+        provenance, new = fitted.provenance | {"held_out": len(held_out)}, self.calibration(scores, peaks, len(scores))
+        return replace(fitted, calibration=new, peaks=sorted(peaks), provenance=provenance, seen=known)
 
     def at_rate(self, fitted: Fitted) -> Fitted:
         """With thresholds for the false-reject rate of the settings, from the scores that are there."""
         old = fitted.calibration
-        calibration = self.calibration(old.scores, fitted.peaks, old.threshold.n, cross_fitted=old.cross_fitted)
-        return replace(fitted, calibration=calibration)
+        return replace(fitted, calibration=self.calibration(old.scores, fitted.peaks, old.threshold.n, cross_fitted=old.cross_fitted))
 
     # -- images -------------------------------------------------------------------------------------------------
 

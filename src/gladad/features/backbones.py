@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoBackbone, AutoConfig
 
 from gladad.core.errors import ModelFormatError
+from gladad.core.inference import fast_dtype
 from gladad.features.extractor import IMAGENET_MEAN, IMAGENET_STD, Extractor, Identity, Level, files_sha256, missing_weights
 
 STRIDES = (4, 8, 16)
@@ -61,8 +62,8 @@ class TransformersBackbone(Extractor):
         return list(self.network(pixels.to(self.network.dtype)).feature_maps)
 
     def fast(self) -> Self:
-        """A bfloat16 copy; read again, because transformers knows what has to stay float32."""
-        return type(self)(self._folder, self.identity, torch.bfloat16).to(self.mean.device)
+        """A copy for inference; read again, because transformers knows what has to stay float32."""
+        return type(self)(self._folder, self.identity, fast_dtype(self.mean.device)).to(self.mean.device)
 
 
 def load_backbone(name: str, revision: str | None = None, offline: bool = False) -> TransformersBackbone:

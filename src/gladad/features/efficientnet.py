@@ -107,7 +107,7 @@ class EfficientNetLite(Extractor):
         return taps
 
     def fast(self) -> Self:
-        """A bfloat16 copy for inference, on the same device."""
+        """A copy for inference, see `gladad.core.inference`."""
         return inference_copy(self, copy.deepcopy(self))
 
 

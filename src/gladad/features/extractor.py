@@ -65,7 +65,7 @@ class Extractor(nn.Module):
         raise NotImplementedError
 
     def fast(self) -> Self:
-        """A bfloat16 copy for inference, on the same device."""
+        """A copy for inference on the same device, in `gladad.core.inference.fast_dtype`."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:

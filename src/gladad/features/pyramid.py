@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.storage import load_tensors, read_json, save_tensors, write_json
-from gladad.features.efficientnet import EfficientNetLite
-from gladad.features.extractor import DEFAULT_EXTRACTOR, PACKAGED, load_extractor
+from gladad.features.efficientnet import EfficientNetLite, pretrained
+from gladad.features.extractor import PACKAGED
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODEL_TYPE = "efficientnet-lite"
@@ -24,7 +24,6 @@ class PyramidFeatures(ModelMixin):
     """Feature maps of strides 4, 8 and 16, with the face of `gladad.features.vit.DinoFeatures`; "blocks" are those maps."""
 
     patch_size = 16  # the coarsest stride
-    depth = 3
     default_layers = (1, 2, 3)
 
     def __init__(self, network: EfficientNetLite) -> None:
@@ -32,13 +31,9 @@ class PyramidFeatures(ModelMixin):
         self.network = network
 
     @classmethod
-    def pretrained(cls, name: str = DEFAULT_EXTRACTOR) -> Self:
-        """With the weights of a package, one of `PACKAGED`."""
-        if name not in PACKAGED:
-            raise ConfigError(f"features: {name!r} is none of {', '.join(PACKAGED)}")
-        network = load_extractor(name)
-        assert isinstance(network, EfficientNetLite)
-        return cls(network)
+    def pretrained(cls) -> Self:
+        """With the weights of the default extractor's package."""
+        return cls(pretrained())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:

@@ -13,6 +13,8 @@ from gladad.features.extractor import Extractor
 
 CELL = 8
 """Pixels per side of a grid cell, as nearly as an extractor's strides allow."""
+SIDES = (256, 384)
+"""Sides of squares of as few and as many pixels as features are computed of, unless a size is asked for."""
 
 
 class FeatureStack:
@@ -61,14 +63,10 @@ def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
 
 
-SIDES = (256, 384)
-"""Sides of squares of as few and as many pixels as features are computed of, unless a size is asked for."""
-
-
 def working_size(native: tuple[float, float], side: int | None, multiple: int) -> tuple[int, int]:
     """The ``(H, W)`` in multiples of ``multiple`` to work at, for images of ``(H, W)`` pixels: about their own, within `SIDES`.
 
-    Enlarged images show no more detail, and cost and lose as much as larger ones; smaller defects need more pixels.
+    Enlarged images cost more and show no more detail; reduced ones lose small defects.
 
     Args:
         native: ``(H, W)`` of a typical image; its proportions are kept.

@@ -16,9 +16,8 @@ class FitSettings:
 
     seed: Annotated[int, Field(ge=0)] = 0  # of everything random
     false_reject_rate: Annotated[float, Field(gt=0, le=0.5)] = 0.01  # share of good parts that may be rejected
-    image_size: Annotated[int, Field(ge=64, le=2048)] | None = (
-        None  # side of a square with as many pixels as the model works on; None = by the images
-    )
+    # side of a square with as many pixels as the model works on; None = by the images
+    image_size: Annotated[int, Field(ge=64, le=2048)] | None = None
     tiles: Annotated[int, Field(ge=1, le=8)] = 1  # cut large images into so many tiles per side, each of that size
     align: bool = False  # turn and crop every image so that its part, which stands before an even ground, lies as all others do
     max_images: Annotated[int, Field(ge=2)] = 1000  # good images used; a random choice of them if there are more

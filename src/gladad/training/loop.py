@@ -6,7 +6,6 @@ several processes, which divide the samples of every step among them, draw what 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gladad.core.errors import ConfigError, Interrupted, TrainingError
-from gladad.core.processes import process_count
+from gladad.core.processes import end_group_at_exit, process_count
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.core.threads import CancelToken, cancelled_by_signals
@@ -115,7 +114,7 @@ def make_accelerator() -> Accelerator:
     # The main process writes gigabytes while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
-    atexit.register(accelerator.state.destroy_process_group)  # while threads still have an interpreter: gloo aborts otherwise, now and then
+    end_group_at_exit()
     return accelerator
 
 

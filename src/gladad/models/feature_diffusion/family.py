@@ -49,7 +49,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     )
     return train_models(
         images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share,
-        of=training.of, copies=training.copies, progress=training.progress,
+        photographs=training.photographs, copies=training.copies, progress=training.progress,
     )  # fmt: skip
 
 

@@ -107,7 +107,8 @@ def make_material(
             rest, others, lambda chosen: features_of(coarse, chosen).to(model.device), coarse.space, coarse.capacity, settings.seed
         )
         progress("trying turned copies", 1, 1)
-        model.config = replace(model.config, turned=round(ratio, 4))
+        ratio = round(ratio, 4)  # what is stored is what was decided by
+        model.config = replace(model.config, turned=ratio)
         if pays(ratio):
             shown, of = with_turned(images)
     if settings.tolerate:

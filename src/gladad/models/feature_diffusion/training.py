@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gladad.core.errors import DataError, TrainingError
 from gladad.core.images import to_tensor
+from gladad.core.inference import fast_autocast
 from gladad.core.records import Progress, no_progress, prefixed
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
@@ -45,7 +46,7 @@ def train_models(
     textures: Sequence[Pixels] = (),
     foregrounds: Mapping[str, Foreground] | None = None,
     share: int = 1,
-    of: Sequence[int] | None = None,
+    photographs: Sequence[int] | None = None,
     copies: int = 0,
     extractor: Extractor | None = None,
     device: torch.device = CPU,
@@ -61,7 +62,7 @@ def train_models(
         textures: Images of the same size that synthetic anomalies take content from; generated textures when there are none.
         foregrounds: Product -> where synthetic anomalies may appear; None means everywhere.
         share: Number of trainings that the default budget is divided among.
-        of: Number of the photograph that each image is, or is a copy or a tile of; None = each is one.
+        photographs: Number of the photograph that each image is, or is a copy or a tile of; None = each is one.
         copies: Number of images, the last ones, that are copies of others.
         extractor: The frozen feature network; None loads that of the settings.
         device: To train and to stay on. Everything random is drawn on the CPU, so that all devices draw the same.
@@ -83,7 +84,7 @@ def train_models(
     materials = {}
     for product, model in models.items():
         count, place = planned.pool // len(images) if model.all_scales()[0].learns_repairs else 0, (foregrounds or {}).get(product, "all")
-        materials[product] = make_material(model, images[product], of, copies, place, count, textures, progress)
+        materials[product] = make_material(model, images[product], photographs, copies, place, count, textures, progress)
     for number in range(config.settings.scales):
         told = prefixed(progress, f"scale {number + 1}: ")
         learnt = [fit_scale(model, number, materials[product], told) for product, model in models.items()]
@@ -167,7 +168,7 @@ def _train_denoiser(parts: Sequence[Part], planned: Budget, generator: torch.Gen
             group["lr"] = training.learning_rate * warmup * _cosine(step / steps)
         z_normal, z_input, shown, timestep, label = _draw_batch(parts, training, generator, device)
         x_t, target, weight = method.example(z_normal, z_input, timestep, generator, training)
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_autocast(device):
             output = denoiser(torch.cat([x_t, shown], dim=1), timestep, label)
         loss = ((output - target).square() * weight).mean()
         if not loss.isfinite():
@@ -249,7 +250,7 @@ def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generat
         rows = part.trained[torch.randint(len(part.trained), (8,), generator=generator)]
         shown = torch.stack([to_tensor(part.images[row]) for row in rows.tolist()]).to(model.device)
         target = F.interpolate(shown, size, mode="area")
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with fast_autocast(model.device):
             picture = decoder(part.latents[rows].float().to(model.device))
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * _cosine(step / steps)

@@ -39,9 +39,9 @@ load = StableDiffusion.load
 def make_settings(name: str, values: Mapping[str, Any]) -> StableDiffusionSettings:
     """The defaults, or those of the ``preset`` among the values, with the other values; see `gladad.models.family.Family`."""
     preset = values.get("preset")
-    start = (
-        (small.SETTINGS if name == small.NAME else StableDiffusionSettings()) if preset is None else from_preset(load_preset(str(preset)))
-    )
+    start = small.SETTINGS if name == small.NAME else StableDiffusionSettings()
+    if preset is not None:
+        start = from_preset(load_preset(str(preset)))
     if "image_size" in values and "feature_size" not in values:
         start = replace(start, feature_size=None)  # the preset's goes with its own image size
     return with_values(start, values)
@@ -74,6 +74,8 @@ def check(name: str, settings: object, together: bool) -> None:
             raise ConfigError(f"{elsewhere[0]}: {name} starts from random weights and has everything of its own; leave it out")
         if settings.training.method != "full":
             raise ConfigError(f"training.method: {name} starts from random weights, of which all are trained; leave it at full")
+        if settings.training.steps == 0:
+            raise ConfigError(f"training.steps: {name} starts from random weights, and has none that could be adopted; train it")
     if settings.preset is not None and (load_preset(settings.preset).category == MULTI_CLASS) != together:
         wanted = "one product; use the data set's multi_class" if together else "several products together; use a preset of one category"
         raise ConfigError(f"preset: {settings.preset} is for {wanted}")
@@ -100,16 +102,15 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     denoiser, steps = settings.training, settings.training.steps
     if steps is None:
         steps = max(1, DEFAULT_STEPS // training.share)
-    fresh = training.name == small.NAME
-    if fresh and not steps:
-        raise ConfigError("training.steps: small starts from random weights, and has none that could be adopted as they are; train it")
+    fresh, run = training.name == small.NAME, training.run
     if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
-        check_memory(training.name, training.size, settings, None if training.run is None else training.run.memory_limit)
+        check_memory(training.name, training.size, settings, None if run is None else run.memory_limit)
     own = {key: settings.of_product(key, preset) for key in images}
     prompts, dtype = {key: product.prompt for key, product in own.items()}, DTYPES[denoiser.precision]
     trained_dtype = torch.float32 if denoiser.method == "full" and steps else dtype
     if fresh:
-        pipelines = small.make_pipelines(prompts, images, training, choose_device(), dtype)
+        pipelines = small.make_pipelines(prompts, images, training, dtype)
+        run = None if run is None else run.part(small.PARTS[1])
     else:
         pipelines = GladPipeline.for_prompts(settings.sources(training.name), prompts, dtype, trained_dtype)
     for pipeline in pipelines.values():
@@ -125,7 +126,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
             steps,
             seed=settings.seed,
             textures=training.textures,
-            run=training.run.part("denoiser") if fresh and training.run is not None else training.run,
+            run=run,
             identity={"origin": origin, "prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
             progress=training.progress,
         )

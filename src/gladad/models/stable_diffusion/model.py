@@ -59,7 +59,6 @@ class StableDiffusion:
     ):
         self.config, self.pipeline, self.image_size = config, pipeline, config.image_size
         self.adapter, self.adapter_name, self.networks = adapter, adapter_name, networks
-        self.before: StableDiffusion | None = None  # the model that this one was adjusted from
         pipeline.guidance_scale = config.settings.guidance_scale
 
     @torch.no_grad()
@@ -143,7 +142,7 @@ class StableDiffusion:
             pipeline.load_own(folder)
             name = attach_adapter(networks.unet, adapter)
             model = cls(parsed, pipeline, adapter, name, networks)
-            weakref.finalize(model, detach_adapter, networks.unet, name).atexit = False
+            weakref.finalize(adapter, detach_adapter, networks.unet, name).atexit = False  # adjusted models share it
         model.pipeline.origin = origin
         return model
 
@@ -153,9 +152,7 @@ class StableDiffusion:
         pipeline = GladPipeline.of(Components(old.vae, old.unet, old.scheduler, old.features), old.prompt_embeds, old.prompt)
         pipeline.origin = old.origin
         pipeline.tune_scoring(old.tuned_weights())
-        other = StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
-        other.before = self  # the adapter leaves the denoiser with the model that it was attached for
-        return other
+        return StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
 
     def standalone(self) -> StableDiffusion:
         """This model with its adapter added to weights of its own, so that it needs its base no more.

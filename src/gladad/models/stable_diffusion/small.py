@@ -25,6 +25,7 @@ from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiffusionSettings
 
 NAME = "small"
+PARTS = ("autoencoder", "denoiser")  # its trainings, as folders of their checkpoints
 PROMPT_WIDTH = 64
 WITH_ANOMALIES = 200  # images with synthetic anomalies that the autoencoder learns to draw
 STANDARDISED = 64  # good images by which the latents' scale is set
@@ -49,9 +50,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 SETTINGS = StableDiffusionSettings(
     image_size=256,
     training=DenoiserSettings(method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False),
-    autoencoder=AutoencoderTuningConfig(
-        steps=4000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False, precision="bfloat16"
-    ),
+    autoencoder=AutoencoderTuningConfig(steps=4000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False),
 )
 """Defaults: those of Stable Diffusion, but for the size and the trainings, which start from nothing."""
 
@@ -73,7 +72,7 @@ def prompt_embeds(prompt: str) -> Tensor:
 
 
 def make_pipelines(
-    prompts: Mapping[str, str], images: Mapping[str, Sequence[Pixels]], training: Training, device: torch.device, dtype: torch.dtype
+    prompts: Mapping[str, str], images: Mapping[str, Sequence[Pixels]], training: Training, dtype: torch.dtype
 ) -> dict[str, GladPipeline]:
     """Train the autoencoder, and give each product a pipeline over the same networks; the denoiser, in float32, is still untrained.
 
@@ -81,7 +80,6 @@ def make_pipelines(
         prompts: Name of the product -> prompt.
         images: Name of the product -> ``[H, W, 3]`` uint8 normal images.
         training: What the fit is asked for; its settings say how the autoencoder is trained.
-        device: For the networks.
         dtype: Of autoencoder and extractor afterwards.
     """
     settings: StableDiffusionSettings = training.settings
@@ -92,13 +90,12 @@ def make_pipelines(
         draw = Draw((seed, 4, number))
         product, image = good[draw.integer(0, len(good) - 1)]
         shown.append(synthesise(image, draw, SynthesisConfig(), training.textures, training.foregrounds[product])[0])
-    run = None if training.run is None else training.run.part("autoencoder")
+    run = None if training.run is None else training.run.part(PARTS[0])
     config = replace(settings.autoencoder or AutoencoderTuningConfig(), seed=seed)
     tune_autoencoder(networks.vae, networks.features, [*shown, *training.textures], config, run=run, progress=training.progress)
     networks.vae.register_to_config(scaling_factor=1 / _spread(networks.vae, [image for _, image in good]))
     for network in (networks.vae, networks.features):
-        torch.nn.Module.to(network, device, dtype)
-    networks.unet.to(device)
+        torch.nn.Module.to(network, dtype)
     return {product: GladPipeline.of(networks, prompt_embeds(prompt), prompt) for product, prompt in prompts.items()}
 
 
