@@ -53,6 +53,13 @@ def test_save_and_load_are_bit_exact(pipeline: GladPipeline, tmp_path: Path) -> 
         assert torch.equal(loaded.latent_features(latent), pipeline.latent_features(latent))
 
 
+def test_weights_that_are_read_lie_where_trained_ones_do(pipeline: GladPipeline, tiny_base: Path, tmp_path: Path) -> None:  # noqa: F811
+    pipeline.save_pretrained(tmp_path)
+    for read in (GladPipeline.from_pretrained(tmp_path), GladPipeline.from_base(tiny_base)):
+        for network in (read.vae, read.unet, read.features):  # elsewhere matrix products round otherwise
+            assert all(parameter.data_ptr() % 64 == 0 for parameter in network.parameters())
+
+
 def test_no_text_encoder_after_adoption(pipeline: GladPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"vae", "unet", "scheduler", "features", "conditioning", "model_index.json"}

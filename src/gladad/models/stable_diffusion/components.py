@@ -263,9 +263,22 @@ def load_component(kind: Any, folder: Path, **kwargs: Any) -> Any:
     if not folder.is_dir():
         raise ModelFormatError(f"{folder.parent} has no folder {folder.name!r}; a base holds {', '.join(BASE_COMPONENTS)}")
     try:
-        return kind.from_pretrained(folder, **kwargs)
+        loaded = kind.from_pretrained(folder, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelFormatError(f"{folder} cannot be read as {kind.__name__} (safetensors only): {first_line(error)}") from error
+    if isinstance(loaded, torch.nn.Module):
+        move_to_boundaries(loaded)
+    return loaded
+
+
+def move_to_boundaries(network: torch.nn.Module) -> None:
+    """Put weights at multiples of 64 bytes in memory, as those of a training are; read from a file in place, they may lie anywhere.
+
+    Matrix products round otherwise there, and a model would give other scores, in their last digits, than before it was saved.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def first_line(error: BaseException) -> str:

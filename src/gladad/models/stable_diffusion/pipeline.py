@@ -165,6 +165,8 @@ class GladPipeline(DiffusionPipeline):
             pipeline = super().from_pretrained(str(resolved), **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelFormatError(f"{folder} is not a complete GLAD model: {first_line(error)}") from error
+        for network in (pipeline.vae, pipeline.unet, pipeline.features):
+            components.move_to_boundaries(network)
         pipeline.load_own(resolved)
         return pipeline
 
