@@ -163,6 +163,8 @@ def test_a_detector_of_tiles(category, images, tmp_path):
         whole = np.asarray(Image.open(defect).resize((128, 128)))
         scores = [detector.model_.model.inspect(tile).score for tile in cut(whole, 2)]
         assert detector.model_.inspect(whole).score == max(scores)
+        with pytest.raises(ConfigError, match="a model of tiles cannot be merged"):
+            detector.merge()
         with pytest.raises(ConfigError, match="a model of tiles cannot be adjusted"):
             detector.adjust(paths, settings | {"reconstruction.timesteps": [300]})
 

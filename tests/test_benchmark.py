@@ -357,7 +357,7 @@ def test_cells_are_run_once_and_survive_a_failure(data, tmp_path):
 
 
 def test_inspection_variants_share_a_training_and_shifts_share_the_model(data, tmp_path):
-    fixed = replace(LITE, name="fixed", settings=SMALL | {"reconstruction": {"adaptive": True}})
+    fixed = replace(LITE, name="fixed", settings=SMALL | {"reconstruction": {"timesteps": [600, 400]}})
     shift = ShiftEntry(corruptions=("gaussian_noise",), severities=(1, 5), contamination=(0.0, 0.05), configurations=("lite",))
     cells = select(plan(config(LITE, fixed, shift=shift), data)[0], shift=True, category=["gear"])
     for cell in cells:

@@ -17,9 +17,10 @@ from gladad.features.efficientnet import BATCH_NORM_EPS, TAPS, from_reference_st
 from gladad.features.extractor import DEFAULT_EXTRACTOR
 from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack, size_for_aspect
+from gladad.models.feature_diffusion.family import check
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.networks import LatentDenoiser
-from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
+from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
 from gladad.models.feature_diffusion.training import adjusted, budget, train_models
 
 FEATURE_CHANNELS = 24 + 40 + 112
@@ -426,6 +427,12 @@ def test_impossible_sizes_are_refused(bad: dict[str, object]) -> None:
 def test_impossible_dimensions_are_refused(dimensions: int) -> None:
     with pytest.raises(ConfigError, match=r"latent\.dimensions"):
         fit(parts(2), small(latent__dimensions=dimensions))
+
+
+def test_a_step_search_among_one_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^reconstruction\.adaptive: chooses among timesteps; give two or more"):
+        check("lite", FeatureDiffusionSettings(reconstruction=OneCallConfig(timesteps=(400,), adaptive=True)), False)
+    check("lite", FeatureDiffusionSettings(reconstruction=OneCallConfig(timesteps=(600, 400), adaptive=True)), False)
 
 
 def test_one_image_is_not_enough() -> None:

@@ -91,9 +91,7 @@ class Fitted:
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""
         own = self.model.digest()
-        if self.alignment is None:
-            return own
-        return content_digest(own, self.alignment_tensors())
+        return own if self.alignment is None else content_digest(own, self.alignment_tensors())
 
     def alignment_tensors(self) -> dict[str, torch.Tensor]:
         """All of the alignment, for files and digests; empty where there is none."""
@@ -224,8 +222,8 @@ class Fitter:
         if len(kept) < MIN_HELD_OUT:
             why = f"; {left_out} of the {len(paths)} given were trained on, and none of those can be used" if left_out else ""
             raise DataError(f"at least {MIN_HELD_OUT} good images that the model has not seen are needed, there are {len(kept)}{why}")
-        provenance = fitted.provenance | {"left_out": left_out, "notes": notes}
-        return self.recalibrated(replace(fitted, provenance=provenance), kept, progress)
+        told = replace(fitted, provenance=fitted.provenance | {"left_out": left_out, "notes": notes})
+        return self.recalibrated(told, kept, progress)
 
     def tune_features(self, fitted: Fitted, images: Images, config: FeatureTuningConfig, run: TrainingRun, progress: Progress) -> Fitted:
         """Fine-tune the extractor that scores, see `gladad.detector.glad.Glad.tune_features`."""
@@ -234,7 +232,8 @@ class Fitter:
 
         model = fitted.model
         if not isinstance(model, StableDiffusion):
-            raise ConfigError(f"the extractor of a {model.kind} model cannot be tuned; this is for Stable Diffusion models")
+            what = "model of tiles" if isinstance(model, Tiled) else f"{model.kind} model"
+            raise ConfigError(f"the extractor of a {what} cannot be tuned; this is for Stable Diffusion models")
         train, held_out = self.split_of(fitted, images, "tuned")
         before = model.pipeline.tuned_weights()
         try:

@@ -27,6 +27,7 @@ from gladad.detector.view import View
 from gladad.models.family import Model
 from gladad.models.registry import make_settings
 from gladad.models.settings import FitSettings
+from gladad.models.tiled import Tiled
 
 if TYPE_CHECKING:
     from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
@@ -228,7 +229,12 @@ class Glad:
         fitted = self._require_fit()
         standalone = getattr(fitted.model, "standalone", None)
         if standalone is None:
-            raise ConfigError(f"a {fitted.model.kind} model has no adapter to merge")
+            what = (
+                "a model of tiles cannot be merged"
+                if isinstance(fitted.model, Tiled)
+                else f"a {fitted.model.kind} model has no adapter to merge"
+            )
+            raise ConfigError(what)
         self._set(replace(fitted, model=standalone()))
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gladad.algorithm import OneCallConfig
 from gladad.core.errors import ConfigError
 from gladad.core.records import Progress
 from gladad.core.settings import METHOD, to_json, with_values
@@ -26,9 +27,12 @@ def make_settings(name: str, values: Mapping[str, Any]) -> FeatureDiffusionSetti
 
 
 def check(name: str, settings: object, together: bool) -> None:
-    """Any ``lite`` settings will do."""
+    """Refuse settings of another family, and a step search that has nothing to choose from."""
     if not isinstance(settings, FeatureDiffusionSettings):
         raise ConfigError(f"{name} needs FeatureDiffusionSettings, not {type(settings).__name__}")
+    found = settings.reconstruction
+    if isinstance(found, OneCallConfig) and found.adaptive and len(found.timesteps) < 2:
+        raise ConfigError("reconstruction.adaptive: chooses among timesteps; give two or more, such as reconstruction.timesteps=[600, 400]")
 
 
 def working_size(settings: FeatureDiffusionSettings, native: tuple[float, float]) -> tuple[int, int]:
