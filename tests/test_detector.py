@@ -357,7 +357,7 @@ def test_a_failed_adjustment_changes_nothing(good: Path) -> None:
     fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
     before = (fitted.settings, fitted.calibration_)
     with pytest.raises(DataError):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=True))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__timesteps=(500,)))
     assert (fitted.settings, fitted.calibration_) == before
 
 
@@ -366,10 +366,10 @@ def test_what_cannot_be_adjusted(good: Path) -> None:
     with pytest.raises(ConfigError, match="seed cannot be changed"):
         fitted.adjust(good, quick_settings(seed=2))
     with pytest.raises(DataError, match="not the images"):
-        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__adaptive=True))
+        fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__timesteps=(500,)))
     few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
     with pytest.raises(ConfigError, match="cross-fitted"):
-        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__adaptive=True))
+        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__timesteps=(500,)))
 
 
 @pytest.mark.parametrize(
