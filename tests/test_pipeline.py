@@ -58,6 +58,11 @@ def test_weights_that_are_read_lie_where_trained_ones_do(pipeline: GladPipeline,
     for read in (GladPipeline.from_pretrained(tmp_path), GladPipeline.from_base(tiny_base)):
         for network in (read.vae, read.unet, read.features):  # elsewhere matrix products round otherwise
             assert all(parameter.data_ptr() % 64 == 0 for parameter in network.parameters())
+        name, weight = next(iter(read.features.named_parameters()))
+        elsewhere = torch.empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight.detach())
+        assert elsewhere.data_ptr() % 64
+        read.tune_scoring({name: elsewhere})
+        assert read.tuned_weights()[name].data_ptr() % 64 == 0
 
 
 def test_no_text_encoder_after_adoption(pipeline: GladPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

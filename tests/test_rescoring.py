@@ -103,10 +103,11 @@ def test_scored_again_at_another_rate_is_as_if_inspected_at_it(report_folder, mo
     detector.set_false_reject_rate(0.5)
     fresh = evaluate(detector, samples)
     assert again.metrics.keys() == fresh.metrics.keys()
+    bounds = {"pixel_aupimo": 1e-4}  # of so few normal pixels above the threshold that one more counts
     for name, value in fresh.metrics.items():
         if name != "seconds_per_image":
             # maps are scaled anew in float32, which may swap pixels that are all but equal
-            assert again.metrics[name] == pytest.approx(value, rel=1e-4 if name.startswith("pixel_") else 1e-6), name
+            assert again.metrics[name] == pytest.approx(value, rel=bounds.get(name, 1e-5 if name.startswith("pixel_") else 1e-6)), name
     for ours, theirs in zip(again.rows, fresh.rows, strict=True):
         assert ours["pred_score"] == pytest.approx(theirs["pred_score"]) and ours["p_value"] == theirs["p_value"]
         assert (ours["pred_label"], ours["outcome"]) == (theirs["pred_label"], theirs["outcome"])

@@ -247,7 +247,8 @@ class Fitter:
         """With thresholds from images that the model was not trained on."""
         scores, peaks = held_out_scores(fitted.model, fitted.pixels(held_out, progress), self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
-        provenance, new = fitted.provenance | {"held_out": len(held_out)}, self.calibration(scores, peaks, len(scores))
+        provenance = fitted.provenance | {"held_out": len(held_out)}
+        new = self.calibration(scores, peaks, len(scores))
         return replace(fitted, calibration=new, peaks=sorted(peaks), provenance=provenance, seen=known)
 
     def at_rate(self, fitted: Fitted) -> Fitted:

@@ -227,14 +227,11 @@ class Glad:
             ModelFormatError: The base is not there any more.
         """
         fitted = self._require_fit()
+        if isinstance(fitted.model, Tiled):
+            raise ConfigError("a model of tiles cannot be merged")
         standalone = getattr(fitted.model, "standalone", None)
         if standalone is None:
-            what = (
-                "a model of tiles cannot be merged"
-                if isinstance(fitted.model, Tiled)
-                else f"a {fitted.model.kind} model has no adapter to merge"
-            )
-            raise ConfigError(what)
+            raise ConfigError(f"a {fitted.model.kind} model has no adapter to merge")
         self._set(replace(fitted, model=standalone()))
         return self
 

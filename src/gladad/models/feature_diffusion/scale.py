@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
-from gladad.core.inference import fast_dtype, inference_copy
+from gladad.core.inference import inference_copy
 from gladad.features.extractor import Extractor
 from gladad.features.memory import Memory
 from gladad.features.space import FeatureSpace
@@ -88,7 +88,8 @@ class Scale(nn.Module):
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """What the method makes of the denoiser's output."""
         noisy = latent[:, : self.dimensions]
-        output = self._fast_denoiser()(latent.to(fast_dtype(latent.device)), timestep, self.labels(len(latent)))
+        denoiser = self._fast_denoiser()
+        output = denoiser(latent.to(next(denoiser.parameters()).dtype), timestep, self.labels(len(latent)))
         return self.method.prediction(noisy, output, timestep)
 
     def latent_features(self, latent: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ class GladPipeline(DiffusionPipeline):
         for name, value in weights.items():
             if name not in own or own[name].shape != value.shape:
                 raise ModelFormatError(f"{TUNED_FILE}: {name} is no weight of this extractor, or one of another shape")
-            own[name].data = value.to(own[name])
+            own[name].data = value.to(own[name], copy=True)  # at a boundary, see components.move_to_boundaries
         self.scoring_features = tuned.eval().requires_grad_(False) if weights else frozen
 
     def tuned_weights(self) -> dict[str, Tensor]:
