@@ -12,7 +12,7 @@ from conftest import TINY
 from PIL import Image
 
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.storage import save_tensors
+from gladad.core.tensors import save_tensors
 from gladad.data.alignment import Alignment
 from gladad.detector.glad import Glad
 from gladad.models.tiled import cut, joined

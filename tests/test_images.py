@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 
 import gladad
 from gladad.core.errors import DataError
-from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels, to_pixels, to_tensor
+from gladad.core.images import as_pixels, is_image, list_images, load_image, load_mask, resize_map, resize_pixels
+from gladad.core.tensors import to_pixels, to_tensor
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -441,6 +442,13 @@ def test_there_and_back():
 def test_resizing():
     assert resize_pixels(RGB, (12, 17)) is RGB
     assert resize_pixels(RGB, (5, 9)).shape == (5, 9, 3)
-    maps = torch.arange(4.0).view(1, 1, 2, 2)
-    assert resize_map(maps, (2, 2)) is maps
-    assert resize_map(maps, (6, 4)).shape == (1, 1, 6, 4)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (9, 30), (3, 50), (1, 1)])
+def test_resizing_a_map_is_bilinear_interpolation(size):
+    maps = np.random.default_rng(0).random((9, 30), np.float32)
+    theirs = torch.nn.functional.interpolate(torch.from_numpy(maps)[None, None], size, mode="bilinear", align_corners=False)
+    found = resize_map(maps, size)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, theirs[0, 0].numpy(), atol=1e-5)  # theirs has float32 places
+    assert resize_map(maps, maps.shape) is maps

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from gladad.core.images import to_tensor
+from gladad.core.tensors import to_tensor
 from gladad.features.extractor import load_extractor
 from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack

@@ -20,13 +20,12 @@ from gladad.core.storage import (
     atomic_file,
     atomic_folder,
     check_target,
-    load_tensors,
     read_json,
     read_model_file,
-    save_tensors,
     write_json,
     write_text,
 )
+from gladad.core.tensors import load_tensors, save_tensors
 
 
 class Crash(Exception):

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from gladad.core.errors import ConfigError, DataError
-from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.images import resize_pixels
 from gladad.core.storage import FORMAT, WriteError, write_json
+from gladad.core.tensors import to_tensor
 from gladad.features.vit import DinoFeatures
 from gladad.models.stable_diffusion.autoencoder_tuning import (
     AUTOENCODER_FORMAT,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gladad.algorithm import ReconstructionConfig, ScoringConfig, image_noise, reconstruct
 from gladad.core.errors import ConfigError, DataError
-from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.images import resize_pixels
+from gladad.core.tensors import to_tensor
 from gladad.models.family import Training
 from gladad.models.stable_diffusion import family
 from gladad.models.stable_diffusion.extractor_tuning import FeatureTask, FeatureTuningConfig, features_distance, tune_features

@@ -1,6 +1,6 @@
 """Reading and writing images: every common format, depth and mode, to one representation.
 
-The representation is ``uint8 [H, W, 3]`` RGB at the borders and ``float32 [3, H, W]`` RGB in [0, 1] everywhere else. Files may be read on
+The representation is ``uint8 [H, W, 3]`` RGB; `gladad.core.tensors` makes tensors of it. Files may be read on
 several threads, so nothing here touches the warnings filters, which belong to the process: damaged EXIF data is passed over silently.
 """
 
@@ -9,22 +9,23 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose as T
 from PIL.JpegImagePlugin import JpegImageFile
-from torch import Tensor
 
 from gladad.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})  # file name endings (lower case) that count as images
 LOSSY = frozenset({"JPEG", "MPO", "WEBP"})  # formats, as Pillow names them, that may change levels a little
@@ -120,12 +121,17 @@ def as_pixels(image: str | Path | bytes | bytearray | memoryview | Image.Image |
     if isinstance(image, bytes | bytearray | memoryview | Image.Image):
         with _named("image"):
             return _to_rgb(_upright(image) if isinstance(image, Image.Image) else _open(io.BytesIO(image)))
-    if not isinstance(image, Tensor):
+    if not _is_tensor(image):
         return _array_to_pixels(np.asarray(image))
     if image.ndim != 3:
         raise DataError(f"an image tensor must be [3, H, W] or [1, H, W], not {list(image.shape)}")
     image = image.detach().cpu().permute(1, 2, 0)
     return _array_to_pixels((image.float() if image.is_floating_point() else image).numpy())
+
+
+def _is_tensor(image: object) -> TypeGuard[Tensor]:
+    """Without importing torch, which inspection by exported models does without."""
+    return "torch" in sys.modules and isinstance(image, sys.modules["torch"].Tensor)
 
 
 @contextmanager
@@ -246,16 +252,13 @@ def resize_pixels(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     return np.array(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
-    """``uint8 [H, W, 3]`` -> ``float32 [3, H, W]`` in [0, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255.0
-
-
-def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """``float [3, H, W]`` in [0, 1] -> ``uint8 [H, W, 3]``; values outside are clipped."""
-    return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-
-
-def resize_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of a map ``[B, 1, h, w]`` to ``(H, W)``."""
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+def resize_map(maps: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Bilinear resize of a map ``[h, w]`` to ``(H, W)``, without antialiasing: peaks keep their height where they are sampled."""
+    for axis, length in enumerate(size):
+        if maps.shape[axis] != length:
+            place = ((np.arange(length) + 0.5) * (maps.shape[axis] / length) - 0.5).clip(0, maps.shape[axis] - 1)
+            before = place.astype(np.intp)
+            share = np.expand_dims((place - before).astype(np.float32), 1 - axis)
+            after = np.minimum(before + 1, maps.shape[axis] - 1)
+            maps = maps.take(before, axis) * (1 - share) + maps.take(after, axis) * share
+    return maps

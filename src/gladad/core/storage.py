@@ -8,15 +8,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 
 from gladad.core.errors import GladError, ModelFormatError
 
@@ -138,24 +138,15 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, Any], save: Callable[[dict[str, Any], Path], None] = save_file) -> None:
     """Write safetensors. What the disk refuses is an `OSError`, which the blocks above translate."""
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save(dict(arrays), path)
     except SafetensorError as error:
         raise OSError(f"writing {path.name} failed: {error}") from error
 
 
-def content_digest(description: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hexadecimal) of a JSON-ready description and of tensors by their names."""
-    found = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_arrays(path: Path, load: Callable[[Path], dict[str, Any]] = load_file) -> dict[str, Any]:
     """Read safetensors.
 
     Raises:
@@ -164,9 +155,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelFormatError(f"{path}: missing; the model folder is incomplete")
     try:
-        return dict(load_file(path))
+        return dict(load(path))
     except Exception as error:
         raise ModelFormatError(f"{path}: damaged or not a safetensors file ({error})") from error
+
+
+def content_digest(description: Any, arrays: Mapping[str, NDArray[Any]] | None = None) -> str:
+    """SHA-256 (hexadecimal) of a JSON-ready description and of arrays by their names."""
+    found = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, value in sorted((arrays or {}).items()):
+        found.update(f"{name} {value.dtype} {value.shape}".encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

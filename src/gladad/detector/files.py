@@ -12,15 +12,15 @@ from gladad.core.storage import (
     FORMAT_VERSION,
     MODEL_FILE,
     atomic_folder,
-    load_tensors,
+    load_arrays,
     read_json,
     read_model_file,
-    save_tensors,
+    save_arrays,
     write_json,
 )
 from gladad.data.alignment import Alignment
 from gladad.decision.conformal import Calibration
-from gladad.detector.fit import Fitted, SeenImages
+from gladad.detector.fitted import Fitted, SeenImages
 from gladad.models.registry import family_of_kind
 from gladad.models.settings import FitSettings
 from gladad.models.tiled import tiled
@@ -48,7 +48,7 @@ def save_model(saved: Saved, folder: Path) -> None:
         images = {} if seen is None else {"trained": sorted(seen.trained), "held_out": sorted(seen.held_out)}
         write_json(temporary / SEEN_FILE, images)
         if fitted.alignment is not None:
-            save_tensors(temporary / ALIGNMENT_FILE, fitted.alignment_tensors())
+            save_arrays(temporary / ALIGNMENT_FILE, fitted.alignment.arrays())
         description = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -86,6 +86,6 @@ def load_model(folder: Path) -> Saved:
 
 def _alignment(path: Path) -> Alignment:
     try:
-        return Alignment.of_arrays({name: tensor.numpy() for name, tensor in load_tensors(path).items()})
+        return Alignment.of_arrays(load_arrays(path))
     except (KeyError, ValueError) as error:
         raise ModelFormatError(f"{path}: does not hold an alignment ({error})") from error

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.processes import process_count
 from gladad.core.records import Progress, prefixed
-from gladad.core.storage import content_digest
 from gladad.core.threads import in_order
 from gladad.data.alignment import Alignment
 from gladad.data.few_shot import FEW, moved_copies, with_copies
@@ -26,6 +24,7 @@ from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
 from gladad.data.tolerance import mixture
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, required_images
+from gladad.detector.fitted import Fitted, SeenImages
 from gladad.detector.view import read_pixels
 from gladad.models.family import Family, Model, Training
 from gladad.models.registry import family_of, family_of_kind
@@ -53,53 +52,6 @@ NO_RECORD = (
     "the model was saved by a version that did not record which images it was trained on: "
     "the promise holds only if none of them are among those that it is calibrated on"
 )
-
-
-@dataclass(frozen=True)
-class SeenImages:
-    """SHA-256 (hexadecimal) of the files of a fit.
-
-    Attributes:
-        trained: Those that a denoiser, a memory or any statistic but the thresholds was made from.
-        held_out: Those that the thresholds were made from, and nothing else.
-    """
-
-    trained: frozenset[str] = frozenset()
-    held_out: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit makes.
-
-    Attributes:
-        model: The trained model.
-        calibration: Thresholds and held-out scores.
-        peaks: Largest raw map value of each held-out image, rising.
-        provenance: Versions, seed and data fingerprint.
-        seen: The images of the fit; None where a model was saved without.
-        alignment: How parts are located before the model sees them, if they are.
-    """
-
-    model: Model
-    calibration: Calibration
-    peaks: list[float]
-    provenance: dict[str, Any]
-    seen: SeenImages | None = field(default_factory=SeenImages)
-    alignment: Alignment | None = None
-
-    def digest(self) -> str:
-        """SHA-256 (hexadecimal) of everything that makes a score."""
-        own = self.model.digest()
-        return own if self.alignment is None else content_digest(own, self.alignment_tensors())
-
-    def alignment_tensors(self) -> dict[str, torch.Tensor]:
-        """All of the alignment, for files and digests; empty where there is none."""
-        return {} if self.alignment is None else {name: torch.from_numpy(array) for name, array in self.alignment.arrays().items()}
-
-    def pixels(self, paths: Sequence[Path], progress: Progress) -> list[Pixels]:
-        """Images as the model sees them."""
-        return read_pixels(paths, self.model.image_size, progress, self.alignment)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from gladad.data.samples import expand_paths
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
 from gladad.detector.files import Saved, load_model, save_model
-from gladad.detector.fit import Fitted, Fitter, Images
+from gladad.detector.fit import Fitter, Images
+from gladad.detector.fitted import Fitted
 from gladad.detector.view import View
 from gladad.models.family import Model
 from gladad.models.registry import make_settings

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from gladad.core.images import load_image, resize_pixels
+from gladad.core.images import load_image, resize_map, resize_pixels
 from gladad.core.records import Progress
 from gladad.data.alignment import Alignment
 
@@ -34,8 +32,7 @@ class View:
     def whole_map(self, found: NDArray[np.float32]) -> NDArray[np.float32]:
         """The model's map as one ``[H, W]`` of the image; 0 where the model has not looked."""
         size = (self.pixels.shape[0], self.pixels.shape[1])
-        raw = torch.from_numpy(found)[None, None]
-        shown: NDArray[np.float32] = F.interpolate(raw, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        shown = resize_map(found, size)
         if self._alignment is None:
             return shown
         size = (self._image.shape[0], self._image.shape[1])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gladad.core.errors import DataError, NotFiniteError
@@ -144,7 +143,7 @@ def _look(
     if pictures is not None:
         record["pictures"] = full_pictures(prediction, pixels, whole, pictures, name)
     small = small_pictures(prediction, pixels, whole, limit) if limit else []
-    resized = resize_map(torch.from_numpy(prediction.anomaly_map)[None, None], EVALUATION_SIZE)[0, 0].numpy()
+    resized = resize_map(prediction.anomaly_map, EVALUATION_SIZE)
     kept = KeptMap(resized, mask if visible else None, small)
     if folder is not None:
         kept_maps.save_map(folder, number, kept)

@@ -12,7 +12,8 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.storage import load_tensors, read_json, save_tensors, write_json
+from gladad.core.storage import read_json, write_json
+from gladad.core.tensors import load_tensors, save_tensors
 from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import PACKAGED
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from gladad.core.errors import ModelFormatError
-from gladad.core.storage import load_tensors
+from gladad.core.tensors import load_tensors
 
 WRAPPERS = ("state_dict", "model", "teacher", "student")
 """Entries that hold the weights where they are not at the top. The first that is there is taken: of DINO's two networks the teacher."""

@@ -79,7 +79,7 @@ class Tiled:
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the model of tiles and their number."""
-        return content_digest({"model": self.model.digest(), "tiles": self.count}, {})
+        return content_digest({"model": self.model.digest(), "tiles": self.count})
 
 
 def tiled(model: Model, count: int) -> Model:

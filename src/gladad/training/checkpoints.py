@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
-from gladad.core.storage import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from gladad.core.storage import atomic_folder, read_json, write_json
+from gladad.core.tensors import load_tensors, save_tensors
 
 RUN_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "training.json", "tensors.safetensors", "state.json", "manifest.json"
 LOGS, EXAMPLES = "logs", "examples"

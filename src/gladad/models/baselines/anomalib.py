@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
-from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
-from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.tensors import load_tensors, save_tensors, tensors_digest, to_tensor
 from gladad.core.threads import one_thread
 from gladad.features.extractor import load_extractor
 from gladad.features.stack import FeatureStack
@@ -124,7 +124,7 @@ class AnomalibModel:
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and what was learned."""
-        return content_digest(to_json(self.config), {name: getattr(owner, attribute) for name, owner, attribute in self._learned()})
+        return tensors_digest(to_json(self.config), {name: getattr(owner, attribute) for name, owner, attribute in self._learned()})
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was learned into a folder; returns the JSON-ready config."""

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from gladad.algorithm import gaussian_blur, top_k_mean
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.images import resize_pixels, to_tensor
+from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.core.settings import from_json, to_json, validated
-from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.tensors import load_tensors, save_tensors, tensors_digest, to_tensor
 from gladad.core.threads import one_thread
 from gladad.features.extractor import DEFAULT_EXTRACTOR, Identity, load_extractor
 from gladad.features.memory import Index
@@ -127,7 +127,7 @@ class FeatureBaseline:
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and what was learned."""
-        return content_digest(to_json(self.config), self.learnt)
+        return tensors_digest(to_json(self.config), self.learnt)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was learned into a folder; returns the JSON-ready config."""

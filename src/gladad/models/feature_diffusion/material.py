@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gladad.core.images import to_tensor
 from gladad.core.records import Progress
+from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, synthesise
 from gladad.data.tolerance import variants

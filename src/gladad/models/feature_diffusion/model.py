@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.images import resize_pixels, to_pixels, to_tensor
+from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
-from gladad.core.storage import content_digest, load_tensors, save_tensors
+from gladad.core.tensors import load_tensors, save_tensors, tensors_digest, to_pixels, to_tensor
 from gladad.core.threads import one_thread
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import size_multiple
@@ -185,7 +185,7 @@ class FeatureDiffusion(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the config and all weights."""
-        return content_digest(to_json(self.config), self.state_dict())
+        return tensors_digest(to_json(self.config), self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> FeatureDiffusion:

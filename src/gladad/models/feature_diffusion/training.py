@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gladad.core.errors import DataError, TrainingError
-from gladad.core.images import to_tensor
 from gladad.core.inference import fast_autocast
 from gladad.core.records import Progress, no_progress, prefixed
+from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from gladad.core.errors import ModelFormatError
-from gladad.core.storage import load_tensors, save_tensors
+from gladad.core.tensors import load_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 Layers = Literal["attention", "all"]

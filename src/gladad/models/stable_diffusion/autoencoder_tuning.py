@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gladad.core.errors import ConfigError
-from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
+from gladad.core.tensors import to_pixels, to_tensor
 from gladad.features.pyramid import PyramidFeatures
 from gladad.features.vit import DinoFeatures
 from gladad.models.family import Pixels

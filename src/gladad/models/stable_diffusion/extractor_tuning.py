@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gladad.algorithm import ReconstructionConfig
 from gladad.core.errors import ConfigError, DataError
-from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import validated
+from gladad.core.tensors import to_pixels, to_tensor
 from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.model import StableDiffusion

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from gladad.core.errors import ConfigError
-from gladad.core.images import to_tensor
 from gladad.core.processes import process_count
 from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
+from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.stable_diffusion import small

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gladad.algorithm import Reconstruction, ReconstructionConfig, image_noise, image_score, reconstruct, soft_foreground
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.images import resize_pixels, to_pixels, to_tensor
+from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
-from gladad.core.storage import content_digest, read_json, write_json
+from gladad.core.storage import read_json, write_json
+from gladad.core.tensors import tensors_digest, to_pixels, to_tensor
 from gladad.data.foreground import foreground_mask
 from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
@@ -115,7 +116,7 @@ class StableDiffusion:
         own = {**learned, **self.pipeline.tuned_weights(), "prompt_embeds": self.pipeline.prompt_embeds}
         if origin is None and self.config.settings.autoencoder is not None:  # no file's fingerprint tells it
             own |= {f"vae.{name}": value for name, value in self.pipeline.vae.state_dict().items()}
-        return content_digest([to_json(self.config), {} if origin is None else origin.fingerprints()], own)
+        return tensors_digest([to_json(self.config), {} if origin is None else origin.fingerprints()], own)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> StableDiffusion:

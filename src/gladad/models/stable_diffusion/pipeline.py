@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from gladad.algorithm import Schedule, ScoringConfig, anomaly_map, velocity_to_noise
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.storage import load_tensors, read_json, save_tensors
+from gladad.core.storage import read_json
+from gladad.core.tensors import load_tensors, save_tensors
 from gladad.features.pyramid import PyramidFeatures
 from gladad.features.vit import DinoFeatures, imagenet_normalise
 from gladad.models.stable_diffusion import components

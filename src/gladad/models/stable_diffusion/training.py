@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from gladad.algorithm import add_noise, denoising_target, image_noise, mix_anomaly, predict_x0
 from gladad.core.errors import ConfigError, DataError
-from gladad.core.images import to_pixels, to_tensor
 from gladad.core.records import Progress, no_progress
 from gladad.core.settings import to_json, validated
+from gladad.core.tensors import to_pixels, to_tensor
 from gladad.data.foreground import Foreground
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.models.family import Pixels
