@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gladad.features.memory import CLUSTERED, Index, Memory, covering
+from gladad.features.index import CLUSTERED
+from gladad.features.memory import Index, Memory, covering
 
 
 def vectors(count: int, dimensions: int = 16, seed: int = 0) -> torch.Tensor:

@@ -83,15 +83,15 @@ def reconstruct_deviation(
     nearest = None if retrieve is None else retrieve(latent)
     sigmas = [float((1 - schedule.alpha_bar(timestep)).sqrt()) for timestep in config.timesteps]
     for timestep, sigma, after in zip(config.timesteps, sigmas, [*sigmas[1:], 0.0], strict=True):
-        times = torch.full((len(latent),), timestep, dtype=torch.int64, device=latent.device)
+        times = torch.full((latent.shape[0],), timestep, dtype=torch.int64, device=latent.device)
         shown = x if nearest is None else torch.cat([x, nearest], dim=1)
         change = (sigma - after) * networks.predict_noise(shown, times)
         x = x - change
         trace.append(change.square().flatten(1).mean(dim=1))
     return Reconstruction(
         latent=x,
-        step=torch.full((len(latent),), config.timesteps[0], dtype=torch.int64, device=latent.device),
-        gap_score=latent.new_full((len(latent),), float("nan")),
+        step=torch.full((latent.shape[0],), config.timesteps[0], dtype=torch.int64, device=latent.device),
+        gap_score=latent.new_full((latent.shape[0],), float("nan")),
         probes=0,
         trace=torch.stack(trace, dim=1),
     )

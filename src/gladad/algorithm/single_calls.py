@@ -68,7 +68,7 @@ def reconstruct_one_call(
     """
     count = len(config.timesteps)
     grid = torch.tensor(config.timesteps, device=latent.device)
-    timesteps = grid.repeat(len(latent))  # image-major
+    timesteps = grid.repeat(latent.shape[0])  # image-major
     alpha_bar = schedule.alpha_bar(timesteps)
     drawn = noise if config.noise == "drawn" else torch.zeros_like(noise)
     x_t = add_noise(latent.repeat_interleave(count, dim=0), drawn.flatten(0, 1), alpha_bar)
@@ -82,13 +82,13 @@ def reconstruct_one_call(
     gap = ((features - rebuilt) / scale[:, None]).square().mean(dim=2)  # [B, K, h, w]
     trace = top_k_mean(gap.flatten(0, 1), config.top_k).view(-1, count)
 
-    choice = torch.full((len(latent),), count - 1, device=latent.device)
+    choice = torch.full((latent.shape[0],), count - 1, device=latent.device)
     if config.adaptive:
         differs = trace > trace.new_tensor(config.step_thresholds)
         choice = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), choice)
-    rows = torch.arange(len(latent), device=latent.device)
+    rows = torch.arange(latent.shape[0], device=latent.device)
     chosen, chosen_gap = estimates[rows, choice], gap[rows, choice][:, None]
     if config.fusion != "none":  # local: keep the input where it is normal
         mask = torch.sigmoid((chosen_gap - config.fusion_center) / config.fusion_width)
         chosen = mask * chosen + (1 - mask) * latent
-    return Reconstruction(latent=chosen, step=grid[choice], gap_score=trace[rows, choice], probes=count * len(latent), trace=trace)
+    return Reconstruction(latent=chosen, step=grid[choice], gap_score=trace[rows, choice], probes=count * latent.shape[0], trace=trace)

@@ -191,3 +191,27 @@ def merge(
         detector.merge().save_pretrained(output)
     if not quiet:
         print(f"{output}: stands alone")
+
+
+@guarded
+def export(
+    model: Model,
+    images: Annotated[Path, typer.Argument(help="Good images of the fit, or of the last calibration.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the exported model.", show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="'onnx' or 'openvino'.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="'float32'; openvino: also 'bfloat16'.")] = "float32",
+    category: Category = None,
+    layout: Layout = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Write a lite model as graphs that need no PyTorch, with thresholds of their own; refused if one decision differs."""
+    from gladad.data.layouts import training_images
+
+    _one_process("export")
+    paths = training_images(images, layout, category)
+    detector = load_model(model, None, quiet)
+    with bars(quiet) as progress:
+        found = detector.export(paths, output, form=form, precision=precision, progress=progress)  # type: ignore[arg-type]
+    if not quiet:
+        alike = f"{found.good} good images and {found.defects} with synthetic defects are decided alike"
+        print(f"{output}: {alike}; scores differ by {found.largest:.1e} at most")

@@ -21,7 +21,7 @@ from gladad import __version__
 from gladad.cli.common import Model, Quiet, Rate, duration, guarded, hush, load_model, show_report, tell_skipped
 from gladad.cli.console import bars, show, waiting
 from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
-from gladad.cli.fit import calibrate, fit, merge
+from gladad.cli.fit import calibrate, export, fit, merge
 from gladad.cli.measure import benchmark, data, evaluate, rescore
 from gladad.core.errors import DataError, GladError, NotFiniteError
 
@@ -141,7 +141,7 @@ def _inspect(detector: Glad, images: Sequence[Path], writer: PredictionWriter, p
             progress("inspecting", min(number + processes.count, len(images)), len(images))
 
 
-for command in (evaluate, rescore, calibrate, data, benchmark, plan, tune_features, tune_vae, merge, convert):
+for command in (evaluate, rescore, calibrate, export, data, benchmark, plan, tune_features, tune_vae, merge, convert):
     app.command()(command)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from gladad.core.errors import Interrupted
+from gladad.core.records import Progress
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -37,6 +38,18 @@ class CancelToken:
         """
         if self.cancelled:
             raise Interrupted("stopped, because it was cancelled", self.signal)
+
+
+def cancellable(progress: Progress, cancel: CancelToken | None) -> Progress:
+    """The same progress, which stops the work that reports to it once the token is cancelled."""
+    if cancel is None:
+        return progress
+
+    def told(stage: str, done: int, total: int) -> None:
+        cancel.check()
+        progress(stage, done, total)
+
+    return told
 
 
 def in_order(

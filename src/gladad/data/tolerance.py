@@ -9,8 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gladad.data.corruptions import SHIFTS
-
 Pixels = NDArray[np.uint8]
 Tolerance = Literal["light", "noise", "focus", "compression", "shift"]
 
@@ -28,6 +26,8 @@ GROUPS: dict[Tolerance, dict[str, Any]] = {
 
 def variant(pixels: Pixels, groups: Sequence[Tolerance], rng: np.random.Generator) -> Pixels:
     """An image ``[H, W, 3]`` uint8 under one random shift of one random group, between nothing and severity 1, strong ones more often."""
+    from gladad.data.corruptions import SHIFTS  # late, with its scipy: inspection does without
+
     group = GROUPS[groups[int(rng.integers(len(groups)))]]
     name = sorted(group)[int(rng.integers(len(group)))]
     apply, strengths = SHIFTS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import to_json
@@ -18,12 +19,14 @@ from gladad.core.storage import (
     save_arrays,
     write_json,
 )
-from gladad.data.alignment import Alignment
 from gladad.decision.conformal import Calibration
 from gladad.detector.fitted import Fitted, SeenImages
 from gladad.models.registry import family_of_kind
 from gladad.models.settings import FitSettings
 from gladad.models.tiled import tiled
+
+if TYPE_CHECKING:
+    from gladad.data.alignment import Alignment
 
 CALIBRATION_FILE, SEEN_FILE, ALIGNMENT_FILE, WEIGHTS_FOLDER = "calibration.json", "images.json", "alignment.safetensors", "base"
 
@@ -85,6 +88,8 @@ def load_model(folder: Path) -> Saved:
 
 
 def _alignment(path: Path) -> Alignment:
+    from gladad.data.alignment import Alignment  # late, with its scipy: most models do without
+
     try:
         return Alignment.of_arrays(load_arrays(path))
     except (KeyError, ValueError) as error:

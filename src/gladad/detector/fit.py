@@ -18,7 +18,6 @@ from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.processes import process_count
 from gladad.core.records import Progress, prefixed
 from gladad.core.threads import in_order
-from gladad.data.alignment import Alignment
 from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
@@ -32,6 +31,7 @@ from gladad.models.settings import DenoisingSettings, FitSettings
 from gladad.models.tiled import Tiled, cut, tiled
 
 if TYPE_CHECKING:
+    from gladad.data.alignment import Alignment
     from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
     from gladad.training.loop import TrainingRun
 
@@ -159,7 +159,7 @@ class Fitter:
 
     def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
         """Make the thresholds anew, see `gladad.detector.glad.Glad.calibrate`."""
-        paths = _listed(images)
+        paths = listed(images)
         kept, notes = paths, []
         if fitted.seen is None:
             if fingerprint(paths) == fitted.provenance["data_fingerprint"]:
@@ -212,7 +212,7 @@ class Fitter:
 
     def chosen(self, images: Images) -> list[Path]:
         """The images to learn from: all that were given, or a random choice; one of each content."""
-        paths = _distinct(_listed(images))
+        paths = _distinct(listed(images))
         settings = self.settings
         limit = settings.shots or settings.max_images
         if len(paths) > limit:
@@ -260,7 +260,11 @@ class Fitter:
 
     def alignment(self, paths: Sequence[Path]) -> Alignment | None:
         """How parts are located, learnt from a choice of the images."""
-        return Alignment.learn([load_image(path) for path in evenly(paths, ALIGNED_IMAGES)]) if self.settings.align else None
+        if not self.settings.align:
+            return None
+        from gladad.data.alignment import Alignment  # late, with its scipy: inspection does without
+
+        return Alignment.learn([load_image(path) for path in evenly(paths, ALIGNED_IMAGES)])
 
     def working_size(self, paths: Sequence[Path], alignment: Alignment | None = None) -> tuple[int, int]:
         """``(H, W)`` the model works at, by the median proportions and number of pixels of images, or of what is kept of them."""
@@ -307,7 +311,8 @@ def seen(trained: Sequence[Path], held_out: Sequence[Path]) -> SeenImages:
     return SeenImages(frozenset(map(file_digest, trained)), frozenset(map(file_digest, held_out)))
 
 
-def _listed(images: Images) -> list[Path]:
+def listed(images: Images) -> list[Path]:
+    """Paths of good images."""
     return good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.records import Progress
 from gladad.core.storage import content_digest
-from gladad.data.alignment import Alignment
 from gladad.decision.conformal import Calibration
 from gladad.detector.view import read_pixels
 from gladad.models.family import Model
+
+if TYPE_CHECKING:
+    from gladad.data.alignment import Alignment
 
 Pixels = NDArray[np.uint8]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,21 @@ from gladad.core.errors import ConfigError, NotFittedError
 from gladad.core.images import as_pixels
 from gladad.core.records import Prediction, Progress, no_progress
 from gladad.core.settings import to_json
-from gladad.core.threads import CancelToken, in_order
-from gladad.data.samples import expand_paths
+from gladad.core.threads import CancelToken, cancellable, in_order
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
 from gladad.detector.files import Saved, load_model, save_model
-from gladad.detector.fit import Fitter, Images
 from gladad.detector.fitted import Fitted
-from gladad.detector.view import View
+from gladad.detector.view import View, each
 from gladad.models.family import Model
 from gladad.models.registry import make_settings
 from gladad.models.settings import FitSettings
 from gladad.models.tiled import Tiled
 
 if TYPE_CHECKING:
+    from gladad.detector.export import Comparison
+    from gladad.detector.fit import Fitter, Images
+    from gladad.models.exported.engines import ExportPrecision, Format
     from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
     from gladad.training.loop import TrainingRun
 
@@ -114,7 +115,7 @@ class Glad:
             DataError: There are too few images, or one cannot be read (it is named).
             Interrupted: The training was asked to stop, and has saved where it is if it can go on.
         """
-        self._set(self._fitter.fit(images, run, _cancellable(progress, cancel)))
+        self._set(self._fitter.fit(images, run, cancellable(progress, cancel)))
         return self
 
     @classmethod
@@ -146,7 +147,7 @@ class Glad:
             Interrupted: As for `fit`.
         """
         first = cls.from_base(base, settings=settings)
-        found = first._fitter.fit_together(images, run, _cancellable(progress, cancel))
+        found = first._fitter.fit_together(images, run, cancellable(progress, cancel))
         detectors = {category: cls(base, first.settings) for category in found}
         for category, detector in detectors.items():
             detector._set(found[category])
@@ -179,7 +180,7 @@ class Glad:
         """
         if not isinstance(settings, FitSettings):
             settings = make_settings(self.name, settings)
-        self._set(self._fitter.adjust(self._require_fit(), images, settings, _cancellable(progress, cancel)))
+        self._set(self._fitter.adjust(self._require_fit(), images, settings, cancellable(progress, cancel)))
         self.settings = settings
         return self
 
@@ -239,11 +240,13 @@ class Glad:
     def set_false_reject_rate(self, rate: float) -> None:
         """Choose another false-reject rate; the thresholds follow from the stored held-out scores."""
         settings = replace(self.settings, false_reject_rate=rate)
-        self._set(Fitter(self.name, settings).at_rate(self._require_fit()))
+        self._set(replace(self._fitter, settings=settings).at_rate(self._require_fit()))
         self.settings = settings
 
     @property
     def _fitter(self) -> Fitter:
+        from gladad.detector.fit import Fitter  # late: inspection does without
+
         return Fitter(self.name, self.settings)
 
     def _set(self, fitted: Fitted, model_id: str = "") -> None:
@@ -317,7 +320,7 @@ class Glad:
         Raises:
             Interrupted: It was cancelled.
         """
-        items = list(_flatten(images))
+        items = list(each(images))
         predictions: list[Prediction] = []
         for prediction in in_order(lambda item: self.inspect(item, reconstruct=reconstruct), items, self.workers, cancel):
             predictions.append(prediction)
@@ -333,6 +336,33 @@ class Glad:
             WriteError: The folder holds something else, or the disk refuses.
         """
         save_model(Saved(self.name, self.settings, self._require_fit(), self.model_id), Path(folder))
+
+    def export(
+        self,
+        images: Images,
+        folder: str | Path,
+        *,
+        form: Format = "onnx",
+        precision: ExportPrecision = "float32",
+        progress: Progress = no_progress,
+    ) -> Comparison:
+        """Write a ``lite`` model as static graphs with thresholds of their own, which `from_pretrained` reads without torch.
+
+        Args:
+            images: Those of the fit, or of the last calibration; the thresholds are made anew from those held out.
+            folder: A model's; an earlier one is replaced.
+            form: "onnx" or "openvino".
+            precision: Of the arithmetic.
+            progress: Told of every image.
+
+        Raises:
+            ConfigError: The model has no graphs, or format and precision do not go together.
+            DataError: Held-out images are missing.
+            ExportError: A held-out image, or one with a synthetic defect, would be decided otherwise.
+        """
+        from gladad.detector.export import export
+
+        return export(Saved(self.name, self.settings, self._require_fit(), self.model_id), images, Path(folder), form, precision, progress)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Glad:
@@ -366,25 +396,3 @@ class Glad:
         if self._fitted is None:
             raise NotFittedError("this detector has not been fitted; call fit() or load one with Glad.from_pretrained()")
         return self._fitted
-
-
-def _cancellable(progress: Progress, cancel: CancelToken | None) -> Progress:
-    """The same progress, which stops the work that reports to it once the token is cancelled."""
-    if cancel is None:
-        return progress
-
-    def told(stage: str, done: int, total: int) -> None:
-        cancel.check()
-        progress(stage, done, total)
-
-    return told
-
-
-def _flatten(images: Any) -> Iterator[Any]:
-    if isinstance(images, str | Path):
-        yield from expand_paths([Path(images)])
-    elif isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
-        for image in images:
-            yield from _flatten(image)
-    else:
-        yield images

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.images import load_image, resize_map, resize_pixels
 from gladad.core.records import Progress
-from gladad.data.alignment import Alignment
+from gladad.data.samples import expand_paths
+
+if TYPE_CHECKING:
+    from gladad.data.alignment import Alignment
 
 Pixels = NDArray[np.uint8]
 
@@ -52,3 +56,14 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], progress: Progress
         pixels.append(resize_pixels(View(load_image(path), alignment).pixels, size))
         progress("reading images", len(pixels), len(paths))
     return pixels
+
+
+def each(images: Any) -> Iterator[Any]:
+    """The images of a path, folder, batch, or sequence of any of these, one by one."""
+    if isinstance(images, str | Path):
+        yield from expand_paths([Path(images)])
+    elif isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        for image in images:
+            yield from each(image)
+    else:
+        yield images

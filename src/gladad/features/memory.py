@@ -1,21 +1,15 @@
-"""A memory of normal latent vectors, and the nearest of them to others, searched by faiss."""
+"""A memory of normal latent vectors, and the nearest of them to others."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gladad.core.threads import one_thread
-
-PROBES = 4
-"""Clusters searched for each vector, of as many as the square root of half the memory: within 2 % of the smallest squared distance."""
-CLUSTERED = 2_000
-"""Fewer vectors are searched one by one."""
+from gladad.features.index import VectorIndex
 
 
 class Memory(nn.Module):
@@ -59,39 +53,17 @@ class Memory(nn.Module):
 
 
 class Index:
-    """The nearest of some vectors ``[M, D]``, by squared Euclidean distance."""
+    """`VectorIndex` of tensors ``[M, D]``."""
 
     def __init__(self, rows: Tensor):
-        vectors = _array(rows)
-        self._index: Any = faiss.IndexFlatL2(vectors.shape[1])
-        self._clusters = int(math.sqrt(len(vectors) / 2)) if len(vectors) > CLUSTERED else 0
         with one_thread():  # the clusters' last digits may depend on their number; a search's result does not
-            if self._clusters:
-                self._coarse = self._index  # faiss does not keep it alive
-                self._index = faiss.IndexIVFFlat(self._coarse, vectors.shape[1], self._clusters)
-                faiss.omp_set_num_threads(1)
-                self._index.train(vectors)
-            self._index.add(vectors)
+            self.vectors = VectorIndex(_array(rows))
 
     def nearest(self, queries: Tensor, barred: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
-        """Squared distance ``[Q]`` and number ``[Q]`` of the nearest vector to each of ``[Q, D]``, on the CPU.
-
-        Vectors with numbers from the first to below the second of ``barred`` are left out.
-        """
-        faiss.omp_set_num_threads(torch.get_num_threads())  # one at inspection, see `gladad.core.threads.one_thread`
-        vectors = _array(queries)
-        others = faiss.IDSelectorNot(faiss.IDSelectorRange(*barred)) if barred[0] < barred[1] else None
-        distances, numbers = self._searched(vectors, others, PROBES)
-        lost = numbers < 0  # all vectors of the clusters searched are barred
-        if lost.any():
-            distances[lost], numbers[lost] = self._searched(vectors[lost], others, self._clusters)
+        """Squared distance ``[Q]`` and number ``[Q]`` of the nearest vector to each of ``[Q, D]``, on the CPU."""
+        threads = torch.get_num_threads()  # one at inspection, see `gladad.core.threads.one_thread`
+        distances, numbers = self.vectors.nearest(_array(queries), barred, threads)
         return torch.from_numpy(distances), torch.from_numpy(numbers)
-
-    def _searched(self, vectors: Any, others: Any, probes: int) -> tuple[Any, Any]:
-        kind: Any = faiss.SearchParametersIVF if self._clusters else faiss.SearchParameters
-        parameters = kind(sel=others, nprobe=probes) if self._clusters else kind(sel=others)
-        distances, numbers = self._index.search(vectors, 1, params=parameters)
-        return distances[:, 0], numbers[:, 0]
 
 
 def _array(rows: Tensor) -> Any:

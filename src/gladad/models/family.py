@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.records import Inspection, Progress, no_progress
-from gladad.data.foreground import Foreground
 from gladad.models.settings import FitSettings
 
 if TYPE_CHECKING:
+    from gladad.data.foreground import Foreground
     from gladad.training.loop import TrainingRun
 
 Pixels = NDArray[np.uint8]

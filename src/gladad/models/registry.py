@@ -20,7 +20,7 @@ _MODULES = {
     "anomalib-patchcore": f"{_ROOM}.baselines.family",
     "anomalib-padim": f"{_ROOM}.baselines.family",
 }
-_KINDS = _MODULES | {"diffusers": _STABLE_DIFFUSION}
+_KINDS = _MODULES | {"diffusers": _STABLE_DIFFUSION, "exported": f"{_ROOM}.exported.family"}
 BUILT_IN = tuple(_MODULES)
 """Models by name. Any other name is ``sd14``, the folder or the Hub id of a Stable Diffusion in diffusers form."""
 
@@ -31,7 +31,7 @@ def family_of(name: str) -> Family:
     Args:
         name: One of `BUILT_IN`, or ``sd14``, folder or Hub id of a Stable Diffusion in diffusers form.
     """
-    return cast(Family, import_module(_MODULES.get(name, _STABLE_DIFFUSION)))
+    return cast(Family, import_module(_KINDS.get(name, _STABLE_DIFFUSION)))
 
 
 def family_of_kind(kind: str) -> Family:

@@ -11,6 +11,7 @@ The decoder serves people only: it shows what the model thinks the part should l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gladad.algorithm import Reconstruction
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
@@ -32,6 +34,7 @@ from gladad.models.feature_diffusion.networks import LatentDecoder
 from gladad.models.feature_diffusion.placement import reason
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
+from gladad.models.pictures import where_anomalous
 
 Pixels = NDArray[np.uint8]
 WEIGHTS_FILE = "lite.safetensors"
@@ -110,7 +113,7 @@ class FeatureDiffusion(nn.Module):
 
         Energies add up, each shared among the cells of the finest scale that its own cell covers.
         """
-        total = torch.zeros(len(evidence[0]), 1, *self.image_size, device=self.device)
+        total = torch.zeros(evidence[0].shape[0], 1, *self.image_size, device=self.device)
         for number, cells in enumerate(evidence):
             total = total + F.interpolate(cells, self.image_size, mode="bilinear", align_corners=False).square() / 4**number
         return total.sqrt()
@@ -124,6 +127,24 @@ class FeatureDiffusion(nn.Module):
         spread = peaks[:, 1].log().mean().exp()
         power = spread / peaks[:, 1]
         return ((scores.clamp_min(1e-12).log() - peaks[:, :1]) * power[:, None]).amax(0).exp()
+
+    def judge(self, latents: Sequence[Tensor], nearest: Sequence[Tensor | None] | None = None) -> tuple[list[Tensor], list[Reconstruction]]:
+        """Evidence and reconstruction of each scale for its latents ``[B, D, h, w]``.
+
+        Args:
+            latents: One of each scale.
+            nearest: What the memory holds nearest to them, where it has been asked before.
+        """
+        evidence, rebuilt = [], []
+        for scale, latent, shown in zip(self.all_scales(), latents, nearest or [None] * len(latents), strict=True):
+            rebuilt.append(scale.rebuild(latent, nearest=shown))
+            evidence.append(scale.evidence(latent - rebuilt[-1].latent))
+        return evidence, rebuilt
+
+    def summary(self, evidence: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales."""
+        scores = torch.stack([scale.score(cells) for scale, cells in zip(self.all_scales(), evidence, strict=True)])
+        return self.anomaly_map(evidence), self.image_score(scores)
 
     @torch.inference_mode()
     def inspect(self, pixels: Pixels) -> Inspection:
@@ -140,15 +161,10 @@ class FeatureDiffusion(nn.Module):
         """
         with one_thread():
             image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
-            evidence, rebuilt = [], []
-            for scale in self.all_scales():
-                latent = scale.encode(image)
-                rebuilt.append(scale.rebuild(latent))
-                evidence.append(scale.evidence(latent - rebuilt[-1].latent))
-            maps = self.anomaly_map(evidence)
-            scores = torch.stack([scale.score(cells) for scale, cells in zip(self.all_scales(), evidence, strict=True)])
-            score = float(self.image_score(scores))
-        return Inspection(map=maps[0, 0].cpu().numpy(), score=score, step=int(rebuilt[0].step), latent=rebuilt[0].latent)
+            latents = [scale.encode(image) for scale in self.all_scales()]
+            evidence, rebuilt = self.judge(latents)
+            maps, score = self.summary(evidence)
+        return Inspection(map=maps[0, 0].cpu().numpy(), score=float(score), step=int(rebuilt[0].step), latent=rebuilt[0].latent)
 
     @torch.inference_mode()
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
@@ -162,13 +178,11 @@ class FeatureDiffusion(nn.Module):
         Returns:
             ``[H, W, 3]`` uint8.
         """
-        size = (pixels.shape[0], pixels.shape[1])
-        decoded = self.decoder(inspection.latent.clone())
-        decoded = F.interpolate(decoded, self.image_size, mode="bilinear", align_corners=False).clamp(0, 1)
-        maps = torch.from_numpy(inspection.map)[None, None]
-        weight = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0, 0] / threshold
-        share = ((weight - 0.6) / 0.4).clamp(0, 1).numpy()[..., None]
-        return np.rint(share * resize_pixels(to_pixels(decoded[0].cpu()), size) + (1 - share) * pixels).astype(np.uint8)
+        return where_anomalous(to_pixels(self.decoded(inspection.latent.clone())[0].cpu()), pixels, inspection.map / threshold)
+
+    def decoded(self, latent: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [0, 1] of what latents of the first scale show."""
+        return F.interpolate(self.decoder(latent), self.image_size, mode="bilinear", align_corners=False).clamp(0, 1)
 
     # -- files --------------------------------------------------------------------------------------------------
 

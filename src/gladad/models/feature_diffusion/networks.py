@@ -41,7 +41,7 @@ class LatentDenoiser(nn.Module):
         ``x_t`` is ``[B, D + shown, h, w]``: the noisy latents, then what is shown beside them.
         """
         packed = F.pixel_unshuffle(x_t, 2)
-        packed = torch.cat([packed, self.position.to(packed.dtype).expand(len(packed), -1, -1, -1)], dim=1)
+        packed = torch.cat([packed, self.position.to(packed.dtype).expand(packed.shape[0], -1, -1, -1)], dim=1)
         if any(self.pad):
             packed = F.pad(packed, self.pad, mode="replicate")
         out: Tensor = self.unet(packed.to(memory_format=torch.channels_last), timestep, class_labels=label)

@@ -75,13 +75,13 @@ class Scale(nn.Module):
         return round(self.config.settings.memory * max(1.0, math.prod(self.grid) / MEMORY_CELLS))
 
     def features(self, image: Tensor) -> Tensor:
-        """Features ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [0, 1] of the model's full size."""
+        """Features ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [0, 1] of the model's full size, or of this scale's."""
         if image.shape[-2:] != self.image_size:
             image = F.interpolate(image, self.image_size, mode="bilinear", antialias=True)
         return self.stack(image)
 
     def encode(self, image: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> latent ``[B, D, h, w]``."""
+        """Latent ``[B, D, h, w]`` of such images."""
         latent: Tensor = self.space(self.features(image))
         return latent
 
@@ -89,19 +89,22 @@ class Scale(nn.Module):
         """What the method makes of the denoiser's output."""
         noisy = latent[:, : self.dimensions]
         denoiser = self._fast_denoiser()
-        output = denoiser(latent.to(next(denoiser.parameters()).dtype), timestep, self.labels(len(latent)))
+        output = denoiser(latent.to(next(denoiser.parameters()).dtype), timestep, self.labels(latent.shape[0]))
         return self.method.prediction(noisy, output, timestep)
 
     def latent_features(self, latent: Tensor) -> Tensor:
         """The latent itself: it is made of features."""
         return latent
 
-    def rebuild(self, latent: Tensor, owners: Tensor | None = None) -> Reconstruction:
-        """Anomaly-free latents of ``[B, D, h, w]``; with ``owners`` ``[B]``, as if the memory did not know these images."""
+    def rebuild(self, latent: Tensor, owners: Tensor | None = None, nearest: Tensor | None = None) -> Reconstruction:
+        """Anomaly-free latents of ``[B, D, h, w]``; with ``owners`` ``[B]``, as if the memory did not know these images.
+
+        With ``nearest`` ``[B, D, h, w]``, the memory has been asked already.
+        """
         settings = self.config.settings
         noise = _kept_noise((self.dimensions, *self.grid), settings.seed, self.method.draws).to(latent)
-        noises = noise[None].expand(len(latent), -1, -1, -1, -1)
-        retrieve = (lambda z: self.memory(z, owners)) if settings.memory else None
+        noises = noise[None].expand(latent.shape[0], -1, -1, -1, -1)
+        retrieve = (lambda z: self.memory(z, owners) if nearest is None else nearest) if settings.memory else None
         return self.method.reconstruct(self, latent, noises, self.residual_scale, retrieve)
 
     def evidence(self, residual: Tensor) -> Tensor:
@@ -119,6 +122,10 @@ class Scale(nn.Module):
         if not self.config.categories:
             return None
         return torch.full((count,), self.config.categories.index(self.config.category), device=self.peak.device)
+
+    def in_full(self) -> None:
+        """Inspect with the denoiser itself, in float32, in place of a fast copy."""
+        self._fast = [self.denoiser]
 
     def refresh(self) -> None:
         """Drop the fast copy of the denoiser; to be called after its weights changed."""

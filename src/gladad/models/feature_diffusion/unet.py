@@ -74,7 +74,7 @@ class _Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.stride == (1, 1):
-            if len(x) >= 64:  # as in diffusers; another memory order would be another order of sums
+            if x.shape[0] >= 64:  # as in diffusers; another memory order would be another order of sums
                 x = x.contiguous()
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         y: Tensor = self.conv(x)

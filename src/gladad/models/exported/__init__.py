@@ -1,0 +1,1 @@
+"""Models as static graphs, for inspection without PyTorch."""

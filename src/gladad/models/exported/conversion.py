@@ -1,0 +1,20 @@
+"""ONNX graphs as those of other formats and precisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gladad.core.errors import MissingExtraError
+from gladad.models.exported.model import GRAPHS
+
+
+def to_openvino(folder: Path) -> None:
+    """Put OpenVINO's files in the place of the ONNX graphs of a folder."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("export to OpenVINO", "openvino") from error
+    for name in GRAPHS:
+        path = folder / f"{name}.onnx"
+        openvino.save_model(openvino.convert_model(path), folder / f"{name}.xml", compress_to_fp16=False)
+        path.unlink()

@@ -1,0 +1,155 @@
+"""A ``lite`` model as ONNX graphs for `gladad.models.exported`.
+
+Every graph has a batch dimension of any length. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gladad.core.errors import MissingExtraError
+from gladad.core.tensors import save_tensors
+from gladad.features.extractor import load_extractor
+from gladad.features.memory import Index
+from gladad.models.feature_diffusion.model import FeatureDiffusion
+
+LARGEST_BATCH = 63  # from 64 on the denoiser copies memory in another order, which is another graph
+EXAMPLES = 2  # images that graphs are traced with
+
+
+def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
+    """Write ``encoder.onnx``, ``detector.onnx``, ``decoder.onnx`` and ``memory.safetensors``.
+
+    Raises:
+        MissingExtraError: The package that writes ONNX is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("export", "'gladad[export]'") from error
+    model = _in_float32(model)
+    scales, many = model.all_scales(), {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
+    pixels = torch.zeros(EXAMPLES, *model.image_size, 3, dtype=torch.uint8)
+    latents = [torch.zeros(EXAMPLES, scale.dimensions, *scale.grid) for scale in scales]
+    names = [f"latent_{number}" for number in range(len(scales))]
+    remembers = model.config.settings.memory > 0
+    nearest = [latent.clone() for latent in latents] if remembers else []  # the tracer would take the same tensors for one input
+    shown = [f"nearest_{number}" for number, _ in enumerate(nearest)]
+    found = ["map", "score", "step", "rebuilt"]
+    _write(Encoder(model), (pixels,), (many,), ["pixels"], names, folder / "encoder.onnx")
+    dynamic = ([many] * len(latents), [many] * len(nearest))
+    _write(Detector(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "detector.onnx")
+    _write(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
+    memory = {}
+    if remembers:
+        for number, scale in enumerate(scales):
+            memory[f"rows.{number}"] = scale.memory.rows
+            memory[f"centres.{number}"] = torch.from_numpy(Index(scale.memory.rows).vectors.centres)
+    save_tensors(folder / "memory.safetensors", memory)
+
+
+class Encoder(nn.Module):
+    """Pixels to latents."""
+
+    def __init__(self, model: FeatureDiffusion):
+        super().__init__()
+        self.model, self.extractor = model, model.extractor
+        self.smaller = nn.ModuleList(Smaller(model.image_size, 1 << number) for number in range(1, len(model.scales)))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """``[B, H, W, 3]`` uint8 -> the latent ``[B, D, h, w]`` of each scale."""
+        image = pixels.permute(0, 3, 1, 2).float() / 255
+        images = [image, *(smaller(image) for smaller in self.smaller)]
+        return [scale.encode(own) for scale, own in zip(self.model.all_scales(), images, strict=True)]
+
+
+class Smaller(nn.Module):
+    """The antialiased bilinear resize to a fraction of both sides, as a convolution: not every engine resizes alike."""
+
+    weight: Tensor
+    total: Tensor
+
+    def __init__(self, size: tuple[int, int], factor: int):
+        super().__init__()
+        self.factor = factor
+        taps = 1 - ((torch.arange(2 * factor) + 0.5 - factor) / factor).abs()
+        self.register_buffer("weight", torch.outer(taps, taps)[None, None].repeat(3, 1, 1, 1))
+        self.register_buffer("total", self._sum(torch.ones(1, 3, *size)))  # less at the border, where taps lie outside
+
+    def _sum(self, image: Tensor) -> Tensor:
+        return F.conv2d(image, self.weight, stride=self.factor, padding=self.factor // 2, groups=3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, 3, H / factor, W / factor]``."""
+        return self._sum(image) / self.total
+
+
+class Detector(nn.Module):
+    """Latents to map and score."""
+
+    def __init__(self, model: FeatureDiffusion):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Sequence[Tensor], nearest: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, and what the memory holds nearest to them -> map ``[B, H, W]``, score and step ``[B]``, and what is rebuilt."""
+        found = iter(nearest)
+        evidence, rebuilt = self.model.judge(latents, [next(found, None) for _ in latents])
+        maps, score = self.model.summary(evidence)
+        return maps[:, 0], score, rebuilt[0].step, rebuilt[0].latent
+
+
+class Decoder(nn.Module):
+    """Rebuilt latents to pictures."""
+
+    def __init__(self, model: FeatureDiffusion):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rebuilt: Tensor) -> Tensor:
+        """``[B, D, h, w]`` of the first scale -> ``[B, H, W, 3]`` uint8."""
+        return (self.model.decoded(rebuilt) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _in_float32(model: FeatureDiffusion) -> FeatureDiffusion:
+    """A copy whose extractor and denoisers compute in float32, on the CPU."""
+    copy = FeatureDiffusion(model.config, load_extractor(model.config.settings.features))
+    for own, scale in zip(copy.all_scales(), model.all_scales(), strict=True):
+        own.memory.remember(scale.memory.rows.cpu(), scale.memory.owner.cpu())
+    copy.load_state_dict(model.state_dict())
+    for scale in copy.all_scales():
+        scale.in_full()
+    return copy.eval().requires_grad_(False)
+
+
+def _write(graph: nn.Module, arguments: tuple[Any, ...], dynamic: Any, inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
+    with torch.no_grad(), _quiet():
+        graph(*arguments)  # what is made once and kept is not to be made by the tracer
+        program = torch.onnx.export(
+            graph.eval(), arguments, dynamo=True, verbose=False, input_names=inputs, output_names=outputs, dynamic_shapes=dynamic
+        )
+        assert program is not None  # of the present exporter
+        program.save(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of packages that it does not need here."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
