@@ -32,10 +32,12 @@ ONLY_IN = {
     "jinja2": {"report"},
     "sklearn": {"metrics"},
     "skimage": {"data"},
-    "torch": {"core", "algorithm", "features", "training", "models", "detector", "evaluation", "benchmark", "interop"},
+    "torch": {"core", "algorithm", "features", "training", "models", "benchmark", "interop"},
     "typer": {"cli"},
     "rich": {"cli"},
     "anomalib": {"models"},
+    "onnxruntime": {"models"},
+    "openvino": {"models"},
 }
 
 

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gladad.core.errors import Interrupted
-from gladad.core.records import Progress
+
+if TYPE_CHECKING:
+    from gladad.core.records import Progress
 
 Item = TypeVar("Item")
 T = TypeVar("T")

@@ -45,10 +45,10 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
     nearest = [latent.clone() for latent in latents] if remembers else []  # the tracer would take the same tensors for one input
     shown = [f"nearest_{number}" for number, _ in enumerate(nearest)]
     found = ["map", "score", "step", "rebuilt"]
-    _write(Encoder(model), (pixels,), (many,), ["pixels"], names, folder / "encoder.onnx")
+    write_graph(Encoder(model), (pixels,), (many,), ["pixels"], names, folder / "encoder.onnx")
     dynamic = ([many] * len(latents), [many] * len(nearest))
-    _write(Detector(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "detector.onnx")
-    _write(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
+    write_graph(Detector(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "detector.onnx")
+    write_graph(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
     memory = {}
     if remembers:
         for number, scale in enumerate(scales):
@@ -131,7 +131,10 @@ def _in_float32(model: FeatureDiffusion) -> FeatureDiffusion:
     return copy.eval().requires_grad_(False)
 
 
-def _write(graph: nn.Module, arguments: tuple[Any, ...], dynamic: Any, inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
+def write_graph(
+    graph: nn.Module, arguments: tuple[Any, ...], dynamic: Any, inputs: Sequence[str], outputs: Sequence[str], path: Path
+) -> None:
+    """Trace a module with arguments, and write it as ONNX."""
     with torch.no_grad(), _quiet():
         graph(*arguments)  # what is made once and kept is not to be made by the tracer
         program = torch.onnx.export(
