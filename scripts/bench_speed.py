@@ -1,41 +1,110 @@
-"""Time of the inspection of one image alone and of many together, in this process.
+"""Time of inspection by several models, side by side in one run.
 
-    python scripts/bench_speed.py MODEL IMAGE [--side 256]
+    python scripts/bench_speed.py IMAGES MODEL [MODEL ...] [--rounds 5] [--count 12]
 
-Prints milliseconds per image: medians in the steady state.
+Models take turns, round by round, so that what else the machine does meets them alike. Three tables, with ratios to the first model:
+one image at a time in this process, as many at a time as the model uses cores for, and whole processes: ``gladad predict`` of one image,
+and of all ``count``. Of exported models the parts are also timed alone: their sum is what an inspection cannot fall below.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gladad import Glad
-from gladad.core.images import load_image, resize_pixels
+from gladad.core.images import list_images, load_image, resize_pixels
+from gladad.models.exported.model import Exported
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=12)
     arguments = parser.parse_args()
-    detector = Glad.from_pretrained(arguments.model)
-    pixels = resize_pixels(load_image(arguments.image), (arguments.side, arguments.side))
-    for _ in range(5):
-        detector.inspect(pixels, reconstruct=False)
+    paths = list_images(arguments.images)[: arguments.count]
+    pixels = [load_image(path) for path in paths]
+    names = [path.name for path in arguments.models]
+    detectors = [Glad.from_pretrained(path) for path in arguments.models]
+    turns, count = arguments.rounds, len(pixels)
+    table(
+        "one image, ms",
+        names,
+        rounds([lambda d=d: [d.inspect(each, reconstruct=False) for each in pixels] for d in detectors], turns),
+        count,
+    )
+    table("of many, ms", names, rounds([lambda d=d: d.predict(pixels, reconstruct=False) for d in detectors], turns), count)
+    for name, detector in zip(names, detectors, strict=True):
+        if isinstance(detector.model_, Exported):
+            floor(name, detector.model_, pixels, turns)
+    for title, shown in (("predict of one image, ms", paths[:1]), (f"predict of {count} images, ms", paths)):
+        table(title, names, rounds([lambda m=m, shown=shown: predict(m, shown) for m in arguments.models], turns), 1)
 
-    def once(count: int) -> float:
-        begin = time.perf_counter()
-        detector.predict([pixels] * count, reconstruct=False)
-        return 1000 * (time.perf_counter() - begin) / count
 
-    for count, repeats in ((1, 30), (32, 5)):
-        print(f"{count} at a time: {np.median([once(count) for _ in range(repeats)]):.1f} ms per image")
+def rounds(actions: Sequence[Callable[[], Any]], turns: int) -> list[list[float]]:
+    """Milliseconds of every action in every turn, after one that is not counted."""
+    found: list[list[float]] = [[] for _ in actions]
+    for turn in range(turns + 1):
+        for action, times in zip(actions, found, strict=True):
+            begin = time.perf_counter()
+            action()
+            if turn:
+                times.append(1000 * (time.perf_counter() - begin))
+    return found
+
+
+def table(title: str, names: Sequence[str], times: Sequence[Sequence[float]], share: int) -> None:
+    """Median, least and largest of a share of the times, and the median ratio to the first name in the same round."""
+    print(f"\n{title:32} {'median':>9} {'least':>9} {'largest':>9} {'ratio':>7}")
+    for name, own in zip(names, times, strict=True):
+        each, ratio = np.array(own) / share, np.median(np.array(times[0]) / np.array(own))
+        print(f"{name:32} {np.median(each):9.1f} {each.min():9.1f} {each.max():9.1f} {ratio:6.2f}x")
+
+
+def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None:
+    """Time of an exported model's parts, each alone, and of an inspection by all of them."""
+    batches = [resize_pixels(each, model.image_size)[None] for each in pixels]
+    latents = [model._encoder([each]) for each in batches]
+    nearest = [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
+    parts = {
+        "encoder": lambda: [model._encoder([each]) for each in batches],
+        "search": lambda: [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents],
+        "detector": lambda: [model._detector([*own, *shown]) for own, shown in zip(latents, nearest, strict=True)],
+        "all": lambda: [model.inspect(each) for each in pixels],
+    }
+    medians = {part: float(np.median(times)) / len(pixels) for part, times in zip(parts, rounds(list(parts.values()), turns), strict=True)}
+    whole = medians.pop("all")
+    shown = ", ".join(f"{part} {value:.1f}" for part, value in medians.items())
+    print(f"\n{name}: {shown} ms alone; an inspection {whole:.1f} ms, {whole / sum(medians.values()):.2f} times their sum")
+
+
+def predict(model: Path, images: Sequence[Path]) -> None:
+    """One process of the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "gladad",
+            "predict",
+            str(model),
+            *map(str, images),
+            "-o",
+            f"{folder}/out",
+            "--quiet",
+            "--no-pictures",
+        ]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gladad.core.errors import ConfigError, MissingExtraError, ModelFormatError
 
 Format = Literal["onnx", "openvino"]
-ExportPrecision = Literal["float32", "bfloat16", "int8"]
+ExportPrecision = Literal["float32", "bfloat16"]
 Graph = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 """Inputs to outputs, both in the graph's order."""
 SUFFIXES: dict[Format, tuple[str, ...]] = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}

@@ -55,7 +55,7 @@ class Exported:
             for scale in range(config.scales):
                 rows, centres = (arrays[f"{name}.{scale}"].astype(np.float32) for name in ("rows", "centres"))
                 self._rows.append(rows)
-                self._indices.append(VectorIndex(rows, centres if len(centres) else None))
+                self._indices.append(VectorIndex(rows, centres))
 
     @property
     def image_size(self) -> tuple[int, int]:
