@@ -227,6 +227,34 @@ def mixed_threshold(latent: Tensor, eps: Tensor) -> float:
     return float(first.gap_score.median())
 
 
+@pytest.mark.parametrize("stride", [2, 3, 4, 7, 14, 30])
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_a_sparse_search_finds_a_step_from_which_on_images_differ(stride: int, quantile: float) -> None:
+    """The chain before a decision does not know of it: one whole search with a threshold out of reach says what all comparisons would be."""
+    latent, eps = noise(6), noise(6, 1)
+    every = run(latent, eps, step_threshold=OUT_OF_REACH, min_step=0)[0].trace
+    grid = [t for t, _ in chain_timesteps(750, 25)]
+    limit = float(every[:, :14].amax(1).quantile(quantile))
+    sparse, networks = run(latent, eps, step_threshold=limit, search_stride=stride)
+    whole, _ = run(latent, eps, step_threshold=limit)
+    for image, t in enumerate(sparse.step.tolist()):
+        place = grid.index(t)
+        assert sparse.gap_score[image] == pytest.approx(float(every[image, place]), rel=1e-4)
+        if every[image, place] > limit:
+            assert place == 0 or every[image, place - 1] <= limit  # the first of those that differ, seen from a comparison that did not
+        else:
+            assert t < 350
+        if t == whole.step[image]:
+            torch.testing.assert_close(sparse.latent[image], whole.latent[image], rtol=1e-4, atol=1e-4)
+    assert networks.probed == 2 * sparse.probes
+
+
+def test_a_sparse_search_with_nothing_to_find_compares_at_its_stride_alone() -> None:
+    result, _ = run(noise(2), noise(2, 1), step_threshold=OUT_OF_REACH, search_stride=4)
+    assert result.step.tolist() == [331, 331] and result.probes == 2 * (4 + 1)  # at 721, 601, 481, 361, and below min_step
+    assert result.trace.shape == (2, 5)
+
+
 def test_only_undecided_images_are_probed() -> None:
     latent, eps = noise(5), noise(5, 1)
     result, networks = run(latent, eps, step_threshold=mixed_threshold(latent, eps))

@@ -122,7 +122,7 @@ def test_what_it_cannot_take_is_refused(category, values, key):
 
 def test_its_defaults_are_its_own():
     settings = make_settings("small", {"training.steps": 10})
-    assert settings.image_size == 256 and settings.training.method == "full" and settings.autoencoder.steps == 4000
+    assert settings.image_size == 256 and settings.training.method == "full" and settings.autoencoder.steps == 2000
     assert make_settings("sd14").autoencoder is None
 
 

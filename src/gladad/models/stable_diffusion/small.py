@@ -52,7 +52,7 @@ SETTINGS = StableDiffusionSettings(
     training=DenoiserSettings(
         method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False, precision="float32"
     ),
-    autoencoder=AutoencoderTuningConfig(steps=4000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False),
+    autoencoder=AutoencoderTuningConfig(steps=2000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False),
 )
 """Defaults: those of Stable Diffusion, but for the size, for the trainings, which start from nothing, and for float32: many processors
 without a GPU beside them are 70 times as slow in bfloat16."""
