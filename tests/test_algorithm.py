@@ -230,7 +230,7 @@ def mixed_threshold(latent: Tensor, eps: Tensor) -> float:
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 14, 30])
 @pytest.mark.parametrize("quantile", [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_a_sparse_search_finds_a_step_from_which_on_images_differ(stride: int, quantile: float) -> None:
-    """The chain before a decision does not know of it: one whole search with a threshold out of reach says what all comparisons would be."""
+    """The chain before a decision does not know of it: a whole search with a threshold out of reach says what comparisons would be."""
     latent, eps = noise(6), noise(6, 1)
     every = run(latent, eps, step_threshold=OUT_OF_REACH, min_step=0)[0].trace
     grid = [t for t, _ in chain_timesteps(750, 25)]
