@@ -76,10 +76,14 @@ def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None
     """Time of an exported model's parts, each alone, and of an inspection by all of them."""
     batches = [resize_pixels(each, model.image_size)[None] for each in pixels]
     latents = [model._encoder([each]) for each in batches]
-    nearest = [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
+
+    def search() -> list[list[Any]]:
+        return [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
+
+    nearest = search()
     parts = {
         "encoder": lambda: [model._encoder([each]) for each in batches],
-        "search": lambda: [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents],
+        "search": search,
         "detector": lambda: [model._detector([*own, *shown]) for own, shown in zip(latents, nearest, strict=True)],
         "all": lambda: [model.inspect(each) for each in pixels],
     }
@@ -92,19 +96,8 @@ def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None
 def predict(model: Path, images: Sequence[Path]) -> None:
     """One process of the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "gladad",
-            "predict",
-            str(model),
-            *map(str, images),
-            "-o",
-            f"{folder}/out",
-            "--quiet",
-            "--no-pictures",
-        ]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "gladad", "predict", str(model), *map(str, images), "-o", f"{folder}/out"]
+        subprocess.run([*command, "--quiet", "--no-pictures"], check=True)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ room on the disk. ``--base``, ``--set`` and ``--category`` change what is run, f
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -25,20 +23,20 @@ from gladad.benchmark.config import BenchmarkConfig, ShiftEntry, read_config
 from gladad.benchmark.plan import Cell, finished, plan, run, select
 from gladad.benchmark.tables import write_tables
 from gladad.core.errors import ConfigError, DataError, GladError
+from gladad.core.settings import parse_assignments
 from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
-from gladad.models.stable_diffusion.device import available_memory, choose_device
+from gladad.models.stable_diffusion.device import available_memory, bytes_text, choose_device
 from gladad.models.stable_diffusion.family import make_settings
 from gladad.models.stable_diffusion.memory import plan_training
 from gladad.models.stable_diffusion.settings import DEFAULT_STEPS
 
-PUBLISHED = {  # image AUROC, pixel AUROC, AUPRO, per cent (paper, tables 1 and 2; one model for all: the authors' repository)
+PUBLISHED = {  # image AUROC, pixel AUROC, AUPRO, per cent (paper; docs/reproduce.md has all)
     ("mvtec_ad", "GLAD, published constants"): (99.3, 98.6, 95.3),
     ("mvtec_ad", "GLAD, published constants, one model for all"): (97.5, 97.4, 93.0),
     ("visa", "GLAD, published constants, one model for all"): (91.8, 97.4, 91.5),
 }
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
-GIB = 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,21 +77,12 @@ def chosen(benchmark: str, name: str, base: str | None, changes: list[str], cate
     known = {one.name: one for one in config.configuration}
     if name not in known:
         raise ConfigError(f"--configuration must be one of {', '.join(known)}, not {name!r}")
-    settings = known[name].settings | dict(map(parsed, changes))
+    if malformed := [change for change in changes if "=" not in change]:
+        raise ConfigError(f"--set takes NAME=VALUE, not {malformed[0]!r}")
+    settings = known[name].settings | parse_assignments(changes)
     one = replace(known[name], base=base or known[name].base, settings=settings)
     datasets = tuple(replace(entry, categories=tuple(categories or entry.categories)) for entry in config.dataset)
     return replace(config, seeds=config.seeds[:1], configuration=(one,), dataset=datasets, shift=ShiftEntry())
-
-
-def parsed(change: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value as JSON if it is any."""
-    name, found, value = change.partition("=")
-    if not found:
-        raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def check(config: BenchmarkConfig, cells: list[Cell], notes: list[str], output: Path) -> None:
@@ -115,14 +104,13 @@ def check(config: BenchmarkConfig, cells: list[Cell], notes: list[str], output: 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     trainings = 1 if one.multi_class else len(cells)
     steps = (DEFAULT_STEPS if settings.training.steps is None else settings.training.steps) * trainings
-    disk = needed["weights"] * trainings + 3 * (
-        needed["total"] - needed["activations"]
-    )  # models, and two checkpoints with one being written
+    kept = needed["total"] - needed["activations"]
+    disk = needed["weights"] * trainings + 3 * kept  # models, and two checkpoints with one being written
     output.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output).free
     print(f"{len(cells)} categories, {trainings} trainings, {steps} steps of {settings.training.batch_size} images of {size[0]} pixels")
-    print(f"memory: {needed['total'] / GIB:.1f} GiB of {available / GIB:.1f} GiB on {name}")
-    print(f"disk: {disk / GIB:.1f} GiB of {free / GIB:.1f} GiB free in {output}")
+    print(f"memory: {bytes_text(needed['total'])} of {bytes_text(available)} on {name}")
+    print(f"disk: {bytes_text(disk)} of {bytes_text(free)} free in {output}")
     print(f"time: not known before the first steps; with a second per step {math.ceil(steps / 3600)} hours, and then the inspection")
     if needed["total"] > available:
         raise ConfigError(f"the training does not fit {name}; --set training.micro_batch=4 or --set training.method=lora needs less")

@@ -19,7 +19,7 @@ from gladad.core.threads import in_order
 from gladad.data.samples import file_digest
 from gladad.data.synthesis import LITE, Draw, synthesise
 from gladad.detector.files import Saved, save_model
-from gladad.detector.fit import Fitter, Images, listed
+from gladad.detector.fit import Fitter, Images, distinct, listed
 from gladad.detector.fitted import Fitted
 from gladad.models.exported.engines import ExportPrecision, Format
 from gladad.models.exported.model import Exported, ExportedConfig
@@ -40,7 +40,7 @@ class ExportError(GladError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an exported model's scores, in units of its threshold, differ from those of the model that it is from.
+    """How an exported model's scores differ from those of the model that it is from.
 
     Attributes:
         good: Number of good images that both have inspected.
@@ -110,11 +110,10 @@ def judging_images(fitted: Fitted, images: Images) -> list[Path]:
     if fitted.seen is None:
         raise DataError("the model was saved by a version that did not record its images; calibrate it, then export it")
     wanted = fitted.seen.held_out or fitted.seen.trained
-    found = list({file_digest(path): path for path in reversed(paths) if file_digest(path) in wanted}.values())[::-1]
+    found = distinct([path for path in paths if file_digest(path) in wanted])
     if len(found) < len(wanted):
-        raise DataError(
-            f"{len(wanted) - len(found)} of the {len(wanted)} images that the thresholds are from are missing; give those of the fit"
-        )
+        missing = f"{len(wanted) - len(found)} of the {len(wanted)} images that the thresholds are from are missing"
+        raise DataError(f"{missing}; give those of the fit")
     return found
 
 
@@ -139,20 +138,17 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     names, shown = [path.name for path in paths[::step]], list(pixels[::step])
     place = fitted.provenance["foreground"]["foreground"]
     defects = [synthesise(image, Draw((seed, 5, number)), LITE, (), place)[0] for number, image in enumerate(shown)]
-    cases = [
-        *zip(names, shown, strict=True),
-        *((f"{name} with a synthetic defect", image) for name, image in zip(names, defects, strict=True)),
-    ]
-    before, after = (_scores(each.model, [image for _, image in cases], progress) for each in (fitted, exported))
+    names += [f"{name} with a synthetic defect" for name in names]
+    before, after = (_scores(each.model, [*shown, *defects], progress) for each in (fitted, exported))
     limits = fitted.calibration.threshold.value, exported.calibration.threshold.value
     differing = [
         f"{name} ({old / limits[0]:.4f} -> {new / limits[1]:.4f})"
-        for (name, _), old, new in zip(cases, before, after, strict=True)
+        for name, old, new in zip(names, before, after, strict=True)
         if (old > limits[0]) != (new > limits[1])
     ]
     if differing:
-        listed = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        raise ExportError(f"{len(differing)} of {len(cases)} images would be decided otherwise: {listed}; choose another precision")
+        some = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
+        raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; choose another precision")
     largest = max(abs(new / old - 1) for old, new in zip(before, after, strict=True))
     return Comparison(len(shown), len(defects), largest)
 

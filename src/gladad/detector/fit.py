@@ -170,7 +170,7 @@ class Fitter:
                 notes.append(NO_RECORD)
         else:
             kept = [path for path in paths if file_digest(path) not in fitted.seen.trained]
-        left_out, kept = len(paths) - len(kept), _distinct(kept)
+        left_out, kept = len(paths) - len(kept), distinct(kept)
         if len(kept) < MIN_HELD_OUT:
             why = f"; {left_out} of the {len(paths)} given were trained on, and none of those can be used" if left_out else ""
             raise DataError(f"at least {MIN_HELD_OUT} good images that the model has not seen are needed, there are {len(kept)}{why}")
@@ -212,7 +212,7 @@ class Fitter:
 
     def chosen(self, images: Images) -> list[Path]:
         """The images to learn from: all that were given, or a random choice; one of each content."""
-        paths = _distinct(listed(images))
+        paths = distinct(listed(images))
         settings = self.settings
         limit = settings.shots or settings.max_images
         if len(paths) > limit:
@@ -316,7 +316,7 @@ def listed(images: Images) -> list[Path]:
     return good_images(Path(images)) if isinstance(images, str | Path) else [Path(p) for p in images]
 
 
-def _distinct(paths: Sequence[Path]) -> list[Path]:
+def distinct(paths: Sequence[Path]) -> list[Path]:
     """The first file of each content: copies must not be both learnt from and judged, and a promise is made by their number."""
     return list({file_digest(path): path for path in reversed(paths)}.values())[::-1]
 

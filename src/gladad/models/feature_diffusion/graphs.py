@@ -1,6 +1,6 @@
 """A ``lite`` model as ONNX graphs for `gladad.models.exported`.
 
-Every graph has a batch dimension of any length. All arithmetic is float32.
+Every graph takes batches of up to 63 images. All arithmetic is float32.
 """
 
 from __future__ import annotations
