@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from gladad.core.errors import ConfigError
-from gladad.core.inference import fast_dtype
 from gladad.core.processes import process_count
 from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
@@ -104,8 +103,6 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     if steps is None:
         steps = max(1, DEFAULT_STEPS // training.share)
     fresh, run = training.name == small.NAME, training.run
-    if run is not None and denoiser.precision == "bfloat16" and fast_dtype(choose_device()) is torch.float32:
-        run.tell("this processor computes in bfloat16 far slower than in float32; stop, and add --precision float32")
     if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if run is None else run.memory_limit)
     own = {key: settings.of_product(key, preset) for key in images}
