@@ -17,7 +17,7 @@ SOURCE = Path(gladad.__file__).parent
 # From the bottom up: a package may import from those before it, and from itself.
 PACKAGES = (
     *("core", "algorithm", "data", "features", "decision", "metrics", "training"),
-    *("models", "detector", "report", "evaluation", "benchmark", "interop", "cli"),
+    *("models", "detector", "report", "evaluation", "benchmark", "interop", "service", "cli"),
 )
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".") for path in SOURCE.glob("*/**/*.py"))
 
@@ -31,11 +31,14 @@ ONLY_IN = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "sklearn": {"metrics"},
-    "skimage": {"data"},
+    "skimage": {"data", "decision", "service"},
     "torch": {"core", "algorithm", "features", "training", "models", "benchmark", "interop"},
     "typer": {"cli"},
     "rich": {"cli"},
     "anomalib": {"models"},
+    "fastapi": {"service"},
+    "sqlalchemy": {"service"},
+    "alembic": {"service"},
     "onnxruntime": {"models"},
     "openvino": {"models"},
 }

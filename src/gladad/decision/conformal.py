@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.storage import content_digest
 
 MIN_HELD_OUT = 4
 """Fewest held-out normal images that a calibration is made from."""
@@ -119,6 +120,11 @@ class Calibration:
         """
         above = len(self.scores) - int(np.searchsorted(self.scores, score, side="left"))
         return max((1 + above) / (len(self.scores) + 1), 1 / (self.threshold.n + 1))
+
+    @property
+    def identity(self) -> str:
+        """What it is called: the start of the SHA-256 of the held-out scores and thresholds."""
+        return content_digest(self.to_json())[:16]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -254,8 +252,7 @@ class Glad:
         if not model_id:
             same = before is not None and before.model is fitted.model and self.model_id
             model_id = self.model_id if same else fitted.digest()[:16]
-        content = json.dumps(fitted.calibration.to_json(), sort_keys=True).encode()
-        self._fitted, self._ids = fitted, (model_id, hashlib.sha256(content).hexdigest()[:16])
+        self._fitted, self._ids = fitted, (model_id, fitted.calibration.identity)
 
     # -- inspection ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+"""Decisions: made of an inspection and the limits of a version, kept with their audit entries, and found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, func, insert, select
+
+from gladad.service import audit
+from gladad.service.record import Record, now
+from gladad.service.station import UnknownError
+from gladad.service.tables import decisions, verdicts
+
+Row = dict[str, Any]
+ACCEPT, WARN, REJECT = "accept", "warn", "reject"
+
+
+def decide(score: float, warn_limit: float | None, reject_limit: float) -> str:
+    """The decision about a finite score, in units of the model's threshold."""
+    if score > reject_limit:
+        return REJECT
+    return WARN if warn_limit is not None and score > warn_limit else ACCEPT
+
+
+def insert_all(connection: Connection, made: Sequence[tuple[Row, str]]) -> None:
+    """Keep decisions, each with who asked for it, and their audit entries, within a transaction of `Record.write`."""
+    connection.execute(insert(decisions), [row for row, _ in made])
+    audit.append_all(connection, [(audit.DECISION, row["id"], who, {"sha256": audit.row_digest(row)}) for row, who in made])
+
+
+def one(connection: Connection, identity: str) -> Row:
+    """A decision, with the last verdict on it as ``verdict``.
+
+    Raises:
+        UnknownError: There is none of this ID.
+    """
+    found = connection.execute(_selected().where(decisions.c.id == identity)).first()
+    if found is None:
+        raise UnknownError(f"there is no decision {identity!r}")
+    return dict(found._mapping)
+
+
+def search(
+    connection: Connection,
+    *,
+    product: str | None = None,
+    decision: str | None = None,
+    verdict: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
+    before: str | None = None,
+    limit: int = 100,
+) -> list[Row]:
+    """Decisions, the newest first.
+
+    Args:
+        connection: A transaction.
+        product: Of this product.
+        decision: "accept", "warn" or "reject".
+        verdict: "good", "bad" or "none".
+        since: Not before this time, ISO 8601 in UTC.
+        until: Before this time.
+        before: ID of the last decision of the page before.
+        limit: Most that are returned.
+    """
+    query = _selected()
+    last = _last_verdict()
+    for condition, value in (
+        (decisions.c.product == product, product),
+        (decisions.c.decision == decision, decision),
+        (decisions.c.time >= since, since),
+        (decisions.c.time < until, until),
+        (decisions.c.id < before, before),
+        (last.is_(None) if verdict == "none" else last == verdict, verdict),
+    ):
+        if value is not None:
+            query = query.where(condition)
+    return [dict(row._mapping) for row in connection.execute(query.order_by(decisions.c.id.desc()).limit(limit))]
+
+
+def add_verdict(record: Record, identity: str, verdict: str, who: str, note: str = "") -> None:
+    """Keep what a person says of a part; a later verdict supersedes an earlier one, which stays.
+
+    Raises:
+        UnknownError: There is no such decision.
+    """
+    with record.write() as connection:
+        one(connection, identity)
+        sequence = audit.append(connection, audit.VERDICT, identity, who, {"verdict": verdict, "note": note})
+        row = {"sequence": sequence, "decision_id": identity, "time": now(), "who": who, "verdict": verdict, "note": note}
+        connection.execute(insert(verdicts), [row])
+
+
+def counts(connection: Connection, product: str) -> dict[str, int]:
+    """How many parts were accepted, warned of and rejected."""
+    query = select(decisions.c.decision, func.count()).where(decisions.c.product == product).group_by(decisions.c.decision)
+    found = {decision: count for decision, count in connection.execute(query)}
+    return {decision: found.get(decision, 0) for decision in (ACCEPT, WARN, REJECT)}
+
+
+def plain(row: Row) -> Row:
+    """A row for tables: regions as JSON text."""
+    return row | {"regions": json.dumps(row["regions"])}
+
+
+def _last_verdict() -> Any:
+    last = select(func.max(verdicts.c.sequence)).where(verdicts.c.decision_id == decisions.c.id).correlate(decisions).scalar_subquery()
+    return select(verdicts.c.verdict).where(and_(verdicts.c.sequence == last)).correlate(decisions).scalar_subquery()
+
+
+def _selected() -> Select[Any]:
+    return select(decisions, _last_verdict().label("verdict"))

@@ -1,0 +1,156 @@
+"""The database of a station: SQLite in its folder, or any that SQLAlchemy reaches by URL (PostgreSQL is tested).
+
+Every write is one transaction that holds the only write lock, so that several processes may share a station and the audit log stays one
+chain. It is on the disk when the block ends (SQLite: WAL, ``synchronous=FULL``).
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from filelock import FileLock
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from gladad.core.errors import ConfigError, GladError, ModelFormatError
+
+FILE = "record.sqlite"
+LOCK = 7_137_041  # of PostgreSQL's advisory locks
+BUSY_SECONDS = 60
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_FULL_SQLITE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+_FULL_POSTGRESQL = ("53100", "25006")  # disk full; read-only
+
+
+class StorageError(GladError):
+    """The disk or the database refuses to keep something: it is full, read-only or away. Nothing of it was acknowledged."""
+
+
+def now() -> str:
+    """The time in UTC with microseconds, as it is recorded; such texts sort by time."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def new_id() -> str:
+    """32 hexadecimal digits that nothing else has; later ones sort later, to the millisecond."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+
+
+class Record:
+    """A connection to the database of a station, whose tables are brought up to date when it is opened.
+
+    Args:
+        folder: Of the station.
+        url: Of the database; empty is SQLite in the folder.
+
+    Raises:
+        ConfigError: The URL is none, or its driver is not installed.
+        StorageError: The database cannot be reached or written to.
+        ModelFormatError: It was made by a newer version of this program.
+    """
+
+    def __init__(self, folder: Path, url: str = ""):
+        self.engine = _engine(folder, url)
+        self.sqlite = self.engine.dialect.name == "sqlite"
+        with FileLock(folder / ".record.lock"), translated():
+            self._upgrade()
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that no other one writes beside.
+
+        Raises:
+            StorageError: It could not be kept; nothing was changed.
+        """
+        with translated(), self.engine.connect().execution_options(gladad_write=True) as connection, connection.begin():
+            if not self.sqlite:
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees the record as it was when it began."""
+        with translated(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    def _upgrade(self) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        config.set_main_option("path_separator", "os")
+        scripts = ScriptDirectory.from_config(config)
+        with self.read() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        known = {script.revision for script in scripts.walk_revisions()}
+        if current is not None and current not in known:
+            raise ModelFormatError(f"{self.engine.url!r}: was written by a newer gladad (revision {current}); upgrade gladad")
+        if current != scripts.get_current_head():
+            with self.write() as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+
+def _engine(folder: Path, url: str) -> Engine:
+    try:
+        chosen = make_url(url) if url else URL.create("sqlite", database=str((folder / FILE).absolute()))
+        engine = create_engine(chosen, pool_pre_ping=bool(url), **({} if url else {"connect_args": {"timeout": BUSY_SECONDS}}))
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(f"database: {error}; write a URL such as postgresql+psycopg://user@host/name, or nothing for SQLite") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure)
+        event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _configure(connection: Any, _: Any) -> None:
+    """Transactions are ours to begin (Python's module would begin them late), and are on the disk when they end."""
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("gladad_write") else "BEGIN")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Make what a disk or database refuses a `StorageError`; other mistakes stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StorageError(
+            f"{error.filename or 'the station'}: cannot be written ({error.strerror}); make room, then send it again"
+        ) from error
+    except DBAPIError as error:
+        if not _refused(error):
+            raise
+        raise StorageError(f"the record cannot be written ({error.orig}); make room or bring it back, then send it again") from error
+    except SQLAlchemyError as error:
+        raise StorageError(f"the record cannot be reached ({error})") from error
+
+
+def _refused(error: DBAPIError) -> bool:
+    """Whether it is the database's state that is at fault, not the statement."""
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        return code in (*_FULL_SQLITE, sqlite3.SQLITE_BUSY)
+    return error.connection_invalidated or getattr(error.orig, "sqlstate", None) in (*_FULL_POSTGRESQL, None)

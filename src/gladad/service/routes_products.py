@@ -1,0 +1,105 @@
+"""Products, their versions and golden parts, and the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request
+
+from gladad.service import audit, decisions, golden
+from gladad.service.access import Running, Who
+from gladad.service.line import Line
+from gladad.service.products import Version, active_version, all_products, all_versions, calibration_of, folder_of, product_of, stop
+from gladad.service.routes_decisions import IMAGE_BODY
+from gladad.service.schemas import ActivateIn, Checked, GoldenOut, HeadOut, ProductOut, VersionOut, problems
+
+router = APIRouter(prefix="/v1", tags=["products"])
+Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
+
+
+@router.get("/products", responses=problems(401))
+def products(who: Who, line: Running) -> list[ProductOut]:
+    """All products."""
+    with line.station.record.read() as connection:
+        return [ProductOut(**vars(each), counts=decisions.counts(connection, each.name)) for each in all_products(connection)]
+
+
+@router.get("/products/{product}", responses=problems(401, 404))
+def one_product(product: str, who: Who, line: Running) -> ProductOut:
+    """One product."""
+    with line.station.record.read() as connection:
+        found = product_of(connection, product)
+        return ProductOut(**vars(found), counts=decisions.counts(connection, product))
+
+
+@router.get("/products/{product}/versions", responses=problems(401, 404))
+def product_versions(product: str, who: Who, line: Running) -> list[VersionOut]:
+    """Its versions, the oldest first; they are never changed."""
+    with line.station.record.read() as connection:
+        active = product_of(connection, product).active
+        return [_shown(line, version, active) for version in all_versions(connection, product)]
+
+
+@router.put("/products/{product}/active", responses=problems(400, 401, 404, 422, 429, 503, 507))
+async def activate(product: str, body: ActivateIn, who: Who, line: Running) -> VersionOut:
+    """Load and check a version, then have it inspect. What is under way is finished by the one before; a stop ends."""
+    version = await asyncio.to_thread(line.activate, product, body.version, who, force=body.force)
+    return _shown(line, version, version.number)
+
+
+@router.put("/products/{product}/stop", responses=problems(401, 404, 422, 507))
+def stop_product(
+    product: str, who: Who, line: Running, reason: Annotated[str, Query(min_length=1, max_length=500)] = "stopped by an operator"
+) -> ProductOut:
+    """Have a product refuse images until a version is activated."""
+    stop(line.station, product, reason, who)
+    line.forget(product)
+    return one_product(product, who, line)
+
+
+@router.get("/products/{product}/golden", responses=problems(401, 404, 409))
+def golden_parts(product: str, who: Who, line: Running) -> list[GoldenOut]:
+    """The golden parts of the active version."""
+    with line.station.record.read() as connection:
+        version = active_version(connection, product)
+        return [GoldenOut.model_validate(row) for row in golden.of(connection, product, version.number)]
+
+
+@router.post(
+    "/products/{product}/golden", responses=problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 507), openapi_extra=IMAGE_BODY
+)
+async def add_golden(
+    request: Request, product: str, who: Who, line: Running, name: Annotated[str, Query(max_length=255)] = ""
+) -> GoldenOut:
+    """Keep an image, and what the active version says of it, as a golden part. It is inspected again whenever the service starts."""
+    content = await request.body()
+    return GoldenOut.model_validate(await asyncio.to_thread(line.add_golden, product, content, name, who))
+
+
+@router.post("/products/{product}/golden/check", responses=problems(401, 404, 409, 429, 503, 507))
+async def check_golden(product: str, who: Who, line: Running) -> Checked:
+    """Inspect the golden parts of the active version again; the product is stopped if one scores otherwise than it did."""
+    return await asyncio.to_thread(_check, line, product)
+
+
+@router.get("/audit/head", tags=["audit"], responses=problems(401))
+def audit_head(who: Who, line: Running) -> HeadOut:
+    """The last entry of the audit log. Noted elsewhere, its hash proves later that nothing before was changed."""
+    with line.station.record.read() as connection:
+        return HeadOut(**vars(audit.head(connection)))
+
+
+def _check(line: Line, product: str) -> Checked:
+    version = line.active(product)
+    line.check(version)
+    with line.station.record.read() as connection:
+        count = len(golden.of(connection, product, version.number))
+        return Checked(golden_parts=count, stopped=product_of(connection, product).stopped)
+
+
+def _shown(line: Line, version: Version, active: int | None) -> VersionOut:
+    promise = calibration_of(folder_of(line.station, version.product, version.number)).threshold.statement
+    if version.reject_limit < 1:
+        promise = "none: the reject limit is below the model's threshold"
+    return VersionOut(**version.to_json(), active=version.number == active, promise=promise)

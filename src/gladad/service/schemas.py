@@ -1,0 +1,183 @@
+"""What the REST interface says, as OpenAPI shows it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Text = Annotated[str, StringConstraints(max_length=2000)]
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"detail": "there is no product 'gear'", "request_id": "0193b1c2d3e4"}})
+
+    detail: str
+    request_id: str
+
+
+class RegionOut(BaseModel):
+    """A connected area that looks anomalous, in pixels of the image."""
+
+    box: Annotated[list[int], Field(description="left, top, right, bottom; right and bottom lie outside")]
+    area: int
+    peak: Annotated[float, Field(description="highest value of the map in it; above 1 is anomalous")]
+    contour: Annotated[list[list[int]], Field(description="corners [x, y] of its outline")]
+
+
+class Links(BaseModel):
+    """Where the pictures are."""
+
+    image: str
+    map: str
+    overlay: str
+    reconstruction: str
+
+
+class DecisionOut(BaseModel):
+    """A decision, which is in the record."""
+
+    id: str
+    time: str
+    product: str
+    version: int
+    model_id: str
+    calibration_id: str
+    source: str
+    request_id: str
+    image_name: str
+    image_sha256: str
+    width: int
+    height: int
+    score: Annotated[float, Field(description="in units of the model's threshold")]
+    warn_limit: float | None
+    reject_limit: float
+    p_value: Annotated[float, Field(description="share of held-out good parts that score at least as high")]
+    decision: Literal["accept", "warn", "reject"]
+    step: Annotated[int, Field(description="diffusion timestep chosen for this image")]
+    regions: list[RegionOut]
+    brightness: Annotated[float, Field(description="mean level, in [0, 1]")]
+    sharpness: float
+    promise_suspended: Annotated[bool, Field(description="the promise about false rejects did not hold when this was decided")]
+    milliseconds: Annotated[float, Field(description="of the inspection itself")]
+    verdict: Literal["good", "bad"] | None = None
+    links: Links
+
+
+class BatchItem(BaseModel):
+    """What became of one of several images: a decision, or a problem."""
+
+    image_name: str
+    status: Annotated[int, Field(description="what an image sent alone would have been answered")]
+    decision: DecisionOut | None = None
+    problem: str | None = None
+
+
+class Batch(BaseModel):
+    """What became of several images, in their order."""
+
+    items: list[BatchItem]
+
+
+class Page(BaseModel):
+    """Decisions, the newest first."""
+
+    items: list[DecisionOut]
+    next: Annotated[str | None, Field(description="give it as `before` for the next page; null at the end")]
+
+
+class VerdictIn(BaseModel):
+    """What a person says of a part."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"verdict": "good", "note": "a reflection"}})
+
+    verdict: Literal["good", "bad"]
+    note: Text = ""
+
+
+class ProductOut(BaseModel):
+    """A product."""
+
+    name: str
+    active: Annotated[int | None, Field(description="number of the version that inspects")]
+    stopped: Annotated[str | None, Field(description="why it does not inspect")]
+    suspended: Annotated[str | None, Field(description="why the promise about false rejects does not hold")]
+    counts: dict[str, int]
+
+
+class VersionOut(BaseModel):
+    """A version of a product."""
+
+    product: str
+    number: int
+    model_id: str
+    calibration_id: str
+    digest: str
+    warn_limit: float | None
+    reject_limit: float
+    created: str
+    who: str
+    note: str
+    active: bool
+    promise: Annotated[str, Field(description="what its threshold promises")]
+
+
+class ActivateIn(BaseModel):
+    """Which version shall inspect."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"version": 2}})
+
+    version: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    force: bool = False
+
+
+class GoldenOut(BaseModel):
+    """A golden part."""
+
+    product: str
+    version: int
+    image_sha256: str
+    image_name: str
+    score: float
+    decision: str
+
+
+class Checked(BaseModel):
+    """The outcome of a check of the golden parts."""
+
+    golden_parts: int
+    stopped: str | None
+
+
+class HeadOut(BaseModel):
+    """The last entry of the audit log: note its hash elsewhere now and then."""
+
+    sequence: int
+    hash: str
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problems(*codes: int) -> Responses:
+    """Documentation of refusals."""
+    return {code: {"model": Problem, "description": _MEANING[code]} for code in codes}
+
+
+_MEANING = {
+    400: "The request cannot be understood",
+    401: "The API key is missing or wrong",
+    404: "There is nothing of this name",
+    408: "The body took too long",
+    409: "The product does not inspect now",
+    413: "The body is too large",
+    415: "Not an image, or not what its content type says",
+    422: "The image or a value is refused",
+    429: "Too many images wait: send it again after Retry-After seconds",
+    503: "Not ready, or the inspection process failed",
+    504: "Not done within the deadline",
+    507: "The disk or the database is full or read-only; nothing was kept",
+}

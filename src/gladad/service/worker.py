@@ -1,0 +1,224 @@
+"""The process that owns the models. It is asked through a pipe, dies with its parent, and may die alone without loss."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import warnings
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gladad.core.errors import DataError, GladError
+
+if TYPE_CHECKING:
+    from gladad.core.records import Prediction
+    from gladad.detector.glad import Glad
+
+MAP_SIDE = 512  # pixels of the longer side of a stored map
+Picture = Literal["reconstruction"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Have a model ready. The answer is None."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Inspect an image with the model of a folder. The answer is an `Outcome`."""
+
+    folder: str
+    content: bytes  # of an image file
+    threshold: float = 1.0  # of the map, for regions
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Inspect an image again for a picture. The answer is the bytes of a PNG, or None where the model makes none."""
+
+    folder: str
+    content: bytes
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an inspection found."""
+
+    score: float
+    p_value: float
+    step: int
+    size: tuple[int, int]  # (H, W)
+    regions: list[dict[str, Any]]
+    map_png: bytes  # 8 bits grey, 255 is twice the threshold or more; the longer side has at most 512 pixels
+    brightness: float
+    sharpness: float
+    milliseconds: float  # of the inspection
+
+
+class Models:
+    """The models in memory: those that were used last."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, tuple[Glad, threading.Semaphore]] = OrderedDict()
+        self._loading: dict[str, threading.Lock] = {}
+
+    def get(self, folder: str) -> tuple[Glad, threading.Semaphore]:
+        """A model, and what limits how many images it takes at a time. Loading one does not hold up the others."""
+        with self._lock:
+            own = self._loading.setdefault(folder, threading.Lock())
+        with own:
+            with self._lock:
+                if folder in self._loaded:
+                    self._loaded.move_to_end(folder)
+                    return self._loaded[folder]
+            from gladad.detector.glad import Glad
+
+            detector = Glad.from_pretrained(folder)
+            entry = (detector, threading.Semaphore(detector.workers))
+            with self._lock:
+                self._loaded[folder] = entry
+                while len(self._loaded) > self.capacity:
+                    self._loaded.popitem(last=False)
+            return entry
+
+
+def answer(models: Models, request: Load | Inspect | Draw) -> Any:
+    """What a request asks for."""
+    detector, slots = models.get(request.folder)
+    if isinstance(request, Load):
+        _warm_up(detector)
+        return None
+    with slots:
+        if isinstance(request, Draw):
+            picture = detector.inspect(request.content).reconstruction
+            return None if picture is None else _png(picture)
+        return _outcome(detector, request)
+
+
+def _warm_up(detector: Glad) -> None:
+    """Import, and have made, what the first image would wait for."""
+    import scipy.ndimage
+    import skimage.measure  # noqa: F401
+
+    height, width = detector.model_.image_size
+    detector.inspect(np.full((height, width, 3), 128, np.uint8))
+
+
+def _outcome(detector: Glad, request: Inspect) -> Outcome:
+    from gladad.core.images import as_pixels
+    from gladad.decision.drift import appearance
+
+    pixels = as_pixels(request.content)
+    found = detector.inspect(pixels, reconstruct=False)
+    brightness, sharpness = appearance(pixels)
+    return Outcome(
+        score=found.pred_score,
+        p_value=found.p_value,
+        step=found.step,
+        size=found.image_size,
+        regions=_regions(found),
+        map_png=_map_png(found),
+        brightness=brightness,
+        sharpness=sharpness,
+        milliseconds=1000 * found.seconds,
+    )
+
+
+def _regions(found: Prediction) -> list[dict[str, Any]]:
+    from gladad.decision.regions import outlines
+
+    contours = outlines(found.pred_mask, found.regions)
+    return [
+        {"box": list(region.box), "area": region.area, "peak": region.peak, "contour": contour}
+        for region, contour in zip(found.regions, contours, strict=True)
+    ]
+
+
+def _map_png(found: Prediction) -> bytes:
+    from gladad.core.images import resize_map
+    from gladad.report.pictures import VMAX
+
+    height, width = found.image_size
+    factor = min(1.0, MAP_SIDE / max(height, width))
+    small = (
+        resize_map(found.anomaly_map, (max(1, round(factor * height)), max(1, round(factor * width)))) if factor < 1 else found.anomaly_map
+    )
+    return _png(np.rint((small / VMAX).clip(0, 1) * 255).astype(np.uint8))
+
+
+def _png(pixels: Any) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def run(connection: Connection, threads: int, capacity: int) -> None:
+    """The process's main function: answer requests, each ``(number, request)`` by ``(number, answer, error)``, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when this process ends
+    warnings.simplefilter("ignore")
+    models, sending = Models(capacity), threading.Lock()
+
+    def handle(number: int, request: Load | Inspect | Draw) -> None:
+        try:
+            reply: tuple[int, Any, Exception | None] = (number, answer(models, request), None)
+        except GladError as error:
+            reply = (number, None, _portable(error))
+        except Exception as error:
+            reply = (number, None, RuntimeError(f"{type(error).__name__}: {error}"))
+        try:
+            with sending:
+                connection.send(reply)
+        except OSError:  # the parent is gone
+            os._exit(0)
+
+    # loading has threads of its own, so that a model that is read from the disk holds nothing up
+    inspecting, loading = ThreadPoolExecutor(threads), ThreadPoolExecutor(2)
+    while True:
+        try:
+            number, request = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # at once: nobody waits for what is under way
+        (loading if isinstance(request, Load) else inspecting).submit(handle, number, request)
+
+
+def _portable(error: GladError) -> GladError:
+    """An error that survives a pipe: some have arguments of their own."""
+    return error if type(error).__init__ is Exception.__init__ else GladError(str(error))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that could harm: whatever is no file of a gladad model, a pickle, or a link that leads out.
+
+    Raises:
+        DataError: It names the file.
+    """
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path}: is a link that leads out of the model folder; copy the file into it")
+        if path.is_dir():
+            continue
+        if path.suffix not in SUFFIXES or not path.is_file():
+            raise DataError(f"{path}: is no file of a gladad model; give the folder as 'gladad fit' or 'gladad export' wrote it")
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start[:1] == b"\x80" or start == b"PK\x03\x04":
+            raise DataError(f"{path}: looks like a pickle, which can run any program when it is read; models are safetensors")
+
+
+SUFFIXES = frozenset({".json", ".safetensors", ".onnx", ".data", ".xml", ".bin", ".txt", ".png"})
