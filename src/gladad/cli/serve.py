@@ -77,14 +77,15 @@ def add(
 ) -> None:
     """Copy a model into the station as a new version of a product."""
     open_station = opened(folder)
-    from gladad.service.products import activate, add_version
+    from gladad.service.golden import promote
+    from gladad.service.products import add_version
+    from gladad.service.worker import in_process
 
     version = add_version(open_station, product, model, _me(who), note=note, warn_limit=warn_limit, reject_limit=reject_limit)
     if active:
-        activate(open_station, product, version.number, _me(who))
-    print(
-        f"{product}: version {version.number}{', active' if active else ''} (model {version.model_id}, calibration {version.calibration_id})"
-    )
+        promote(open_station, version, _me(who), in_process(1), force=False)
+    state, origin = ", active" if active else "", f"model {version.model_id}, calibration {version.calibration_id}"
+    print(f"{product}: version {version.number}{state} ({origin})")
     open_station.close()
 
 
@@ -102,6 +103,30 @@ def activate(
 
     do(open_station, product, number, _me(who))
     print(f"{product}: version {number} is active")
+    open_station.close()
+
+
+@station.command("golden")
+@guarded
+def golden(
+    folder: Folder,
+    product: Product,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", show_default=False)],
+    who: Who = None,
+) -> None:
+    """Make images golden parts: the active version's scores of them are kept, and compared whenever the service starts."""
+    open_station = opened(folder)
+    from gladad.data.samples import expand_paths
+    from gladad.service.golden import add as add_golden
+    from gladad.service.products import active_version
+    from gladad.service.worker import in_process
+
+    with open_station.record.read() as connection:
+        version = active_version(connection, product)
+    ask = in_process(1)
+    for path in expand_paths(paths):
+        row = add_golden(open_station, version, path.read_bytes(), path.name, _me(who), ask)
+        print(f"{path.name}: {row['decision']}, score {row['score']:.4g}")
     open_station.close()
 
 

@@ -15,10 +15,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import gladad
 from gladad.core.errors import ConfigError, DataError, GladError, ModelFormatError, NotFiniteError
-from gladad.service import routes_decisions, routes_products
+from gladad.service import routes_decisions, routes_jobs, routes_products
 from gladad.service.gate import BodyRefused, Gate
 from gladad.service.inspector import BusyError, DeadlineError, WorkerError
 from gladad.service.intake import UnsupportedTypeError
+from gladad.service.jobs import Jobs
 from gladad.service.line import Line, NotReadyError
 from gladad.service.products import StoppedError
 from gladad.service.record import StorageError
@@ -64,10 +65,11 @@ def make_app(station: Station, *, loopback: bool = True, threads: int | None = N
         line.on_decision.append(lambda row: decided.labels(row["product"], row["decision"]).inc())
         depth.set_function(lambda: line.inspector.depth)
         restarts.set_function(lambda: line.inspector.restarts)
-        app.state.line = line
+        app.state.line, app.state.jobs = line, await asyncio.to_thread(Jobs, line)
         try:
             yield
         finally:
+            await asyncio.to_thread(app.state.jobs.close)
             await asyncio.to_thread(line.close)
 
     decided = Counter("gladad_decisions", "Decisions that are in the record", ("product", "decision"), registry=registry)
@@ -85,6 +87,7 @@ def make_app(station: Station, *, loopback: bool = True, threads: int | None = N
     app.state.station = station
     app.include_router(routes_decisions.router)
     app.include_router(routes_products.router)
+    app.include_router(routes_jobs.router)
     _add_probes(app, registry)
     _add_errors(app)
     if loopback:

@@ -11,13 +11,14 @@ from gladad.core.errors import DataError
 from gladad.service import audit, decisions
 from gladad.service.intake import check_image
 from gladad.service.pictures import sha256
-from gladad.service.products import Version, product_of
+from gladad.service.products import Version, activate, check_version, folder_of, product_of
 from gladad.service.station import Station
 from gladad.service.tables import goldens
 from gladad.service.worker import Outcome
 
 TOLERANCE = 1e-3  # relative: another machine or version of a library rounds otherwise
-Ask = Callable[[Version, bytes], Outcome]
+Ask = Callable[[str, bytes], Outcome]
+"""Inspects the bytes of an image with the model of a folder."""
 
 
 def add(station: Station, version: Version, content: bytes, name: str, who: str, ask: Ask) -> dict[str, Any]:
@@ -27,7 +28,11 @@ def add(station: Station, version: Version, content: bytes, name: str, who: str,
         DataError: The image is refused.
     """
     ending = check_image(content, "", station.settings.max_pixels)
-    row = _row(version, ask(version, content)) | {"image_sha256": sha256(content), "image_name": name, "image_type": ending}
+    row = _row(version, ask(str(folder_of(station, version.product, version.number)), content)) | {
+        "image_sha256": sha256(content),
+        "image_name": name,
+        "image_type": ending,
+    }
     path = _path(station, row)
     station.pictures.add(path, content)
     with station.record.write() as connection:
@@ -54,15 +59,27 @@ def check(station: Station, version: Version, ask: Ask) -> int:
     """
     with station.record.read() as connection:
         known = of(connection, version.product, version.number)
+    folder = str(folder_of(station, version.product, version.number))
     for row in known:
-        present = _row(version, ask(version, _read(station, row)))
+        present = _row(version, ask(folder, _read(station, row)))
         if present["decision"] != row["decision"] or abs(present["score"] - row["score"]) > TOLERANCE * abs(row["score"]):
             found = f"scores {present['score']:.6g} ({present['decision']}), it was {row['score']:.6g} ({row['decision']})"
             raise DataError(f"golden part {_name(row)} {found}; the machine or a library has changed, look before you activate it again")
     return len(known)
 
 
-def carry_over(station: Station, version: Version, ask: Ask, *, force: bool) -> None:
+def promote(station: Station, version: Version, who: str, ask: Ask, *, force: bool) -> None:
+    """Check a version, then have it inspect: its files, and the golden parts of the active version, which become its own.
+
+    Raises:
+        DataError: Its files were changed, or it decides a golden part otherwise and that is not forced. Nothing has changed.
+    """
+    check_version(station, version)
+    _carry_over(station, version, ask, force=force)
+    activate(station, version.product, version.number, who)
+
+
+def _carry_over(station: Station, version: Version, ask: Ask, *, force: bool) -> None:
     """Make the golden parts of the active version those of another, which must decide them alike.
 
     Raises:
@@ -77,7 +94,8 @@ def carry_over(station: Station, version: Version, ask: Ask, *, force: bool) -> 
     if not known:
         check(station, version, ask)
         return
-    made = [_row(version, ask(version, _read(station, row))) | {key: row[key] for key in _IMAGE} for row in known]
+    folder = str(folder_of(station, version.product, version.number))
+    made = [_row(version, ask(folder, _read(station, row))) | {key: row[key] for key in _IMAGE} for row in known]
     changed = [_name(row) for row, new in zip(known, made, strict=True) if row["decision"] != new["decision"]]
     if changed and not force:
         raise DataError(

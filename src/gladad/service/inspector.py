@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gladad.core.errors import GladError
-from gladad.service.worker import Draw, Inspect, Load, run
+from gladad.service.worker import READY, Draw, Inspect, Load, run
 
 ATTEMPTS = 2  # that the worker may die of one request before this is given up
 RESTART_SECONDS = (0.0, 0.5, 2.0, 10.0)  # waits before a start, the more of them that failed in a row
@@ -175,45 +175,44 @@ class Inspector:
                 if self._closed:
                     return
             began = time.monotonic()
-            self._start()
-            self._receive()
-            self._lost()
+            connection = self._start()
+            self._receive(connection)
+            self._lost(connection)
             failures = 0 if time.monotonic() - began > HEALTHY_SECONDS else failures + 1
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=run, args=(theirs, self.threads, self._loaded), daemon=True, name="gladad-worker")
         process.start()
         theirs.close()
         with self._changed:
-            self._process, self._connection = process, ours
+            self._process = process
             if self._closed:
                 process.terminate()
-            self._changed.notify_all()
+        return ours
 
-    def _receive(self) -> None:
-        """Hand on answers until the worker is gone."""
-        connection = self._connection
-        assert connection is not None
-        while True:
-            try:
-                number, value, error = connection.recv()
-            except (EOFError, OSError):
-                return
+    def _receive(self, connection: Connection) -> None:
+        """Hand on answers until the worker is gone. It is asked nothing before it says that it is ready."""
+        with suppress(EOFError, OSError):
+            assert connection.recv() == READY
             with self._changed:
-                ticket = self._sent.pop(number, None)
+                self._connection = connection
                 self._changed.notify_all()
-            if ticket is not None:
-                ticket.resolve(value, error)
+            while True:
+                number, value, error = connection.recv()
+                with self._changed:
+                    ticket = self._sent.pop(number, None)
+                    self._changed.notify_all()
+                if ticket is not None:
+                    ticket.resolve(value, error)
 
-    def _lost(self) -> None:
+    def _lost(self, connection: Connection) -> None:
         """Put what the dead worker was asked back to the front of the queue, or give it up if it may be what it died of."""
         with self._changed:
-            connection, self._connection = self._connection, None
+            self._connection = None
         with self._sending:  # its number may be given to another file as soon as it is closed
-            if connection is not None:
-                connection.close()
+            connection.close()
         self._process.join()
         with self._changed:
             self.restarts += not self._closed

@@ -16,8 +16,8 @@ from gladad.models.exported.engines import cores
 from gladad.service import audit, decisions, golden
 from gladad.service.decisions import ACCEPT, Row
 from gladad.service.inspector import BusyError, Inspector
-from gladad.service.intake import check_filename, check_image
-from gladad.service.products import Version, activate, active_version, all_products, check_version, folder_of, stop, version_of
+from gladad.service.intake import check_image
+from gladad.service.products import Version, active_version, all_products, check_version, folder_of, stop, version_of
 from gladad.service.record import StorageError, new_id, now
 from gladad.service.recorder import Pending, Recorder
 from gladad.service.station import Station, UnknownError
@@ -112,7 +112,6 @@ class Line:
         version = self.active(product)
         if (product, version.number) not in self._ready:
             raise NotReadyError(f"product {product!r} is being loaded and checked; send it again a little later")
-        check_filename(origin.name)
         ending = check_image(content, media_type, self.station.settings.max_pixels)
         folder = str(folder_of(self.station, product, version.number))
         asked = self.inspector.submit(Inspect(folder, content), seconds or self.station.settings.deadline)
@@ -169,8 +168,7 @@ class Line:
         with self.station.record.read() as connection:
             version = version_of(connection, product, number)
         self._load(version)
-        golden.carry_over(self.station, version, self._outcome, force=force)
-        activate(self.station, product, number, who)
+        golden.promote(self.station, version, who, self._outcome, force=force)
         self._ready.add((product, number))
         self.forget(product)
         return version
@@ -189,7 +187,7 @@ class Line:
 
     def add_golden(self, product: str, content: bytes, name: str, who: str) -> Row:
         """Make an image a golden part of the active version, see `gladad.service.golden.add`."""
-        return golden.add(self.station, self.active(product), content, check_filename(name), who, self._outcome)
+        return golden.add(self.station, self.active(product), content, name, who, self._outcome)
 
     def forget(self, product: str) -> None:
         """Look anew at which version of a product is active."""
@@ -199,8 +197,7 @@ class Line:
         check_version(self.station, version)
         self.inspector.submit(Load(str(folder_of(self.station, version.product, version.number))), LOAD_SECONDS).result()
 
-    def _outcome(self, version: Version, content: bytes) -> Outcome:
-        folder = str(folder_of(self.station, version.product, version.number))
+    def _outcome(self, folder: str, content: bytes) -> Outcome:
         outcome: Outcome = self.inspector.submit(Inspect(folder, content), LOAD_SECONDS).result()
         return outcome
 

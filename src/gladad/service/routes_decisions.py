@@ -21,6 +21,7 @@ from gladad.service import decisions
 from gladad.service.access import Running, Who
 from gladad.service.decisions import Row
 from gladad.service.inspector import DeadlineError
+from gladad.service.intake import check_filename
 from gladad.service.line import Line, Origin
 from gladad.service.schemas import Batch, BatchItem, DecisionOut, Page, VerdictIn, problems
 from gladad.service.station import UnknownError
@@ -67,7 +68,7 @@ async def inspect(
 ) -> DecisionOut:
     """Inspect one image, sent as the body. The answer follows once the decision is in the record."""
     content = await request.body()
-    origin = Origin(who, "rest", name, request.state.request_id)
+    origin = Origin(who, "rest", check_filename(name), request.state.request_id)
     kind = request.headers.get("content-type", "")
     future = await asyncio.to_thread(line.inspect, product, content, origin, kind, deadline)
     return shown(await unless_gone(request, future, deadline or line.station.settings.deadline))
@@ -93,8 +94,8 @@ async def _item(request: Request, line: Line, product: str, who: str, part: tupl
     from gladad.service.app import status_of
 
     name, content, kind = part
-    origin = Origin(who, "rest", name, request.state.request_id)
     try:
+        origin = Origin(who, "rest", check_filename(name), request.state.request_id)
         future = await asyncio.to_thread(line.inspect, product, content, origin, kind, deadline)
         row = await _in_time(asyncio.wrap_future(future), deadline or line.station.settings.deadline)
     except GladError as error:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 
 from gladad.service import audit, decisions, golden
 from gladad.service.access import Running, Who
+from gladad.service.intake import check_filename
 from gladad.service.line import Line
 from gladad.service.products import Version, active_version, all_products, all_versions, calibration_of, folder_of, product_of, stop
 from gladad.service.routes_decisions import IMAGE_BODY
@@ -74,7 +75,7 @@ async def add_golden(
 ) -> GoldenOut:
     """Keep an image, and what the active version says of it, as a golden part. It is inspected again whenever the service starts."""
     content = await request.body()
-    return GoldenOut.model_validate(await asyncio.to_thread(line.add_golden, product, content, name, who))
+    return GoldenOut.model_validate(await asyncio.to_thread(line.add_golden, product, content, check_filename(name), who))
 
 
 @router.post("/products/{product}/golden/check", responses=problems(401, 404, 409, 429, 503, 507))

@@ -152,6 +152,77 @@ class Checked(BaseModel):
     stopped: str | None
 
 
+class FitIn(BaseModel):
+    """What may be chosen about a fit; what is left out has its default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    false_reject_rate: Annotated[float | None, Field(gt=0, le=0.5)] = None
+    image_size: Annotated[int | None, Field(ge=32, le=4096, description="side in pixels to work at")] = None
+    tiles: Annotated[int | None, Field(ge=1, le=8)] = None
+    align: bool | None = None
+    tolerate: list[Literal["light", "noise", "focus", "compression", "shift"]] | None = None
+    max_images: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    shots: Annotated[int | None, Field(ge=1, le=64)] = None
+    minutes: Annotated[float | None, Field(gt=0, le=1440, description="time budget of the training")] = None
+    steps: Annotated[int | None, Field(ge=1, le=1_000_000, description="of the training")] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
+
+    def values(self) -> dict[str, Any]:
+        """By the names of the settings."""
+        long = {"minutes": "training.minutes", "steps": "training.steps"}
+        return {long.get(name, name): value for name, value in self.model_dump(exclude_none=True).items()}
+
+
+class JobIn(BaseModel):
+    """Long work."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"example": {"kind": "fit", "product": "gear", "images": "gear/good", "settings": {"false_reject_rate": 0.02}}},
+    )
+
+    kind: Annotated[
+        Literal["fit", "calibrate", "evaluate", "inspect"],
+        Field(
+            description="fit and calibrate make a version; evaluate measures the active one on labelled images; inspect decides a folder"
+        ),
+    ]
+    product: Name
+    images: Annotated[
+        str,
+        StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,7}$"),
+        Field(description="folder below the station's data/"),
+    ]
+    base: Annotated[Literal["lite", "memory-bank", "padim", "pca"], Field(description="of a fit")] = "lite"
+    settings: Annotated[FitIn, Field(description="of a fit")] = FitIn()
+    activate: Annotated[bool, Field(description="have the new version inspect if it decides the golden parts alike")] = True
+    note: Text = ""
+
+
+class ProgressOut(BaseModel):
+    """How far a job is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class JobOut(BaseModel):
+    """A job."""
+
+    id: str
+    created: str
+    who: str
+    kind: str
+    product: str
+    request: dict[str, Any]
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    progress: ProgressOut | None
+    result: dict[str, Any] | None
+    problem: str | None
+
+
 class HeadOut(BaseModel):
     """The last entry of the audit log: note its hash elsewhere now and then."""
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAP_SIDE = 512  # pixels of the longer side of a stored map
 Picture = Literal["reconstruction"]
+READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,6 @@ class Inspect:
 
     folder: str
     content: bytes  # of an image file
-    threshold: float = 1.0  # of the map, for regions
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,21 @@ def answer(models: Models, request: Load | Inspect | Draw) -> Any:
         return _outcome(detector, request)
 
 
+def in_process(capacity: int) -> Callable[[str, bytes], Outcome]:
+    """What inspects the bytes of an image with the model of a folder, in this process: for commands."""
+    models = Models(capacity)
+
+    def ask(folder: str, content: bytes) -> Outcome:
+        detector, slots = models.get(folder)
+        with slots:
+            return _outcome(detector, Inspect(folder, content))
+
+    return ask
+
+
 def _warm_up(detector: Glad) -> None:
     """Import, and have made, what the first image would wait for."""
-    import scipy.ndimage
+    import scipy.ndimage  # noqa: F401
     import skimage.measure  # noqa: F401
 
     height, width = detector.model_.image_size
@@ -188,6 +201,9 @@ def run(connection: Connection, threads: int, capacity: int) -> None:
 
     # loading has threads of its own, so that a model that is read from the disk holds nothing up
     inspecting, loading = ThreadPoolExecutor(threads), ThreadPoolExecutor(2)
+    import gladad.detector.glad  # noqa: F401
+
+    connection.send(READY)
     while True:
         try:
             number, request = connection.recv()
