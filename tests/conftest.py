@@ -22,7 +22,7 @@ TINY = {"image_size": 64, "memory": 400, "training.pool": 32, "training.decoder_
 """Settings of a ``lite`` model that trains in a second or two."""
 TINY_FLAGS = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
 """The same for the command line."""
-pytest_plugins = ["tiny_base"]
+pytest_plugins = ["tiny_base", "service_base"]
 
 
 def draw_part(seed: int, defective: bool = False) -> tuple[Image.Image, Image.Image]:

@@ -65,16 +65,21 @@ def make_app(station: Station, *, loopback: bool = True, threads: int | None = N
         line.on_decision.append(lambda row: decided.labels(row["product"], row["decision"]).inc())
         depth.set_function(lambda: line.inspector.depth)
         restarts.set_function(lambda: line.inspector.restarts)
-        app.state.line, app.state.jobs = line, await asyncio.to_thread(Jobs, line)
+        pid.set_function(lambda: line.inspector.pid or 0)
+        app.state.line = line
         try:
-            yield
+            app.state.jobs = await asyncio.to_thread(Jobs, line)
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(app.state.jobs.close)
         finally:
-            await asyncio.to_thread(app.state.jobs.close)
             await asyncio.to_thread(line.close)
 
     decided = Counter("gladad_decisions", "Decisions that are in the record", ("product", "decision"), registry=registry)
     depth = Gauge("gladad_queue_depth", "Images that wait or are under way", registry=registry)
     restarts = Gauge("gladad_worker_restarts", "Times that the inspection process has died", registry=registry)
+    pid = Gauge("gladad_worker_pid", "Process number of the inspection process", registry=registry)
     app = FastAPI(
         title="gladad",
         version=gladad.__version__,

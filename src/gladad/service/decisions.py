@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, func, insert, select
 
 from gladad.service import audit
 from gladad.service.record import Record, now
@@ -67,16 +67,15 @@ def search(
     """
     query = _selected()
     last = _last_verdict()
-    for condition, value in (
-        (decisions.c.product == product, product),
-        (decisions.c.decision == decision, decision),
-        (decisions.c.time >= since, since),
-        (decisions.c.time < until, until),
-        (decisions.c.id < before, before),
-        (last.is_(None) if verdict == "none" else last == verdict, verdict),
-    ):
-        if value is not None:
-            query = query.where(condition)
+    conditions: list[tuple[Any, Callable[[], ColumnElement[bool]]]] = [
+        (product, lambda: decisions.c.product == product),
+        (decision, lambda: decisions.c.decision == decision),
+        (since, lambda: decisions.c.time >= since),
+        (until, lambda: decisions.c.time < until),
+        (before, lambda: decisions.c.id < before),
+        (verdict, lambda: last.is_(None) if verdict == "none" else last == verdict),
+    ]
+    query = query.where(*(condition() for value, condition in conditions if value is not None))
     return [dict(row._mapping) for row in connection.execute(query.order_by(decisions.c.id.desc()).limit(limit))]
 
 
@@ -107,7 +106,7 @@ def plain(row: Row) -> Row:
 
 def _last_verdict() -> Any:
     last = select(func.max(verdicts.c.sequence)).where(verdicts.c.decision_id == decisions.c.id).correlate(decisions).scalar_subquery()
-    return select(verdicts.c.verdict).where(and_(verdicts.c.sequence == last)).correlate(decisions).scalar_subquery()
+    return select(verdicts.c.verdict).where(verdicts.c.sequence == last).correlate(decisions).scalar_subquery()
 
 
 def _selected() -> Select[Any]:

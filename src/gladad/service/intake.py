@@ -15,7 +15,7 @@ from gladad.core.images import DAMAGE, MIN_SIDE
 FORMATS = {
     "PNG": ("png", {"image/png"}),
     "JPEG": ("jpg", {"image/jpeg", "image/jpg"}),
-    "MPO": ("jpg", {"image/jpeg", "image/jpg"}),
+    "MPO": ("jpg", {"image/jpeg", "image/jpg"}),  # opened as JPEG
     "BMP": ("bmp", {"image/bmp", "image/x-ms-bmp"}),
     "TIFF": ("tif", {"image/tiff"}),
     "WEBP": ("webp", {"image/webp"}),
@@ -49,7 +49,7 @@ def check_image(content: bytes, media_type: str, max_pixels: int) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=list(FORMATS)) as image:
+            with Image.open(io.BytesIO(content), formats=[form for form in FORMATS if form != "MPO"]) as image:
                 form, size, frames = str(image.format), image.size, getattr(image, "n_frames", 1)
     except UnidentifiedImageError as error:
         raise UnsupportedTypeError("not an image, or a format that is not supported (PNG, JPEG, BMP, TIFF, WebP are)") from error

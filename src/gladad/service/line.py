@@ -8,20 +8,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection
 
 from gladad.core.errors import GladError
-from gladad.decision.drift import Drift
 from gladad.models.exported.engines import cores
-from gladad.service import audit, decisions, golden
-from gladad.service.decisions import ACCEPT, Row
+from gladad.service import audit, decisions, drift, golden
+from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError, Inspector
 from gladad.service.intake import check_image
 from gladad.service.products import Version, active_version, all_products, check_version, folder_of, stop, version_of
 from gladad.service.record import StorageError, new_id, now
 from gladad.service.recorder import Pending, Recorder
 from gladad.service.station import Station, UnknownError
-from gladad.service.tables import products
 from gladad.service.worker import Draw, Inspect, Load, Outcome
 
 CACHE_SECONDS = 1.0  # other processes may activate versions, too
@@ -204,21 +202,7 @@ class Line:
     def _in_transaction(self, connection: Connection, made: list[Pending]) -> None:
         """Say of every decision whether the promise holds, and let the drift tests see what was accepted."""
         for name in dict.fromkeys(pending.row["product"] for pending in made):
-            own = [pending.row for pending in made if pending.row["product"] == name]
-            state = connection.execute(
-                select(products.c.active, products.c.drift, products.c.suspended).where(products.c.name == name)
-            ).one()
-            suspended, drift = state.suspended, None if state.drift is None else Drift.from_json(state.drift)
-            for row in own:
-                row["promise_suspended"] = suspended is not None
-                if drift is None or row["version"] != state.active or row["decision"] != ACCEPT:
-                    continue
-                drift.update(row["score"])
-                if drift.alarm and suspended is None:
-                    suspended = f"the scores of accepted parts have drifted (noticed at decision {row['id']}); calibrate anew"
-                    audit.append(connection, "drift alarm", name, SYSTEM, {"decision": row["id"], "parts": drift.count})
-            values = {"drift": None if drift is None else drift.to_json(), "suspended": suspended}
-            connection.execute(update(products).where(products.c.name == name).values(**values))
+            drift.watch(connection, name, [pending.row for pending in made if pending.row["product"] == name])
 
     def _tell(self, row: Row) -> None:
         for listener in self.on_decision:

@@ -13,15 +13,12 @@ from sqlalchemy import Connection, func, insert, select, update
 from gladad.core.errors import ConfigError, DataError, GladError
 from gladad.core.storage import atomic_folder, read_json, read_model_file
 from gladad.decision.conformal import Calibration
-from gladad.decision.drift import MIN_REFERENCE, Drift
 from gladad.detector.files import CALIBRATION_FILE
-from gladad.service import audit
+from gladad.service import audit, drift
 from gladad.service.record import now, translated
 from gladad.service.station import Station, UnknownError, check_name
 from gladad.service.tables import products, versions
 from gladad.service.worker import check_folder
-
-LEARN = 200  # parts that a drift test learns from where the calibration is no reference
 
 
 class StoppedError(GladError):
@@ -56,6 +53,7 @@ class Product:
     active: int | None
     stopped: str | None
     suspended: str | None
+    drift: dict[str, dict[str, Any]]  # see `gladad.service.drift.shown`
 
 
 def folder_of(station: Station, product: str, number: int) -> Path:
@@ -143,10 +141,9 @@ def check_version(station: Station, version: Version) -> None:
 
 def all_products(connection: Connection) -> list[Product]:
     """By name."""
-    rows = connection.execute(
-        select(products.c.name, products.c.active, products.c.stopped, products.c.suspended).order_by(products.c.name)
-    )
-    return [Product(*row) for row in rows]
+    columns = products.c.name, products.c.active, products.c.stopped, products.c.suspended, products.c.drift
+    rows = connection.execute(select(*columns).order_by(products.c.name))
+    return [Product(row.name, row.active, row.stopped, row.suspended, drift.shown(row.drift)) for row in rows]
 
 
 def product_of(connection: Connection, name: str) -> Product:
@@ -209,10 +206,11 @@ def activate(station: Station, name: str, number: int, who: str) -> Version:
     """
     with station.record.read() as connection:
         version = version_of(connection, name, number)
-    drift = new_drift(station, version)
+    folder, parts = folder_of(station, name, number), station.settings.parts_per_false_alarm
+    tests = drift.new(calibration_of(folder), version.reject_limit, parts)
     with station.record.write() as connection:
         before = product_of(connection, name)
-        values = {"active": number, "stopped": None, "drift": drift.to_json(), "suspended": None}
+        values = {"active": number, "stopped": None, "drift": tests, "suspended": None}
         connection.execute(update(products).where(products.c.name == name).values(**values))
         audit.append(connection, "version activated", f"{name}/{number}", who, {"before": before.active, "stopped": before.stopped})
     return version
@@ -228,12 +226,3 @@ def stop(station: Station, name: str, reason: str, who: str) -> None:
         product_of(connection, name)
         connection.execute(update(products).where(products.c.name == name).values(stopped=reason))
         audit.append(connection, "product stopped", name, who, {"reason": reason})
-
-
-def new_drift(station: Station, version: Version) -> Drift:
-    """The drift test of a version, which has seen no part yet. Where held-out scores are no reference, it learns from the first parts."""
-    calibration, limit = calibration_of(folder_of(station, version.product, version.number)), version.reject_limit
-    conformal = calibration.threshold.method == "conformal"
-    scores = [score / calibration.threshold.value for score in calibration.scores] if conformal else []
-    learn = 0 if sum(score < limit for score in scores) >= MIN_REFERENCE else LEARN
-    return Drift(scores if not learn else (), limit, parts_per_false_alarm=station.settings.parts_per_false_alarm, learn=learn)

@@ -23,7 +23,7 @@ from alembic.script import ScriptDirectory
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, TimeoutError
 
 from gladad.core.errors import ConfigError, GladError, ModelFormatError
 
@@ -65,8 +65,12 @@ class Record:
     def __init__(self, folder: Path, url: str = ""):
         self.engine = _engine(folder, url)
         self.sqlite = self.engine.dialect.name == "sqlite"
-        with FileLock(folder / ".record.lock"), translated():
-            self._upgrade()
+        try:
+            with translated(), FileLock(folder / ".record.lock"):
+                self._upgrade()
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -144,7 +148,7 @@ def translated() -> Iterator[None]:
         if not _refused(error):
             raise
         raise StorageError(f"the record cannot be written ({error.orig}); make room or bring it back, then send it again") from error
-    except SQLAlchemyError as error:
+    except TimeoutError as error:  # none of its connections is free
         raise StorageError(f"the record cannot be reached ({error})") from error
 
 

@@ -98,6 +98,16 @@ class VerdictIn(BaseModel):
     note: Text = ""
 
 
+class DriftOut(BaseModel):
+    """A drift test of the active version."""
+
+    alarm: bool
+    evidence: Annotated[float, Field(description="the alarm is raised at 1")]
+    direction: Literal["up", "down"]
+    parts: Annotated[int, Field(description="accepted parts seen since the version was activated")]
+    learning: Annotated[int, Field(description="parts that it will still learn from before it begins")]
+
+
 class ProductOut(BaseModel):
     """A product."""
 
@@ -105,6 +115,7 @@ class ProductOut(BaseModel):
     active: Annotated[int | None, Field(description="number of the version that inspects")]
     stopped: Annotated[str | None, Field(description="why it does not inspect")]
     suspended: Annotated[str | None, Field(description="why the promise about false rejects does not hold")]
+    drift: Annotated[dict[str, DriftOut], Field(description="of the scores, the brightness and the sharpness of accepted parts")]
     counts: dict[str, int]
 
 

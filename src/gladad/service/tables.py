@@ -14,7 +14,7 @@ products = Table(
     Column("name", String(64), primary_key=True),
     Column("active", Integer),  # number of the version that inspects; null: none
     Column("stopped", Text),  # why it does not inspect now; null: it does
-    Column("drift", JSON),  # state of the drift test of the active version
+    Column("drift", JSON),  # states of the drift tests of the active version: of scores, brightness and sharpness
     Column("suspended", Text),  # why the promise about false rejects does not hold now; null: it does
 )
 
@@ -126,17 +126,17 @@ watched = Table(
     "watched",
     metadata,
     Column("folder", Text, primary_key=True),
-    Column("file", String(64), primary_key=True),  # device and number of the file, its size and time: a rename keeps them
+    Column("file", String(128), primary_key=True),  # device and number of the file, its size and time: a rename keeps them
     Column("decision_id", String(32)),  # null: refused
     Column("name", Text, nullable=False),
     Column("problem", Text),
-    Column("sorted", Boolean, nullable=False),
+    Column("moved", Boolean, nullable=False),  # to where its decision says, or it stays where it is
 )
 
 outbox = Table(
     "outbox",
     metadata,
-    Column("key", String(64), primary_key=True),  # idempotency key: output and decision
+    Column("key", String(80), primary_key=True),  # idempotency key: output and decision
     Column("output", String(32), nullable=False),
     Column("body", Text, nullable=False),
     Column("due", Float, nullable=False),  # seconds since the epoch

@@ -1,0 +1,533 @@
+"""The inspection service over HTTP: decisions as everywhere else, kept before they are told; refusals that name what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import draw_part
+from PIL import Image
+from service_base import PRODUCT, make_station, served
+from sqlalchemy import func, select, update
+
+from gladad.cli.main import main
+from gladad.client import AsyncClient, Client, ServiceError
+from gladad.core.images import as_pixels
+from gladad.detector.glad import Glad
+from gladad.service import audit
+from gladad.service.tables import decisions as table
+from gladad.service.tables import goldens
+
+INSPECT = f"/v1/products/{PRODUCT}/inspections"
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with Client(url) as made:
+        yield made
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url, timeout=60) as made:
+        yield made
+
+
+def png(image: Image.Image | np.ndarray, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def count(station) -> int:
+    with station.record.read() as connection:
+        return connection.execute(select(func.count()).select_from(table)).scalar_one()
+
+
+# -- decisions --------------------------------------------------------------------------------------------------
+
+
+def test_every_way_gives_the_same(client, category, detector, model, tmp_path, url):
+    paths = sorted(category.glob("test/*/*.png"))
+    expected = detector.predict(paths)
+    several = client.inspect_many(PRODUCT, paths)
+    assert main(["predict", str(model), *map(str, paths), "-o", str(tmp_path / "out"), "-q", "--no-pictures"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    for path, prediction, item, record in zip(paths, expected, several, records, strict=True):
+        one = client.inspect(PRODUCT, path)
+        assert item.status == 200 and item.decision is not None
+        scores = {prediction.pred_score, one.score, item.decision.score, record["pred_score"]}
+        assert len(scores) == 1
+        assert one.decision == item.decision.decision == ("reject" if prediction.pred_label else "accept")
+        assert one.p_value == prediction.p_value
+        assert (one.model_id, one.calibration_id) == (detector.model_id, detector.calibration_id)
+        assert [region.box for region in one.regions] == [list(region.box) for region in prediction.regions]
+        assert (one.width, one.height, one.step) == (72, 72, prediction.step)
+
+
+def test_a_decision_can_be_found_again(client, category, http):
+    content = (category / "test/hole/001.png").read_bytes()
+    made = client.inspect(PRODUCT, content, name="part 7.png")
+    assert client.decision(made.id) == made
+    assert next(client.decisions(limit=1)) == made
+    assert made.image_name == "part 7.png"
+    assert client.picture(made.id, "image") == content
+    for link in (made.links.map, made.links.overlay, made.links.reconstruction, made.links.map.replace("map", "heatmap")):
+        response = http.get(link)
+        assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+        assert Image.open(io.BytesIO(response.content)).size == (72, 72)
+    assert client.judge(made.id, "good", "a stain").verdict == "good"
+    assert client.judge(made.id, "bad").verdict == "bad"
+    assert made.id in {each.id for each in client.decisions(verdict="bad")}
+
+
+def test_a_region_has_its_outline(client, category):
+    made = client.inspect(PRODUCT, category / "test/hole/001.png")
+    assert made.decision == "reject" and made.regions
+    for region in made.regions:
+        left, top, right, bottom = region.box
+        xs, ys = zip(*region.contour, strict=True)
+        assert (min(xs), min(ys), max(xs), max(ys)) == (left, top, right, bottom)
+
+
+def test_large_pictures_have_small_maps(client):
+    made = client.inspect(PRODUCT, png(draw_part(7)[0].resize((1200, 600))))
+    assert Image.open(io.BytesIO(client.picture(made.id, "map.png"))).size == (512, 256)
+    assert Image.open(io.BytesIO(client.picture(made.id, "overlay.png"))).size == (1200, 600)
+
+
+def test_the_async_client_does_the_same(url, category, client):
+    async def work() -> None:
+        async with AsyncClient(url) as other:
+            made = await asyncio.gather(*(other.inspect(PRODUCT, path) for path in sorted(category.glob("test/good/*.png"))))
+            assert len({each.id for each in made}) == len(made)
+            assert await other.decision(made[0].id) == made[0]
+            assert (await other.judge(made[0].id, "good")).verdict == "good"
+            assert [item.status for item in await other.inspect_many(PRODUCT, [category / "test/good/000.png", b"nothing"])] == [200, 415]
+            assert len(await other.picture(made[0].id)) > 100
+            found = [each async for each in other.decisions(product=PRODUCT, limit=3)]
+            assert {each.id for each in made} <= {each.id for each in found}
+            assert (await other.products())[0].name == PRODUCT and len(await other.versions(PRODUCT)) >= 1
+            with pytest.raises(ServiceError) as problem:
+                await other.job("0" * 32)
+            assert problem.value.status == 404
+            assert (await other.audit_head()).sequence > 0
+
+    asyncio.run(work())
+
+
+def test_the_chain_verifies_afterwards(client, station):
+    head = client.audit_head()
+    assert audit.verify(station.record, head.hash).sequence >= head.sequence
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------
+
+
+def animated() -> bytes:
+    first, second = draw_part(1)[0], draw_part(2)[0]
+    return png(first, "WEBP", save_all=True, append_images=[second], lossless=True)
+
+
+GOOD = png(draw_part(5)[0])
+REFUSED = {
+    "nothing": (b"", {}, 422, "empty"),
+    "text": (b"hello world", {}, 415, "not an image"),
+    "a lie": (GOOD, {"content-type": "image/jpeg"}, 415, "it is PNG"),
+    "a page": (GOOD, {"content-type": "text/html"}, 415, "text/html"),
+    "truncated": (GOOD[: len(GOOD) // 2], {}, 422, "damaged"),
+    "tiny": (png(np.zeros((4, 4, 3), np.uint8)), {}, 422, "4x4"),
+    "a film": (animated(), {}, 422, "frames"),
+    "a gif": (png(draw_part(1)[0], "GIF"), {}, 415, "not supported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_image_is_refused_and_not_kept(http, station, case):
+    content, headers, status, words = REFUSED[case]
+    before = count(station)
+    response = http.post(INSPECT, content=content, headers=headers)
+    assert response.status_code == status
+    assert words in response.json()["detail"]
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+    assert count(station) == before
+
+
+@pytest.mark.parametrize("name", ["../part.png", "a/b.png", "..", "c:\\part.png", "a\x00b", "x" * 256])
+def test_a_name_that_is_a_path_is_refused(http, station, name):
+    before = count(station)
+    assert http.post(INSPECT, content=GOOD, params={"name": name}).status_code == 422
+    assert count(station) == before
+
+
+def test_one_bad_image_of_several_is_refused_alone(http):
+    files = [("images", ("a.png", GOOD)), ("images", ("b.png", b"nothing")), ("images", ("c.png", GOOD, "image/jpeg"))]
+    items = http.post(f"{INSPECT}/batch", files=files).json()["items"]
+    assert [item["status"] for item in items] == [200, 415, 415]
+    assert [item["image_name"] for item in items] == ["a.png", "b.png", "c.png"]
+
+
+def test_forms_of_something_else_are_refused(http):
+    assert http.post(f"{INSPECT}/batch", files=[("other", ("a.png", GOOD))]).status_code == 422
+    assert http.post(f"{INSPECT}/batch", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
+    assert http.post(f"{INSPECT}/batch", files=[("images", (f"{n}", b"x")) for n in range(40)]).status_code == 400
+    broken = http.post(f"{INSPECT}/batch", content=b"--x\r\n", headers={"content-type": "multipart/form-data; boundary=y"})
+    assert broken.status_code in (400, 422)
+
+
+def test_what_is_not_there_is_not_found(http):
+    for path in ("/v1/products/gear", "/v1/products/gear/versions", f"/v1/decisions/{'0' * 32}", "/v1/jobs/x", "/v1/nothing"):
+        response = http.get(path)
+        assert response.status_code == 404 and response.json()["detail"]
+    assert http.post("/v1/products/gear/inspections", content=GOOD).status_code == 404
+    assert http.post(INSPECT, content=GOOD, headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_request_has_its_id(http):
+    made = http.post(INSPECT, content=GOOD, headers={"x-request-id": "robot-17"})
+    assert made.headers["x-request-id"] == made.json()["request_id"] == "robot-17"
+    assert http.get("/livez", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_probes_and_metrics(http):
+    assert http.get("/livez").text == "ok" == http.get("/readyz").text
+    text = http.get("/metrics").text
+    assert f'gladad_decisions_total{{decision="accept",product="{PRODUCT}"}}' in text
+    assert 'gladad_requests_total{method="POST",route="/v1/products/{product}/inspections",status="200"}' in text
+
+
+@pytest.fixture(scope="module")
+def strict(model, tmp_path_factory):
+    """A server with small limits, and its station."""
+    settings = {"max_bytes": 20_000, "max_pixels": 10_000, "body_seconds": 0.5, "queue": 2, "deadline": 20.0, "keep": "none"}
+    station = make_station(tmp_path_factory.mktemp("strict") / "line", model, **settings)
+    with served(station, threads=1) as address:
+        yield station, address
+    station.close()
+
+
+def test_limits_hold_before_bodies_are_read(strict):
+    station, url = strict
+    host, port = "127.0.0.1", int(url.rsplit(":", 1)[1])
+    with socket.create_connection((host, port), 10) as sent:  # nothing but the head is sent
+        sent.sendall(f"POST {INSPECT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 20001\r\n\r\n".encode())
+        assert b" 413 " in sent.recv(4096)
+    with httpx.Client(base_url=url, timeout=20) as http:
+        chunks = (b"x" * 1000 for _ in range(30))  # without a length
+        assert http.post(INSPECT, content=chunks).status_code == 413
+        assert http.post(INSPECT, content=png(np.zeros((200, 60, 3), np.uint8))).status_code == 422
+        assert http.post(INSPECT, content=GOOD).status_code == 200
+    assert count(station) == 1
+
+
+def test_slow_senders_are_cut_off(strict):
+    _, url = strict
+    host, port = "127.0.0.1", int(url.rsplit(":", 1)[1])
+    with socket.create_connection((host, port), 10) as sent:
+        sent.sendall(f"POST {INSPECT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\nx".encode())
+        assert b" 408 " in sent.recv(4096)
+
+
+def test_a_full_queue_refuses_at_once(strict):
+    station, url = strict
+    before = count(station)
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: http.post(INSPECT, content=GOOD), range(36)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 429)
+    assert count(station) - before == statuses.count(200)
+    with Client(url, patience=30) as client, ThreadPoolExecutor(6) as pool:  # who waits and asks again is served
+        assert len(list(pool.map(lambda _: client.inspect(PRODUCT, GOOD), range(12)))) == 12
+
+
+def test_pictures_are_not_kept_where_they_are_not_wanted(strict):
+    station, url = strict
+    with Client(url) as client:
+        made = client.inspect(PRODUCT, GOOD)
+        with pytest.raises(ServiceError, match="not kept") as problem:
+            client.picture(made.id)
+    assert problem.value.status == 404
+    assert not station.pictures.folder.exists()
+
+
+# -- keys -------------------------------------------------------------------------------------------------------
+
+
+def test_where_there_are_keys_one_is_needed(strict):
+    station, url = strict
+    key = station.add_key("robot", "tester")
+    try:
+        with Client(url) as stranger, pytest.raises(ServiceError, match="API key") as problem:
+            stranger.inspect(PRODUCT, GOOD)
+        assert problem.value.status == 401
+        with Client(url, key + "x") as stranger, pytest.raises(ServiceError):
+            stranger.products()
+        assert httpx.get(f"{url}/livez").status_code == 200
+        with Client(url, key) as robot:
+            made = robot.inspect(PRODUCT, GOOD)
+            with station.record.read() as connection:
+                entry = connection.execute(select(audit.audit).where(audit.audit.c.subject == made.id)).one()
+        assert entry.who == "robot"
+    finally:
+        station.remove_key("robot", "tester")
+
+
+def test_another_host_needs_a_key(tmp_path, capsys):
+    make_station(tmp_path / "line").close()
+    assert main(["serve", "--station", str(tmp_path / "line"), "--host", "0.0.0.0"]) == 1
+    assert "make a key first" in capsys.readouterr().err
+
+
+# -- the worker -------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_is_started_again(model, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    with served(station, threads=2) as url, Client(url) as client, ThreadPoolExecutor(4) as pool:
+        expected = client.inspect(PRODUCT, GOOD).score
+        line_pid = int(httpx.get(f"{url}/metrics").text.split("\ngladad_worker_pid ")[1].split()[0].split(".")[0])
+        waiting = [pool.submit(client.inspect, PRODUCT, GOOD) for _ in range(12)]
+        os.kill(line_pid, signal.SIGKILL)
+        assert {future.result().score for future in waiting} == {expected}
+        assert "gladad_worker_restarts 1.0" in httpx.get(f"{url}/metrics").text
+        assert count(station) == 13
+        audit.verify(station.record)
+    station.close()
+
+
+# -- products ---------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_listed_switched_and_kept(model, detector, tmp_path, category, capsys):
+    folder = tmp_path / "line"
+    station = make_station(folder, model)
+    other = Glad.from_pretrained(model)
+    other.set_false_reject_rate(0.5)
+    other.save_pretrained(tmp_path / "other")
+    with served(station, threads=2) as url, Client(url) as client, ThreadPoolExecutor(4) as pool:
+        path = category / "test/hole/000.png"
+        client.add_golden(PRODUCT, path)
+        before = client.inspect(PRODUCT, path)
+        assert main(["station", "add", str(folder), PRODUCT, str(tmp_path / "other"), "--no-activate", "--warn-limit", "0.5"]) == 0
+        load = [pool.submit(client.inspect, PRODUCT, path) for _ in range(20)]
+        assert client.activate(PRODUCT, 2).active
+        after = client.inspect(PRODUCT, path)
+        assert (before.version, after.version) == (1, 2) and after.warn_limit == 0.5
+        assert after.calibration_id != before.calibration_id
+        assert {future.result().version for future in load} <= {1, 2}  # nothing was dropped
+        assert [version.number for version in client.versions(PRODUCT)] == [1, 2]
+        assert [version.active for version in client.versions(PRODUCT)] == [False, True]
+        assert "rejected" in client.versions(PRODUCT)[0].promise
+        client.activate(PRODUCT, 1)
+        assert client.inspect(PRODUCT, path).score == before.score
+        with pytest.raises(ServiceError) as problem:
+            client.activate(PRODUCT, 3)
+        assert problem.value.status == 404
+        assert main(["station", "list", str(folder)]) == 0
+        assert "2" in capsys.readouterr().out
+        assert main(["audit", "verify", str(folder)]) == 0
+        assert main(["audit", "export", str(folder), "-o", str(tmp_path / "all.csv")]) == 0
+    station.close()
+
+
+def test_a_changed_golden_part_stops_the_product(model, category, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    assert main(["station", "golden", str(tmp_path / "line"), PRODUCT, str(category / "test/good")]) == 0
+    with served(station, threads=2) as url, Client(url) as client:
+        assert len(httpx.get(f"{url}/v1/products/{PRODUCT}/golden").json()) == 4
+        assert httpx.post(f"{url}/v1/products/{PRODUCT}/golden/check").json() == {"golden_parts": 4, "stopped": None}
+        client.inspect(PRODUCT, GOOD)
+        with station.record.write() as connection:  # as if another library rounded otherwise
+            connection.execute(update(goldens).values(score=goldens.c.score * 1.01))
+        assert "golden part 000.png scores" in httpx.post(f"{url}/v1/products/{PRODUCT}/golden/check").json()["stopped"]
+        with pytest.raises(ServiceError, match="golden part") as problem:
+            client.inspect(PRODUCT, GOOD)
+        assert problem.value.status == 409
+    with served(station, threads=2) as url, Client(url) as client:  # it stays stopped
+        assert client.products()[0].stopped
+    station.close()
+
+
+def test_changed_files_stop_the_product(model, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    file = tmp_path / "line/products" / PRODUCT / "1/images.json"
+    file.write_text(file.read_text() + " ")
+    with served(station, threads=2) as url, Client(url) as client:
+        assert "not those that were added" in str(client.products()[0].stopped)
+    station.close()
+
+
+@pytest.mark.parametrize("harm", ["pickle", "link", "program"])
+def test_a_harmful_model_is_refused(model, tmp_path, capsys, harm):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    if harm == "pickle":
+        (copy / "base/extra.bin").write_bytes(b"\x80\x04harm")
+    elif harm == "link":
+        (copy / "base/extra.json").symlink_to("/etc/passwd")
+    else:
+        (copy / "base/extra.py").write_text("harm()")
+    assert main(["station", "add", str(tmp_path / "line"), PRODUCT, str(copy)]) == 1
+    assert "base/extra" in capsys.readouterr().err
+    assert not (tmp_path / "line/products").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a..b"])
+def test_names_that_are_paths_are_refused(model, tmp_path, name):
+    assert main(["station", "add", str(tmp_path / "line"), name, str(model)]) == 1
+
+
+def test_drift_suspends_the_promise(model, tmp_path):
+    station = make_station(tmp_path / "line", model, parts_per_false_alarm=100)
+    with served(station, threads=2) as url, Client(url) as client:
+        assert client.products()[0].suspended is None
+        for _ in range(400):
+            made = client.inspect(PRODUCT, GOOD)  # the same part again and again is not what parts are like
+            if client.products()[0].suspended:
+                break
+        assert "have become" in str(client.products()[0].suspended)
+        assert not made.promise_suspended
+        assert client.inspect(PRODUCT, GOOD).promise_suspended
+        client.activate(PRODUCT, 1)
+        assert client.products()[0].suspended is None
+    station.close()
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------
+
+
+def test_jobs(model, category, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    (tmp_path / "line/data").mkdir()
+    (tmp_path / "line/data/widget").symlink_to(category)
+    (tmp_path / "line/data/light").mkdir()
+    for number in range(6):
+        draw_part(300 + number)[0].save(tmp_path / f"line/data/light/{number}.png")
+    with served(station, threads=2) as url, Client(url) as client:
+        folder = client.add_job("inspect", PRODUCT, "widget/test")
+        seen = []
+        with httpx.stream("GET", f"{url}/v1/jobs/{folder.id}/events", timeout=60) as events:
+            seen = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+        assert seen[-1]["state"] == "done" and sum(seen[-1]["result"]["counts"].values()) == 8
+        assert {each.request_id for each in client.decisions(product=PRODUCT)} == {folder.id}
+        done = client.wait(client.add_job("evaluate", PRODUCT, "widget").id)
+        assert done.state == "done" and 0 <= done.result["metrics"]["image_auroc"] <= 1, done
+        done = client.wait(client.add_job("calibrate", PRODUCT, "light", note="new light").id)
+        assert done.state == "done", done
+        assert client.inspect(PRODUCT, GOOD).version == 2
+        assert client.versions(PRODUCT)[1].note == "new light"
+        failed = client.wait(client.add_job("calibrate", PRODUCT, "widget/ground_truth").id)
+        assert failed.state == "failed" and failed.problem
+        for bad in ("../etc", "nothing", "widget/../widget", "/etc"):
+            with pytest.raises(ServiceError):
+                client.add_job("inspect", PRODUCT, bad)
+        audit.verify(station.record)
+    station.close()
+
+
+@pytest.mark.slow
+def test_a_fit_by_a_job(category, tmp_path):
+    station = make_station(tmp_path / "line")
+    (tmp_path / "line/data").mkdir()
+    (tmp_path / "line/data/widget").symlink_to(category)
+    with served(station, threads=2) as url, Client(url) as client:
+        job = client.add_job("fit", "gear", "widget/train", base="memory-bank", settings={"image_size": 64, "false_reject_rate": 0.2})
+        done = client.wait(job.id)
+        assert done.state == "done", done
+        assert client.inspect("gear", GOOD).version == 1
+        cancelled = client.add_job("fit", "gear", "widget/train", settings={"image_size": 64, "steps": 5000})
+        while client.job(cancelled.id).state == "waiting":
+            time.sleep(0.05)
+        client.cancel_job(cancelled.id)
+        assert client.wait(cancelled.id).state == "cancelled"
+        assert len(client.versions("gear")) == 1
+    station.close()
+
+
+# -- kill -9 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost_when_the_server_is_killed(model, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    (tmp_path / "line/data").mkdir()
+    (tmp_path / "line/data/parts").mkdir()
+    for number in range(30):
+        draw_part(number)[0].save(tmp_path / f"line/data/parts/{number}.png")
+    acknowledged: set[str] = set()
+    stop = threading.Event()
+    port = free_port()
+
+    def load() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            while not stop.is_set():
+                try:
+                    answer = http.post(INSPECT, content=GOOD)
+                    if answer.status_code == 200:
+                        acknowledged.add(answer.json()["id"])
+                except httpx.HTTPError:
+                    time.sleep(0.05)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    server = start(tmp_path / "line", port)
+    with Client(f"http://127.0.0.1:{port}") as client:
+        job = client.add_job("inspect", PRODUCT, "parts").id
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        time.sleep(1.0)
+        server.kill()
+        server.wait()
+        server = start(tmp_path / "line", port)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    with Client(f"http://127.0.0.1:{port}") as client:
+        assert client.wait(job).result["counts"]
+    server.terminate()
+    server.wait()
+    with station.record.read() as connection:
+        rows = connection.execute(select(table.c.id, table.c.request_id, table.c.image_name)).all()
+    assert acknowledged and acknowledged <= {row.id for row in rows}
+    assert sorted(row.image_name for row in rows if row.request_id == job) == sorted(f"{number}.png" for number in range(30))
+    audit.verify(station.record)
+    station.close()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(folder: Path, port: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gladad", "serve", "--station", str(folder), "--port", str(port), "--threads", "2"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                return server
+        except httpx.HTTPError:
+            assert server.poll() is None
+        time.sleep(0.1)
+    raise AssertionError("the server did not get ready")
+
+
+def test_appearance_is_recorded(client):
+    made = client.inspect(PRODUCT, GOOD)
+    assert made.brightness == pytest.approx(as_pixels(GOOD).mean() / 255, abs=0.02)
