@@ -151,6 +151,11 @@ def calibrate(
     model: Model,
     images: Annotated[Path, typer.Argument(help="Good images; those that the model was trained on are left out.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Another folder than the model's.", show_default=False)] = None,
+    ignore: Annotated[Path | None, typer.Option(help="Mask over the image: what is white does not count.", show_default=False)] = None,
+    min_area: Annotated[
+        float | None, typer.Option(help="Smaller areas do not count: share of the image, such as 0.0005.", show_default=False)
+    ] = None,
+    count_all: Annotated[bool, typer.Option("--count-all", help="Have everything count again.")] = False,
     false_reject_rate: Rate = None,
     category: Category = None,
     layout: Layout = "auto",
@@ -159,14 +164,18 @@ def calibrate(
     """Make a model's thresholds anew from good images, such as after a change of the lighting."""
     from gladad.core.storage import check_target
     from gladad.data.layouts import training_images
+    from gladad.decision.scope import Scope
 
     _one_process("calibrate")
+    scope = Scope() if count_all else None
+    if ignore is not None or min_area is not None:
+        scope = Scope.read(ignore, min_area or 0.0)
     paths = training_images(images, layout, category)
     check_target(output or model)
     detector = load_model(model, false_reject_rate, quiet)
     before = detector.calibration_.threshold.value
     with bars(quiet) as progress:
-        detector.calibrate(paths, progress=progress)
+        detector.calibrate(paths, scope=scope, progress=progress)
     detector.save_pretrained(output or model)
     if not quiet:
         threshold, provenance = detector.calibration_.threshold, detector.provenance_

@@ -23,6 +23,7 @@ from gladad.core.errors import GladError, ModelFormatError
 MODEL_FILE = "model.json"
 FORMAT = "gladad-model"
 FORMAT_VERSION = 3
+SCOPED_VERSION = 4  # of models of which not everything counts: an older program would decide otherwise
 
 
 class WriteError(GladError):
@@ -199,8 +200,8 @@ def read_model_file(folder: Path) -> dict[str, Any]:
     model = read_json(folder / MODEL_FILE)
     if model.get("format") != FORMAT:
         raise ModelFormatError(f"{folder / MODEL_FILE}: is not a gladad model description")
-    if model.get("format_version") != FORMAT_VERSION:
-        found = f"has format version {model.get('format_version')}, this program reads {FORMAT_VERSION}"
+    if model.get("format_version") not in (FORMAT_VERSION, SCOPED_VERSION):
+        found = f"has format version {model.get('format_version')}, this program reads {FORMAT_VERSION} and {SCOPED_VERSION}"
         raise ModelFormatError(f"{folder}: {found}; upgrade gladad or fit again")
     return model
 

@@ -23,7 +23,6 @@ from gladad.detector.fit import Fitter, Images, distinct, listed
 from gladad.detector.fitted import Fitted
 from gladad.models.exported.engines import ExportPrecision, Format
 from gladad.models.exported.model import Exported, ExportedConfig
-from gladad.models.family import Model
 from gladad.models.settings import FitSettings
 from gladad.models.tiled import Tiled, tiled
 
@@ -139,7 +138,7 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     place = fitted.provenance["foreground"]["foreground"]
     defects = [synthesise(image, Draw((seed, 5, number)), LITE, (), place)[0] for number, image in enumerate(shown)]
     names += [f"{name} with a synthetic defect" for name in names]
-    before, after = (_scores(each.model, [*shown, *defects], progress) for each in (fitted, exported))
+    before, after = (_scores(each, [*shown, *defects], progress) for each in (fitted, exported))
     limits = fitted.calibration.threshold.value, exported.calibration.threshold.value
     differing = [
         f"{name} ({old / limits[0]:.4f} -> {new / limits[1]:.4f})"
@@ -153,9 +152,9 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     return Comparison(len(shown), len(defects), largest)
 
 
-def _scores(model: Model, images: Sequence[Pixels], progress: Progress) -> list[float]:
+def _scores(fitted: Fitted, images: Sequence[Pixels], progress: Progress) -> list[float]:
     found: list[float] = []
-    for score in in_order(lambda pixels: model.inspect(pixels).score, images, model.workers):
+    for score in in_order(lambda pixels: fitted.inspect(pixels).score, images, fitted.model.workers):
         found.append(score)
         progress("comparing", len(found), len(images))
     return found

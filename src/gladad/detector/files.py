@@ -12,6 +12,7 @@ from gladad.core.storage import (
     FORMAT,
     FORMAT_VERSION,
     MODEL_FILE,
+    SCOPED_VERSION,
     atomic_folder,
     load_arrays,
     read_json,
@@ -20,6 +21,7 @@ from gladad.core.storage import (
     write_json,
 )
 from gladad.decision.conformal import Calibration
+from gladad.decision.scope import Scope
 from gladad.detector.fitted import Fitted, SeenImages
 from gladad.models.registry import family_of_kind
 from gladad.models.settings import FitSettings
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from gladad.data.alignment import Alignment
 
 CALIBRATION_FILE, SEEN_FILE, ALIGNMENT_FILE, WEIGHTS_FOLDER = "calibration.json", "images.json", "alignment.safetensors", "base"
+MASK_FILE = "ignored.png"
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,19 @@ def save_model(saved: Saved, folder: Path) -> None:
         write_json(temporary / SEEN_FILE, images)
         if fitted.alignment is not None:
             save_arrays(temporary / ALIGNMENT_FILE, fitted.alignment.arrays())
+        scope = {} if fitted.scope is None else {"scope": fitted.scope.to_json()}
+        if fitted.scope is not None:
+            fitted.scope.save_mask(temporary / MASK_FILE)
         description = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": SCOPED_VERSION if scope else FORMAT_VERSION,
             "name": saved.name,
             "kind": fitted.model.kind,
             "model_id": saved.model_id,
             "settings": to_json(saved.settings),
             "config": config,
             "provenance": fitted.provenance,
+            **scope,
         }
         write_json(temporary / MODEL_FILE, description)
 
@@ -81,6 +88,7 @@ def load_model(folder: Path) -> Saved:
             provenance=model["provenance"],
             seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
             alignment=_alignment(folder / ALIGNMENT_FILE) if settings.align else None,
+            scope=Scope.from_json(model["scope"], folder / MASK_FILE) if "scope" in model else None,
         )
         return Saved(name, settings, fitted, str(model["model_id"]))
     except (KeyError, TypeError, ConfigError) as error:

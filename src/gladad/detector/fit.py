@@ -23,6 +23,7 @@ from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
 from gladad.data.tolerance import mixture
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, required_images
+from gladad.decision.scope import Scope
 from gladad.detector.fitted import Fitted, SeenImages
 from gladad.detector.view import read_pixels
 from gladad.models.family import Family, Model, Training
@@ -157,8 +158,12 @@ class Fitter:
         model = family.adjust(fitted.model, fitted.pixels(train, progress), settings, progress)
         return after.recalibrated(replace(fitted, model=model), held_out, progress)
 
-    def recalibrate(self, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
+    def recalibrate(self, fitted: Fitted, images: Images, progress: Progress, scope: Scope | None = None) -> Fitted:
         """Make the thresholds anew, see `gladad.detector.glad.Glad.calibrate`."""
+        if scope is not None:
+            if scope and fitted.alignment is not None:
+                raise ConfigError("places cannot be ignored where parts are aligned (--align): they lie elsewhere in every image")
+            fitted = replace(fitted, scope=scope or None)
         paths = listed(images)
         kept, notes = paths, []
         if fitted.seen is None:
@@ -197,7 +202,7 @@ class Fitter:
 
     def recalibrated(self, fitted: Fitted, held_out: Sequence[Path], progress: Progress) -> Fitted:
         """With thresholds from images that the model was not trained on."""
-        scores, peaks = held_out_scores(fitted.model, fitted.pixels(held_out, progress), self.settings, progress)
+        scores, peaks = held_out_scores(fitted, fitted.pixels(held_out, progress), self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
         provenance = fitted.provenance | {"held_out": len(held_out)}
         new = self.calibration(scores, peaks, len(scores))
@@ -326,12 +331,15 @@ def evenly(paths: Sequence[Path], count: int) -> Sequence[Path]:
     return paths[:: max(1, len(paths) // count)]
 
 
-def held_out_scores(model: Model, images: Sequence[Pixels], settings: FitSettings, progress: Progress) -> tuple[list[float], list[float]]:
+def held_out_scores(
+    judge: Model | Fitted, images: Sequence[Pixels], settings: FitSettings, progress: Progress
+) -> tuple[list[float], list[float]]:
     """Raw scores and map peaks of held-out normal images, changed as far as such changes are to be tolerated."""
+    model = judge.model if isinstance(judge, Fitted) else judge
     images = mixture(images, settings.tolerate, settings.seed)
 
     def look(pixels: Pixels) -> tuple[float, float]:
-        inspection = model.inspect(pixels)
+        inspection = judge.inspect(pixels)
         return inspection.score, float(inspection.map.max())
 
     if family_of_kind(model.kind).LONG and process_count() > 1:

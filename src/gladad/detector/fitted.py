@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gladad.core.records import Progress
+from gladad.core.records import Inspection, Progress
 from gladad.core.storage import content_digest
 from gladad.decision.conformal import Calibration
+from gladad.decision.scope import Scope
 from gladad.detector.view import read_pixels
 from gladad.models.family import Model
 
@@ -46,6 +47,7 @@ class Fitted:
         provenance: Versions, seed and data fingerprint.
         seen: The images of the fit; None where a model was saved without.
         alignment: How parts are located before the model sees them, if they are.
+        scope: What of a map counts; None: everything, and the score is the model's own.
     """
 
     model: Model
@@ -54,11 +56,18 @@ class Fitted:
     provenance: dict[str, Any]
     seen: SeenImages | None = field(default_factory=SeenImages)
     alignment: Alignment | None = None
+    scope: Scope | None = None
+
+    def inspect(self, pixels: Pixels) -> Inspection:
+        """Map and score of an image as the model sees it, ``[H, W, 3]`` uint8, in the model's own units."""
+        found = self.model.inspect(pixels)
+        return found if self.scope is None else self.scope.applied(found)
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""
         own = self.model.digest()
-        return own if self.alignment is None else content_digest(own, self.alignment.arrays())
+        own = own if self.alignment is None else content_digest(own, self.alignment.arrays())
+        return own if self.scope is None else content_digest([own, self.scope.digest()])
 
     def pixels(self, paths: Sequence[Path], progress: Progress) -> list[Pixels]:
         """Images as the model sees them."""

@@ -18,6 +18,7 @@ from gladad.core.settings import to_json
 from gladad.core.threads import CancelToken, cancellable, in_order
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
+from gladad.decision.scope import Scope
 from gladad.detector.files import Saved, load_model, save_model
 from gladad.detector.fitted import Fitted
 from gladad.detector.view import View, each
@@ -182,18 +183,20 @@ class Glad:
         self.settings = settings
         return self
 
-    def calibrate(self, images: Images, *, progress: Progress = no_progress) -> Glad:
+    def calibrate(self, images: Images, *, scope: Scope | None = None, progress: Progress = no_progress) -> Glad:
         """Make the thresholds anew, from good images that the training has not seen; the networks stay.
 
         Args:
             images: Good images. Those that the model was trained on are known by their content and left out; ``provenance_`` says how many
                 as ``left_out``. At least 4 must remain.
+            scope: What of the maps counts from now on; None leaves it as it is, ``Scope()`` is everything.
             progress: Told of every image.
 
         Raises:
+            ConfigError: The parts are aligned, so that no place can be ignored.
             DataError: Too few images remain.
         """
-        self._set(self._fitter.recalibrate(self._require_fit(), images, progress))
+        self._set(self._fitter.recalibrate(self._require_fit(), images, progress, scope))
         return self
 
     def tune_features(
@@ -250,7 +253,7 @@ class Glad:
     def _set(self, fitted: Fitted, model_id: str = "") -> None:
         before = self._fitted
         if not model_id:
-            same = before is not None and before.model is fitted.model and self.model_id
+            same = before is not None and before.model is fitted.model and before.scope is fitted.scope and self.model_id
             model_id = self.model_id if same else fitted.digest()[:16]
         self._fitted, self._ids = fitted, (model_id, fitted.calibration.identity)
 
@@ -281,7 +284,7 @@ class Glad:
         started = time.perf_counter()
         size, limit = (pixels.shape[0], pixels.shape[1]), fitted.calibration.pixel_threshold
         view = View(pixels, fitted.alignment)
-        inspection = fitted.model.inspect(view.pixels)
+        inspection = fitted.inspect(view.pixels)
         anomaly_map = view.whole_map(inspection.map) / np.float32(limit)
         mask = anomaly_map > 1.0
         threshold = fitted.calibration.threshold.value
@@ -386,6 +389,7 @@ class Glad:
             "settings": to_json(self.settings),
             "calibration": calibration | {"held_out_median": float(np.median(scores))},
             "provenance": fitted.provenance,
+            "scope": None if fitted.scope is None else fitted.scope.to_json(),
             **fitted.model.describe(),
         }
 

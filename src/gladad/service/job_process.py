@@ -39,10 +39,14 @@ def fit(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, 
 
 
 def calibrate(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Make the thresholds of a model anew."""
+    """Make the thresholds of a model anew, with what counts as it was, or as is asked for."""
+    from gladad.decision.scope import Scope
     from gladad.detector.glad import Glad
 
-    return _saved(Glad.from_pretrained(request["model"]).calibrate(request["images"], progress=progress), folder)
+    scope = None
+    if request["ignore"] is not None or request["min_area"] is not None:
+        scope = Scope.read(request["ignore"], request["min_area"] or 0.0)
+    return _saved(Glad.from_pretrained(request["model"]).calibrate(request["images"], scope=scope, progress=progress), folder)
 
 
 def evaluate(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -47,19 +47,19 @@ class CancelledError(GladError):
     """A job was cancelled."""
 
 
-def data_folder(station: Station, name: str) -> Path:
-    """A folder of images below the station's ``data``, which an operator may fill with links; requests name nothing outside.
+def data_path(station: Station, name: str) -> Path:
+    """A folder of images, or a mask, below the station's ``data``, which an operator may fill with links; nothing else can be named.
 
     Raises:
-        UnknownError: There is no such folder.
+        UnknownError: It is not there.
     """
     parts = name.split("/")
     for part in parts:
         check_name(part, "data folder")
-    folder = station.folder.joinpath(DATA, *parts)
-    if not folder.is_dir():
-        raise UnknownError(f"there is no folder {DATA}/{name} in the station; put the images there, or a link to them")
-    return folder
+    path = station.folder.joinpath(DATA, *parts)
+    if not path.exists():
+        raise UnknownError(f"there is no {DATA}/{name} in the station; put the images there, or a link to them")
+    return path
 
 
 class Jobs:
@@ -96,7 +96,7 @@ class Jobs:
             StoppedError: The product has no active version.
         """
         check_name(product)
-        data_folder(self.station, request["images"])
+        data_path(self.station, request["images"])
         if kind != "fit":
             self._version(product)
         identity, asked = new_id(), {"kind": kind, "product": product, "request": request}
@@ -157,7 +157,7 @@ class Jobs:
     def _do(self, job: Job) -> None:
         state, result, problem = DONE, None, None
         try:
-            images = data_folder(self.station, job["request"]["images"])
+            images = data_path(self.station, job["request"]["images"])
             result = self._inspect(job, images) if job["kind"] == "inspect" else self._process(job, images)
         except CancelledError:
             state = CANCELLED
@@ -194,6 +194,8 @@ class Jobs:
         folder = self.station.folder / "jobs" / str(job["id"])
         request: dict[str, Any] = {"base": "lite", "settings": {}} | job["request"]
         request |= {"kind": job["kind"], "product": job["product"], "images": str(images)}
+        if request.get("ignore") is not None:
+            request["ignore"] = str(data_path(self.station, request["ignore"]))
         if job["kind"] != "fit":
             version = self._version(job["product"])
             request["model"] = str(folder_of(self.station, job["product"], version.number))

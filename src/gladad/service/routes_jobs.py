@@ -32,6 +32,8 @@ def add(body: JobIn, who: Who, jobs: Running) -> JobOut:
     request: dict[str, Any] = {"images": body.images, "note": body.note}
     if body.kind in ("fit", "calibrate"):
         request |= {"activate": body.activate}
+    if body.kind == "calibrate":
+        request |= {"ignore": body.ignore, "min_area": body.min_area}
     if body.kind == "fit":
         request |= {"base": body.base, "settings": body.settings.values()}
     return JobOut.model_validate(jobs.add(body.kind, body.product, who, request))

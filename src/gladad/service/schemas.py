@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+FOLDER = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,7}$"  # below data/
 Text = Annotated[str, StringConstraints(max_length=2000)]
 
 
@@ -202,11 +203,19 @@ class JobIn(BaseModel):
     product: Name
     images: Annotated[
         str,
-        StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,7}$"),
+        StringConstraints(pattern=FOLDER),
         Field(description="folder below the station's data/"),
     ]
     base: Annotated[Literal["lite", "memory-bank", "padim", "pca"], Field(description="of a fit")] = "lite"
     settings: Annotated[FitIn, Field(description="of a fit")] = FitIn()
+    ignore: Annotated[
+        str | None,
+        StringConstraints(pattern=FOLDER),
+        Field(description="of a calibration: mask below data/, white where nothing counts; what is left out stays as it is"),
+    ] = None
+    min_area: Annotated[float | None, Field(ge=0, lt=1, description="of a calibration: smaller areas do not count; share of the image")] = (
+        None
+    )
     activate: Annotated[bool, Field(description="have the new version inspect if it decides the golden parts alike")] = True
     note: Text = ""
 

@@ -1,0 +1,93 @@
+"""What of a map counts: not the places that are to be ignored, nor areas that are too small. The thresholds are made from what counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
+from gladad.core.images import load_mask
+from gladad.core.records import Inspection
+from gladad.core.storage import content_digest
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """What of a map counts.
+
+    The score of an image becomes the highest level at which an area that counts is still large enough: the maximum of the map's area
+    opening (Vincent, "Grayscale area openings and closings", 1993). Held-out good images are scored in the same way, so that the
+    promise about false rejects holds for what counts.
+
+    Attributes:
+        ignored: ``[H, W]`` bool over the image, of any size: True where nothing counts; None is nowhere.
+        min_area: Share of the image, in [0, 1): 8-connected areas that are smaller do not count.
+    """
+
+    ignored: NDArray[np.bool_] | None = None
+    min_area: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_area < 1:
+            raise ConfigError(f"min_area is a share of the image, from 0 to less than 1, not {self.min_area}")
+        if self.ignored is not None and self.ignored.all():
+            raise DataError("the mask ignores the whole image: black counts, white is ignored")
+
+    @classmethod
+    def read(cls, mask: str | Path | None, min_area: float = 0.0) -> Scope:
+        """With the mask of an image file, in which white is ignored.
+
+        Raises:
+            ConfigError: ``min_area`` is out of range.
+            DataError: The mask cannot be read, or ignores everything.
+        """
+        return cls(None if mask is None else load_mask(mask), min_area)
+
+    def __bool__(self) -> bool:
+        return self.min_area > 0 or (self.ignored is not None and bool(self.ignored.any()))
+
+    def applied(self, found: Inspection) -> Inspection:
+        """What counts of an inspection: its map, 0 elsewhere, and the score of that."""
+        level = found.map
+        if self.ignored is not None:
+            size = (level.shape[1], level.shape[0])
+            level = np.where(np.asarray(Image.fromarray(self.ignored).resize(size, Image.Resampling.NEAREST)), np.float32(0), level)
+        area = math.ceil(self.min_area * level.size)
+        if area > 1:
+            from skimage.morphology import area_opening  # late: most models do without
+
+            level = area_opening(level, area, connectivity=2)
+        return replace(found, map=level, score=float(level.max()))
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, without the mask."""
+        return {"min_area": self.min_area, "mask": self.ignored is not None}
+
+    def save_mask(self, path: Path) -> None:
+        """Write the mask, white where it ignores, if there is one."""
+        if self.ignored is not None:
+            Image.fromarray(self.ignored).save(path, "PNG")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], path: Path) -> Scope:
+        """Read what `to_json` and `save_mask` gave.
+
+        Raises:
+            ModelFormatError: The mask is missing or damaged, or a key is wrong.
+        """
+        try:
+            return cls.read(path if value["mask"] else None, float(value["min_area"]))
+        except (KeyError, TypeError, ValueError, DataError, ConfigError) as error:
+            raise ModelFormatError(f"{path}: what of a map counts cannot be read ({error})") from error
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal)."""
+        return content_digest(self.to_json(), {} if self.ignored is None else {"ignored": self.ignored})
