@@ -21,9 +21,9 @@ from gladad.core.storage import content_digest
 class Scope:
     """What of a map counts.
 
-    The score of an image becomes the highest level at which an area that counts is still large enough: the maximum of the map's area
-    opening (Vincent, "Grayscale area openings and closings", 1993). Held-out good images are scored in the same way, so that the
-    promise about false rejects holds for what counts.
+    The map is 0 where it is ignored, and opened by area (Vincent, "Grayscale area openings and closings", 1993): its new peak is the
+    highest level at which an area that counts is still large enough. The model's score falls as the peak does. Held-out good images are
+    scored in the same way, so that the promise about false rejects holds for what counts.
 
     Attributes:
         ignored: ``[H, W]`` bool over the image, of any size: True where nothing counts; None is nowhere.
@@ -53,7 +53,7 @@ class Scope:
         return self.min_area > 0 or (self.ignored is not None and bool(self.ignored.any()))
 
     def applied(self, found: Inspection) -> Inspection:
-        """What counts of an inspection: its map, 0 elsewhere, and the score of that."""
+        """What counts of an inspection: its map, which is not negative, and its score."""
         level = found.map
         if self.ignored is not None:
             size = (level.shape[1], level.shape[0])
@@ -63,7 +63,8 @@ class Scope:
             from skimage.morphology import area_opening  # late: most models do without
 
             level = area_opening(level, area, connectivity=2)
-        return replace(found, map=level, score=float(level.max()))
+        peak = float(found.map.max())
+        return replace(found, map=level, score=found.score * float(level.max()) / peak if peak > 0 else found.score)
 
     # -- files --------------------------------------------------------------------------------------------------
 

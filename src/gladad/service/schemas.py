@@ -68,6 +68,18 @@ class DecisionOut(BaseModel):
     links: Links
 
 
+def shown(row: dict[str, Any]) -> DecisionOut:
+    """A row of the record as it is answered."""
+    base = f"/v1/decisions/{row['id']}"
+    links = {
+        "image": f"{base}/image",
+        "map": f"{base}/map.png",
+        "overlay": f"{base}/overlay.png",
+        "reconstruction": f"{base}/reconstruction.png",
+    }
+    return DecisionOut.model_validate(row | {"links": links})
+
+
 class BatchItem(BaseModel):
     """What became of one of several images: a decision, or a problem."""
 
