@@ -430,7 +430,7 @@ def test_jobs(model, category, tmp_path):
         done = client.wait(client.add_job("calibrate", PRODUCT, "light", note="new light").id)
         assert done.state == "done", done
         assert client.inspect(PRODUCT, GOOD).version == 2
-        assert client.versions(PRODUCT)[1].note == "new light"
+        assert client.versions(PRODUCT)[1].note == f"new light; calibrate by job {done.id}"
         failed = client.wait(client.add_job("calibrate", PRODUCT, "widget/ground_truth").id)
         assert failed.state == "failed" and failed.problem
         for bad in ("../etc", "nothing", "widget/../widget", "/etc"):
@@ -456,6 +456,32 @@ def test_a_fit_by_a_job(category, tmp_path):
         client.cancel_job(cancelled.id)
         assert client.wait(cancelled.id).state == "cancelled"
         assert len(client.versions("gear")) == 1
+    station.close()
+
+
+def test_verdicts_make_a_better_version(model, category, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    (tmp_path / "line/data").mkdir()
+    (tmp_path / "line/data/widget").symlink_to(category)
+    with served(station, threads=2) as url, Client(url) as client:
+        client.add_golden(PRODUCT, category / "test/hole/000.png")
+        nothing = client.wait(client.add_job("feedback", PRODUCT, "widget/train").id)
+        assert nothing.state == "failed" and "called good" in nothing.problem
+        for seed in range(4):  # parts with a stain, which is not bad
+            stained = np.array(draw_part(700 + seed)[0])
+            stained[30:36, 30:36] = 200
+            client.judge(client.inspect(PRODUCT, png(stained)).id, "good")
+        client.judge(client.inspect(PRODUCT, category / "test/hole/001.png").id, "bad")
+        done = client.wait(client.add_job("feedback", PRODUCT, "widget/train").id)
+        assert done.state == "done", done
+        before, after = done.result["before"], done.result["after"]
+        assert before["good"] == after["good"] == 4 + 4  # held out, and called good
+        assert (before["bad"], done.result["confirmed_good"]) == (1, 4)
+        assert after["false_rejects"] < before["false_rejects"]
+        assert after["model_id"] == before["model_id"] and after["calibration_id"] != before["calibration_id"]
+        assert done.result["offered"] and done.result["version"] == 2
+        assert not client.versions(PRODUCT)[1].active  # offered, not forced
+        client.activate(PRODUCT, 2)
     station.close()
 
 

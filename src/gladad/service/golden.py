@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, insert, select
@@ -33,7 +34,7 @@ def add(station: Station, version: Version, content: bytes, name: str, who: str,
         "image_name": name,
         "image_type": ending,
     }
-    path = _path(station, row)
+    path = path_of(station, row)
     station.pictures.add(path, content)
     with station.record.write() as connection:
         known = goldens.c.product == version.product, goldens.c.version == version.number
@@ -117,14 +118,15 @@ def _name(row: dict[str, Any]) -> str:
     return str(row["image_name"] or row["image_sha256"][:12])
 
 
-def _path(station: Station, row: dict[str, Any]) -> Any:
+def path_of(station: Station, row: dict[str, Any]) -> Path:
+    """Where the image of a golden part is."""
     return station.folder / "golden" / f"{row['image_sha256']}.{row['image_type']}"
 
 
 def _read(station: Station, row: dict[str, Any]) -> bytes:
-    path = _path(station, row)
+    path = path_of(station, row)
     try:
-        content: bytes = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the golden part cannot be read ({error.strerror})") from error
     if sha256(content) != row["image_sha256"]:

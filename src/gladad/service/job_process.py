@@ -16,6 +16,7 @@ from typing import Any
 
 from gladad.core.errors import GladError
 from gladad.core.storage import read_json
+from gladad.service.feedback import improve
 
 FILE, MODEL, REPORT = "job.json", "model", "report"
 NICENESS = 10  # inspection comes first
@@ -65,7 +66,7 @@ def evaluate(folder: Path, request: dict[str, Any], progress: Progress) -> dict[
     return {"metrics": report.metrics, "counts": report.counts}
 
 
-JOBS = {"fit": fit, "calibrate": calibrate, "evaluate": evaluate}
+JOBS = {"fit": fit, "calibrate": calibrate, "evaluate": evaluate, "feedback": improve}
 
 
 def _saved(detector: Any, folder: Path) -> dict[str, Any]:

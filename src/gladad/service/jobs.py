@@ -22,21 +22,21 @@ from sqlalchemy import insert, select, update
 
 from gladad.core.errors import DataError, GladError, NotFiniteError
 from gladad.core.images import list_images
-from gladad.core.storage import write_json
-from gladad.service import audit
+from gladad.core.storage import read_json, write_json
+from gladad.service import audit, feedback
 from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError
 from gladad.service.job_process import FILE, MODEL
 from gladad.service.line import Line, Origin
-from gladad.service.products import StoppedError, Version, add_version, folder_of, product_of, version_of
+from gladad.service.products import StoppedError, Version, add_version, all_versions, folder_of, product_of, version_of
 from gladad.service.record import new_id, now
 from gladad.service.station import Station, UnknownError, check_name
 from gladad.service.tables import decisions, jobs
 
-Kind = Literal["fit", "calibrate", "evaluate", "inspect"]
+Kind = Literal["fit", "calibrate", "evaluate", "feedback", "inspect"]
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 FINAL = (DONE, FAILED, CANCELLED)
-DATA = "data"
+DATA, RESULT = "data", "result.json"
 POLL_SECONDS = 0.5
 KILL_SECONDS = 20.0
 IMAGE_SECONDS = 600.0  # that an image of a folder may wait
@@ -60,6 +60,11 @@ def data_path(station: Station, name: str) -> Path:
     if not path.exists():
         raise UnknownError(f"there is no {DATA}/{name} in the station; put the images there, or a link to them")
     return path
+
+
+def _made_before(folder: Path) -> dict[str, Any] | None:
+    """The result of a job whose process had done its work when the service ended."""
+    return read_json(folder / RESULT) if (folder / RESULT).is_file() else None
 
 
 class Jobs:
@@ -196,20 +201,36 @@ class Jobs:
         request |= {"kind": job["kind"], "product": job["product"], "images": str(images)}
         if request.get("ignore") is not None:
             request["ignore"] = str(data_path(self.station, request["ignore"]))
+        limits: dict[str, Any] = {}
         if job["kind"] != "fit":
             version = self._version(job["product"])
+            limits = {"warn_limit": version.warn_limit, "reject_limit": version.reject_limit}
             request["model"] = str(folder_of(self.station, job["product"], version.number))
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, request)
-        result = self._followed(job, folder)
-        if job["kind"] == "evaluate":
+        if job["kind"] == "feedback":
+            request |= feedback.collect(self.station, version, folder)
+        result = _made_before(folder)
+        if result is None:
+            write_json(folder / FILE, request)
+            result = self._followed(job, folder)
+            write_json(folder / RESULT, result)
+        if job["kind"] == "evaluate" or not result.get("offered", True):
             return result
-        note = str(request.get("note") or f"{job['kind']} by job {job['id']}")
-        made = add_version(self.station, job["product"], folder / MODEL, job["who"], note=note)
+        number = self._added(job, folder, str(request["note"]), limits)
+        if request["activate"]:
+            self.line.activate(job["product"], number, job["who"])
         shutil.rmtree(folder, ignore_errors=True)
-        if request.get("activate", True):
-            self.line.activate(job["product"], made.number, job["who"])
-        return result | {"version": made.number}
+        return result | {"version": number}
+
+    def _added(self, job: Job, folder: Path, note: str, limits: dict[str, Any]) -> int:
+        """Make what a job made a version, once, whatever happens in between; returns its number."""
+        mark = f"{job['kind']} by job {job['id']}"
+        with contextlib.suppress(UnknownError), self.station.record.read() as connection:
+            for version in all_versions(connection, job["product"]):
+                if version.note.endswith(mark):
+                    return version.number
+        note = f"{note}; {mark}" if note else mark
+        return add_version(self.station, job["product"], folder / MODEL, job["who"], note=note, **limits).number
 
     def _followed(self, job: Job, folder: Path) -> dict[str, Any]:
         """Run the process of a job and pass on its progress until the result."""

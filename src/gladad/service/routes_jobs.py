@@ -30,8 +30,10 @@ Running = Annotated[Jobs, Depends(jobs_of)]
 def add(body: JobIn, who: Who, jobs: Running) -> JobOut:
     """Queue a job; one is done at a time. It outlives a restart of the service."""
     request: dict[str, Any] = {"images": body.images, "note": body.note}
-    if body.kind in ("fit", "calibrate"):
-        request |= {"activate": body.activate}
+    if body.kind in ("fit", "calibrate", "feedback"):
+        request |= {"activate": body.kind != "feedback" if body.activate is None else body.activate}
+    if body.kind == "feedback":
+        request |= {"mode": body.mode}
     if body.kind == "calibrate":
         request |= {"ignore": body.ignore, "min_area": body.min_area}
     if body.kind == "fit":

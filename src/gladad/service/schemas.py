@@ -207,9 +207,10 @@ class JobIn(BaseModel):
     )
 
     kind: Annotated[
-        Literal["fit", "calibrate", "evaluate", "inspect"],
+        Literal["fit", "calibrate", "evaluate", "feedback", "inspect"],
         Field(
-            description="fit and calibrate make a version; evaluate measures the active one on labelled images; inspect decides a folder"
+            description="fit and calibrate make a version; evaluate measures the active one on labelled images; feedback makes a version "
+            "of the images and of the parts that were called good; inspect decides a folder"
         ),
     ]
     product: Name
@@ -228,7 +229,10 @@ class JobIn(BaseModel):
     min_area: Annotated[float | None, Field(ge=0, lt=1, description="of a calibration: smaller areas do not count; share of the image")] = (
         None
     )
-    activate: Annotated[bool, Field(description="have the new version inspect if it decides the golden parts alike")] = True
+    mode: Annotated[Literal["calibrate", "fit"], Field(description="of feedback: new thresholds, or a new fit")] = "calibrate"
+    activate: Annotated[
+        bool | None, Field(description="have the new version inspect if it decides the golden parts alike; yes, but for feedback")
+    ] = None
     note: Text = ""
 
 
