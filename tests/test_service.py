@@ -557,3 +557,51 @@ def start(folder: Path, port: int) -> subprocess.Popen:
 def test_appearance_is_recorded(client):
     made = client.inspect(PRODUCT, GOOD)
     assert made.brightness == pytest.approx(as_pixels(GOOD).mean() / 255, abs=0.02)
+
+
+# -- what the console asks for ----------------------------------------------------------------------------------
+
+
+def test_data_folders(http, station):
+    assert http.get("/v1/data").json() == []
+    for number in range(3):
+        sent = http.put("/v1/data", params={"folder": "gear/good", "name": f"{number}.png"}, content=png(draw_part(number % 2)[0]))
+        assert sent.status_code == 204
+    assert http.get("/v1/data").json() == [{"name": "gear/good", "images": 3}]
+    found = http.get("/v1/data/check", params={"folder": "gear/good"}).json()
+    assert found["findings"][0]["files"] == ["2.png"]  # the same picture as 0.png
+    assert Image.open(io.BytesIO(http.get("/v1/data/images/1", params={"folder": "gear/good"}).content)).size == (72, 72)
+    for params in ({"folder": "../x", "name": "a.png"}, {"folder": "x", "name": "../a.png"}, {"folder": "x", "name": "a.txt"}):
+        assert http.put("/v1/data", params=params, content=GOOD).status_code == 422
+    assert http.put("/v1/data", params={"folder": "x", "name": "a.png"}, content=b"no").status_code == 415
+    assert http.get("/v1/data/images/3", params={"folder": "gear/good"}).status_code == 404
+    shutil.rmtree(station.folder / "data")
+
+
+def test_limits_make_a_version(model, tmp_path, detector):
+    station = make_station(tmp_path / "line", model)
+    with served(station, threads=2) as url, Client(url) as client, httpx.Client(base_url=url) as http:
+        one = client.inspect(PRODUCT, GOOD)
+        body = {"model_of": 1, "warn_limit": one.score / 3, "reject_limit": one.score / 2, "note": "stricter"}
+        made = http.post(f"/v1/products/{PRODUCT}/versions", json=body).json()
+        assert (made["number"], made["active"], made["note"]) == (2, False, "stricter")
+        assert http.post(f"/v1/products/{PRODUCT}/versions", json=body | {"model_of": 9}).status_code == 404
+        assert http.post(f"/v1/products/{PRODUCT}/versions", json=body | {"warn_limit": 5.0}).status_code == 422
+        client.activate(PRODUCT, 2)
+        two = client.inspect(PRODUCT, GOOD)
+        assert two.score == one.score and (one.decision, two.decision) == ("accept", "reject")
+        assert "none" in client.versions(PRODUCT)[1].promise or two.reject_limit >= 1
+        weights = [next((tmp_path / f"line/products/{PRODUCT}/{number}").rglob("lite.safetensors")) for number in (1, 2)]
+        if weights[0].stat().st_size >= 2**20:
+            assert weights[0].samefile(weights[1])
+        found = http.get(f"/v1/products/{PRODUCT}/versions/1/calibration").json()
+        threshold = detector.calibration_.threshold
+        assert found["scores"] == [score / threshold.value for score in detector.calibration_.scores]
+        assert (found["images"], found["promised_rate"]) == (threshold.n, threshold.promised_rate)
+        client.judge(two.id, "good")
+        scores = http.get(f"/v1/products/{PRODUCT}/scores").json()
+        assert [(each["id"], each["verdict"]) for each in scores] == [(two.id, "good"), (one.id, None)]
+        periods = http.get(f"/v1/products/{PRODUCT}/periods", params={"days": 1, "count": 24}).json()
+        assert len(periods) == 24 and (periods[-1]["accept"], periods[-1]["reject"]) == (1, 1)
+        assert sum(each["accept"] + each["reject"] for each in periods) == 2
+    station.close()

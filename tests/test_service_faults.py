@@ -14,7 +14,10 @@ from service_base import make_station, served
 from sqlalchemy import select
 from test_service import GOOD, INSPECT
 
+from gladad.cli.main import main
 from gladad.service import audit
+from gladad.service.record import StorageError
+from gladad.service.station import Station
 from gladad.service.tables import decisions as table
 
 
@@ -78,3 +81,16 @@ def test_a_full_disk_is_told_and_got_over(model, small_disk):
     audit.verify(station.record)
     station.close()
     assert not list((small_disk / "line").rglob("*.partial"))
+
+
+def test_a_read_only_disk_is_told(model, small_disk, capsys):
+    make_station(small_disk / "line", model).close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        with pytest.raises(StorageError, match="Read-only"):
+            Station(small_disk / "line")
+        assert main(["serve", "--station", str(small_disk / "line")]) == 1
+        assert "cannot be written" in capsys.readouterr().err
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    Station(small_disk / "line").close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from sqlalchemy import create_engine, delete, insert, select, text, update
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.service import audit, decisions
 from gladad.service.export import COLUMNS, export
+from gladad.service.pictures import PictureStore
 from gladad.service.record import Record
 from gladad.service.station import Station, UnknownError
 from gladad.service.tables import audit as entries
@@ -239,3 +242,17 @@ def test_keys_are_kept_as_hashes(tmp_path):
         station.remove_key("robot", "ann")
     assert audit.verify(station.record).sequence == 2
     station.close()
+
+
+def test_old_pictures_go_first(tmp_path):
+    store = PictureStore(tmp_path)
+    paths = [store.image_path(f"{number:064x}", "png") for number in range(6)]
+    for number, path in enumerate(paths):
+        store.add(path, b"x" * 2**20)
+        os.utime(path, (time.time() - 86_400 * (6 - number),) * 2)  # six days old, five, ...
+    assert store.clean(days=4.5, gib=1) == (2, 2 * 2**20)
+    assert store.clean(days=100, gib=3 / 1024) == (1, 2**20)
+    store.add(paths[3], b"x")  # inspected again: it is young
+    assert store.clean(days=100, gib=2 / 1024) == (1, 2**20)
+    assert [path.exists() for path in paths] == [False, False, False, True, False, True]
+    assert paths[3].stat().st_size == 2**20  # the same content has the same name

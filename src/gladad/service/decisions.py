@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, select
 
+from gladad.core.errors import DataError
 from gladad.service import audit
 from gladad.service.record import Record, now
 from gladad.service.station import UnknownError
@@ -28,6 +31,20 @@ def insert_all(connection: Connection, made: Sequence[tuple[Row, str]]) -> None:
     """Keep decisions, each with who asked for it, and their audit entries, within a transaction of `Record.write`."""
     connection.execute(insert(decisions), [row for row, _ in made])
     audit.append_all(connection, [(audit.DECISION, row["id"], who, {"sha256": audit.row_digest(row)}) for row, who in made])
+
+
+def first_id(time: str) -> str:
+    """The least ID of a decision that was made at a time, ISO 8601 in UTC, or later, to the millisecond.
+
+    Raises:
+        DataError: It is no time.
+    """
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError as error:
+        raise DataError(f"time {time!r}: {error}; write it like 2026-01-31 or 2026-01-31T12:00") from error
+    seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    return f"{max(0, int(seconds * 1000)):012x}"
 
 
 def one(connection: Connection, identity: str) -> Row:
@@ -70,8 +87,8 @@ def search(
     conditions: list[tuple[Any, Callable[[], ColumnElement[bool]]]] = [
         (product, lambda: decisions.c.product == product),
         (decision, lambda: decisions.c.decision == decision),
-        (since, lambda: decisions.c.time >= since),
-        (until, lambda: decisions.c.time < until),
+        (since, lambda: decisions.c.id >= first_id(str(since))),
+        (until, lambda: decisions.c.id < first_id(str(until))),
         (before, lambda: decisions.c.id < before),
         (verdict, lambda: last.is_(None) if verdict == "none" else last == verdict),
     ]
@@ -97,6 +114,31 @@ def counts(connection: Connection, product: str) -> dict[str, int]:
     query = select(decisions.c.decision, func.count()).where(decisions.c.product == product).group_by(decisions.c.decision)
     found = {decision: count for decision, count in connection.execute(query)}
     return {decision: found.get(decision, 0) for decision in (ACCEPT, WARN, REJECT)}
+
+
+def periods(connection: Connection, product: str, since: datetime, until: datetime, count: int) -> list[Row]:
+    """What was decided in so many equal periods."""
+    bounds = [since + (until - since) * number / count for number in range(count + 1)]
+    found = []
+    for start, end in pairwise(bounds):
+        first, last = (first_id(moment.isoformat()) for moment in (start, end))
+        query = select(decisions.c.decision, func.count()).where(
+            decisions.c.product == product,
+            decisions.c.decision.in_((ACCEPT, WARN, REJECT)),
+            decisions.c.id >= first,
+            decisions.c.id < last,
+        )
+        numbers = {decision: number for decision, number in connection.execute(query.group_by(decisions.c.decision))}
+        times = {"since": start.isoformat(timespec="seconds"), "until": end.isoformat(timespec="seconds")}
+        found.append(times | {decision: numbers.get(decision, 0) for decision in (ACCEPT, WARN, REJECT)})
+    return found
+
+
+def scores(connection: Connection, product: str, limit: int) -> list[Row]:
+    """Scores and verdicts of the newest decisions about a product, the newest first."""
+    columns = decisions.c.id, decisions.c.score, decisions.c.decision, _last_verdict().label("verdict")
+    query = select(*columns).where(decisions.c.product == product).order_by(decisions.c.id.desc()).limit(limit)
+    return [dict(row._mapping) for row in connection.execute(query)]
 
 
 def plain(row: Row) -> Row:

@@ -24,19 +24,20 @@ from gladad.core.errors import DataError, GladError, NotFiniteError
 from gladad.core.images import list_images
 from gladad.core.storage import read_json, write_json
 from gladad.service import audit, feedback
+from gladad.service.data_folders import DATA, path_of
 from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError
 from gladad.service.job_process import FILE, MODEL
 from gladad.service.line import Line, Origin
 from gladad.service.products import StoppedError, Version, add_version, all_versions, folder_of, product_of, version_of
 from gladad.service.record import new_id, now
-from gladad.service.station import Station, UnknownError, check_name
+from gladad.service.station import UnknownError, check_name
 from gladad.service.tables import decisions, jobs
 
 Kind = Literal["fit", "calibrate", "evaluate", "feedback", "inspect"]
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 FINAL = (DONE, FAILED, CANCELLED)
-DATA, RESULT = "data", "result.json"
+RESULT = "result.json"
 POLL_SECONDS = 0.5
 KILL_SECONDS = 20.0
 IMAGE_SECONDS = 600.0  # that an image of a folder may wait
@@ -45,21 +46,6 @@ Job = dict[str, Any]
 
 class CancelledError(GladError):
     """A job was cancelled."""
-
-
-def data_path(station: Station, name: str) -> Path:
-    """A folder of images, or a mask, below the station's ``data``, which an operator may fill with links; nothing else can be named.
-
-    Raises:
-        UnknownError: It is not there.
-    """
-    parts = name.split("/")
-    for part in parts:
-        check_name(part, "data folder")
-    path = station.folder.joinpath(DATA, *parts)
-    if not path.exists():
-        raise UnknownError(f"there is no {DATA}/{name} in the station; put the images there, or a link to them")
-    return path
 
 
 def _made_before(folder: Path) -> dict[str, Any] | None:
@@ -101,7 +87,7 @@ class Jobs:
             StoppedError: The product has no active version.
         """
         check_name(product)
-        data_path(self.station, request["images"])
+        path_of(self.station, request["images"])
         if kind != "fit":
             self._version(product)
         identity, asked = new_id(), {"kind": kind, "product": product, "request": request}
@@ -162,7 +148,7 @@ class Jobs:
     def _do(self, job: Job) -> None:
         state, result, problem = DONE, None, None
         try:
-            images = data_path(self.station, job["request"]["images"])
+            images = path_of(self.station, job["request"]["images"])
             result = self._inspect(job, images) if job["kind"] == "inspect" else self._process(job, images)
         except CancelledError:
             state = CANCELLED
@@ -200,7 +186,7 @@ class Jobs:
         request: dict[str, Any] = {"base": "lite", "settings": {}} | job["request"]
         request |= {"kind": job["kind"], "product": job["product"], "images": str(images)}
         if request.get("ignore") is not None:
-            request["ignore"] = str(data_path(self.station, request["ignore"]))
+            request["ignore"] = str(path_of(self.station, request["ignore"]))
         limits: dict[str, Any] = {}
         if job["kind"] != "fit":
             version = self._version(job["product"])

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 
 from gladad.core.errors import ConfigError, DataError, GladError
-from gladad.core.storage import atomic_folder, read_json, read_model_file
+from gladad.core.storage import atomic_folder, read_json, read_model_file, share_files
 from gladad.decision.conformal import Calibration
 from gladad.detector.files import CALIBRATION_FILE
 from gladad.service import audit, drift
@@ -101,6 +101,8 @@ def add_version(
         shutil.rmtree(target, ignore_errors=True)  # of a number that no version was given: an addition that was cut off
         with translated(), atomic_folder(target) as temporary:
             shutil.copytree(model, temporary, dirs_exist_ok=True)
+        if last is not None:
+            share_files(folder_of(station, name, last), target)
         if last is None:
             connection.execute(insert(products), [{"name": name}])
         version = Version(

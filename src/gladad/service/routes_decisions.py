@@ -23,7 +23,7 @@ from gladad.service.decisions import Row
 from gladad.service.inspector import DeadlineError
 from gladad.service.intake import check_filename
 from gladad.service.line import Line, Origin
-from gladad.service.schemas import Batch, BatchItem, DecisionOut, Page, VerdictIn, problems
+from gladad.service.schemas import Batch, BatchItem, DecisionOut, Page, VerdictIn, problems, shown
 from gladad.service.station import UnknownError
 
 T = TypeVar("T")
@@ -175,18 +175,6 @@ async def reconstruction(request: Request, identity: str, who: Who, line: Runnin
     if content is None:
         raise UnknownError("this model makes no reconstructions")
     return _png_response(content)
-
-
-def shown(row: Row) -> DecisionOut:
-    """A row as it is answered."""
-    base = f"/v1/decisions/{row['id']}"
-    links = {
-        "image": f"{base}/image",
-        "map": f"{base}/map.png",
-        "overlay": f"{base}/overlay.png",
-        "reconstruction": f"{base}/reconstruction.png",
-    }
-    return DecisionOut.model_validate(row | {"links": links})
 
 
 async def unless_gone(request: Request, future: Future[T], seconds: float) -> T:

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
+from gladad.core.storage import read_model_file
 from gladad.service import audit, decisions, golden
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_filename
 from gladad.service.line import Line
-from gladad.service.products import Version, active_version, all_products, all_versions, calibration_of, folder_of, product_of, stop
+from gladad.service.products import (
+    Version,
+    active_version,
+    add_version,
+    all_products,
+    all_versions,
+    calibration_of,
+    folder_of,
+    product_of,
+    stop,
+    version_of,
+)
 from gladad.service.routes_decisions import IMAGE_BODY
-from gladad.service.schemas import ActivateIn, Checked, GoldenOut, HeadOut, ProductOut, VersionOut, problems
+from gladad.service.schemas import (
+    ActivateIn,
+    CalibrationOut,
+    Checked,
+    GoldenOut,
+    HeadOut,
+    LimitsIn,
+    Period,
+    ProductOut,
+    ScoreOut,
+    VersionOut,
+    problems,
+)
 
 router = APIRouter(prefix="/v1", tags=["products"])
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -40,6 +65,59 @@ def product_versions(product: str, who: Who, line: Running) -> list[VersionOut]:
     with line.station.record.read() as connection:
         active = product_of(connection, product).active
         return [_shown(line, version, active) for version in all_versions(connection, product)]
+
+
+@router.post("/products/{product}/versions", status_code=201, responses=problems(400, 401, 404, 422, 507))
+def add_limits(product: str, body: LimitsIn, who: Who, line: Running) -> VersionOut:
+    """Make a version with the model of another one and other limits. It is not activated."""
+    with line.station.record.read() as connection:
+        known, active = version_of(connection, product, body.model_of), product_of(connection, product).active
+    model = folder_of(line.station, product, known.number)
+    made = add_version(line.station, product, model, who, note=body.note, warn_limit=body.warn_limit, reject_limit=body.reject_limit)
+    return _shown(line, made, active)
+
+
+@router.get("/products/{product}/versions/{number}/calibration", responses=problems(401, 404, 422))
+def calibration(product: str, number: Number, who: Who, line: Running) -> CalibrationOut:
+    """What the thresholds of a version were made from."""
+    with line.station.record.read() as connection:
+        version_of(connection, product, number)
+    folder = folder_of(line.station, product, number)
+    found, scope = calibration_of(folder), read_model_file(folder).get("scope") or {}
+    return CalibrationOut(
+        scores=[score / found.threshold.value for score in found.scores],
+        images=found.threshold.n,
+        false_reject_rate=found.threshold.false_reject_rate,
+        promised_rate=found.threshold.promised_rate,
+        needed=found.threshold.needed,
+        method=found.threshold.method,
+        statement=found.threshold.statement,
+        min_area=scope.get("min_area", 0.0),
+        masked=scope.get("mask", False),
+    )
+
+
+@router.get("/products/{product}/scores", responses=problems(401, 404, 422))
+def scores(product: str, who: Who, line: Running, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> list[ScoreOut]:
+    """Scores and verdicts of the last decisions, the newest first."""
+    with line.station.record.read() as connection:
+        product_of(connection, product)
+        return [ScoreOut.model_validate(row) for row in decisions.scores(connection, product, limit)]
+
+
+@router.get("/products/{product}/periods", responses=problems(401, 404, 422))
+def periods(
+    product: str,
+    who: Who,
+    line: Running,
+    days: Annotated[float, Query(gt=0, le=3660, description="up to now")] = 1.0,
+    count: Annotated[int, Query(ge=1, le=200)] = 48,
+) -> list[Period]:
+    """What was decided in so many equal periods up to now."""
+    until = datetime.now(UTC)
+    with line.station.record.read() as connection:
+        product_of(connection, product)
+        return [Period.model_validate(row) for row in decisions.periods(connection, product, until - timedelta(days=days), until, count)]
 
 
 @router.put("/products/{product}/active", responses=problems(400, 401, 404, 422, 429, 503, 507))

@@ -259,6 +259,77 @@ class JobOut(BaseModel):
     problem: str | None
 
 
+class DataFolder(BaseModel):
+    """A folder of images."""
+
+    name: str
+    images: int
+
+
+class FindingOut(BaseModel):
+    """Something about a folder that is worth knowing."""
+
+    text: str
+    serious: Annotated[bool, Field(description="results would be wrong or missing")]
+    files: list[str]
+    remarks: list[str]
+
+
+class FolderCheck(BaseModel):
+    """What is in a folder."""
+
+    layout: str
+    sound: Annotated[bool, Field(description="nothing serious was found")]
+    counts: list[dict[str, Any]]
+    sizes: dict[str, dict[str, int]]
+    findings: list[FindingOut]
+    notes: list[str]
+
+
+class CalibrationOut(BaseModel):
+    """What the thresholds of a version were made from."""
+
+    scores: Annotated[list[float], Field(description="of held-out good images, rising, in units of the threshold")]
+    images: Annotated[int, Field(description="number of held-out good images")]
+    false_reject_rate: Annotated[float, Field(description="asked for")]
+    promised_rate: float
+    needed: Annotated[int, Field(description="held-out images from which on the rate asked for can be promised")]
+    method: Annotated[str, Field(description='"conformal", "cross-fitted" or "copies"')]
+    statement: str
+    min_area: Annotated[float, Field(description="share of the image below which areas do not count")]
+    masked: Annotated[bool, Field(description="some of the image does not count")]
+
+
+class LimitsIn(BaseModel):
+    """A version with the model of another one."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"model_of": 1, "warn_limit": 0.8, "reject_limit": 1.1}})
+
+    model_of: Annotated[int, Field(ge=1, le=2**31 - 1, description="number of the version whose model it has")]
+    warn_limit: Annotated[float | None, Field(gt=0, le=1e6)] = None
+    reject_limit: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    note: Text = ""
+
+
+class ScoreOut(BaseModel):
+    """The score of a decision."""
+
+    id: str
+    score: float
+    decision: Literal["accept", "warn", "reject"]
+    verdict: Literal["good", "bad"] | None
+
+
+class Period(BaseModel):
+    """What was decided in a period."""
+
+    since: str
+    until: str
+    accept: int
+    warn: int
+    reject: int
+
+
 class HeadOut(BaseModel):
     """The last entry of the audit log: note its hash elsewhere now and then."""
 

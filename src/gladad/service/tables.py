@@ -62,9 +62,9 @@ decisions = Table(
     Column("promise_suspended", Boolean, nullable=False),
     Column("milliseconds", Float, nullable=False),  # of the inspection itself
     ForeignKeyConstraint(["product", "version"], ["versions.product", "versions.number"]),
-    Index("ix_decisions_product_time", "product", "time"),
-    Index("ix_decisions_time", "time"),
-    Index("ix_decisions_image", "image_sha256"),
+    Index("ix_decisions_product", "product", "id"),  # IDs begin with their time
+    Index("ix_decisions_decision", "product", "decision", "id"),
+    Index("ix_decisions_request", "request_id"),
 )
 
 verdicts = Table(
@@ -126,7 +126,7 @@ watched = Table(
     "watched",
     metadata,
     Column("folder", Text, primary_key=True),
-    Column("file", String(128), primary_key=True),  # device and number of the file, its size and time: a rename keeps them
+    Column("file", String(128), primary_key=True),  # its number, size and time: a rename keeps them
     Column("decision_id", String(32)),  # null: refused
     Column("name", Text, nullable=False),
     Column("problem", Text),

@@ -142,9 +142,9 @@ def _decisions() -> None:
         sa.ForeignKeyConstraint(["product", "version"], ["versions.product", "versions.number"], name=op.f("fk_decisions_product")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_decisions")),
     )
-    op.create_index("ix_decisions_image", "decisions", ["image_sha256"], unique=False)
-    op.create_index("ix_decisions_product_time", "decisions", ["product", "time"], unique=False)
-    op.create_index("ix_decisions_time", "decisions", ["time"], unique=False)
+    op.create_index("ix_decisions_decision", "decisions", ["product", "decision", "id"], unique=False)
+    op.create_index("ix_decisions_product", "decisions", ["product", "id"], unique=False)
+    op.create_index("ix_decisions_request", "decisions", ["request_id"], unique=False)
 
 
 def _goldens() -> None:

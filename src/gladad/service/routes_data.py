@@ -1,0 +1,53 @@
+"""Folders of images to learn and to measure from."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Path, Query, Request, Response
+from PIL import Image
+
+from gladad.core.images import as_pixels
+from gladad.report.pictures import thumbnail
+from gladad.service import data_folders
+from gladad.service.access import Running, Who
+from gladad.service.intake import check_image
+from gladad.service.routes_decisions import IMAGE_BODY
+from gladad.service.schemas import FOLDER, DataFolder, FolderCheck, problems
+
+router = APIRouter(prefix="/v1/data", tags=["data"])
+Folder = Annotated[str, Query(pattern=FOLDER, description="below the station's data/")]
+SIDE = 320  # pixels of a small picture
+
+
+@router.get("", responses=problems(401))
+def folders(who: Who, line: Running) -> list[DataFolder]:
+    """The folders that hold images."""
+    return [DataFolder.model_validate(each) for each in data_folders.listing(line.station)]
+
+
+@router.put("", status_code=204, responses=problems(400, 401, 408, 413, 415, 422, 507), openapi_extra=IMAGE_BODY, response_class=Response)
+async def add(request: Request, folder: Folder, name: Annotated[str, Query(max_length=64)], who: Who, line: Running) -> Response:
+    """Put an image, sent as the body, into a folder, which is made if it is not there."""
+    content = await request.body()
+    check_image(content, request.headers.get("content-type", ""), line.station.settings.max_pixels)
+    await asyncio.to_thread(data_folders.add, line.station, folder, name, content)
+    return Response(status_code=204)
+
+
+@router.get("/check", responses=problems(401, 404, 422))
+def check(folder: Folder, who: Who, line: Running) -> FolderCheck:
+    """What is in a folder, and what is wrong with it."""
+    return FolderCheck.model_validate(data_folders.check(line.station, folder))
+
+
+@router.get("/images/{number}", responses={200: {"content": {"image/png": {}}}, **problems(401, 404, 422)}, response_class=Response)
+def small_picture(number: Annotated[int, Path(ge=0, le=10_000_000)], folder: Folder, who: Who, line: Running) -> Response:
+    """An image of a folder by its number, small."""
+    pixels: np.ndarray[Any, np.dtype[np.uint8]] = thumbnail(as_pixels(data_folders.image(line.station, folder, number)), SIDE)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return Response(buffer.getvalue(), media_type="image/png")
