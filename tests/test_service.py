@@ -605,3 +605,11 @@ def test_limits_make_a_version(model, tmp_path, detector):
         assert len(periods) == 24 and (periods[-1]["accept"], periods[-1]["reject"]) == (1, 1)
         assert sum(each["accept"] + each["reject"] for each in periods) == 2
     station.close()
+
+
+def test_commands_do_not_make_stations_by_mistake(tmp_path, capsys):
+    for command in (["audit", "verify"], ["station", "list"], ["station", "key"]):
+        arguments = [*command, str(tmp_path / "typo"), *(["robot"] if command[1] == "key" else [])]
+        assert main(arguments) == 1
+        assert "is not a station" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()

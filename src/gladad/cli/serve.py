@@ -18,21 +18,28 @@ if TYPE_CHECKING:
 
 station = typer.Typer(help="Products, versions, golden parts and keys of an inspection station.", no_args_is_help=True)
 audit = typer.Typer(help="Check and export the record of a station.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(help="Folder of the station; made if it is not there.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Folder of the station.", show_default=False)]
 Product = Annotated[str, typer.Argument(help="Name of the product.", show_default=False)]
 Who = Annotated[str | None, typer.Option(help="Who does this, for the record (default: your user name).", show_default=False)]
 
 
-def opened(folder: Path) -> Station:
+def opened(folder: Path, *, make: bool = False) -> Station:
     """A station.
 
+    Args:
+        folder: Where it is.
+        make: Whether it is made where it is not there.
+
     Raises:
+        ConfigError: There is no station.
         MissingExtraError: The packages of the service are not installed.
     """
     try:
-        from gladad.service.station import Station
+        from gladad.service.station import FILE, Station
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"the inspection service ({error.name})", "'gladad[serve]'") from error
+    if not make and not (folder / FILE).is_file():
+        raise ConfigError(f"{folder}: is not a station (no {FILE}); 'gladad station add' and 'gladad serve' make one")
     return Station(folder)
 
 
@@ -53,7 +60,7 @@ def serve(
     ] = None,
 ) -> None:
     """Inspect images that are sent over HTTP, and keep every decision. Stopped by Ctrl-C or SIGTERM."""
-    open_station = opened(folder)
+    open_station = opened(folder, make=True)
     try:
         from gladad.service.server import serve as run
 
@@ -75,8 +82,8 @@ def add(
     active: Annotated[bool, typer.Option("--activate/--no-activate", help="Have it inspect from now on.")] = True,
     who: Who = None,
 ) -> None:
-    """Copy a model into the station as a new version of a product."""
-    open_station = opened(folder)
+    """Copy a model into the station, which is made if it is not there, as a new version of a product."""
+    open_station = opened(folder, make=True)
     from gladad.service.golden import promote
     from gladad.service.products import add_version
     from gladad.service.worker import in_process
