@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -41,9 +42,12 @@ ONLY_IN = {
     "alembic": {"service"},
     "onnxruntime": {"models"},
     "openvino": {"models"},
+    "aiomqtt": {"service"},
+    "pymodbus": {"service"},
 }
 
 
+@cache
 def imported(module: str) -> set[str]:
     """Dotted names of everything that a module imports, anywhere in it."""
     names: set[str] = set()
@@ -53,7 +57,7 @@ def imported(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: write imports in full"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return names  # not to be changed, as it is kept
 
 
 def rooms(module: str) -> set[str]:

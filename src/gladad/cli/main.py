@@ -24,6 +24,7 @@ from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
 from gladad.cli.fit import calibrate, export, fit, merge
 from gladad.cli.measure import benchmark, data, evaluate, rescore
 from gladad.cli.serve import audit, serve, station
+from gladad.cli.watch import watch
 from gladad.core.errors import DataError, GladError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _inspect(detector: Glad, images: Sequence[Path], writer: PredictionWriter, p
             progress("inspecting", min(number + processes.count, len(images)), len(images))
 
 
-for command in (evaluate, rescore, calibrate, export, data, benchmark, plan, tune_features, tune_vae, merge, convert, serve):
+for command in (evaluate, rescore, calibrate, export, data, benchmark, plan, tune_features, tune_vae, merge, convert, serve, watch):
     app.command()(command)
 app.add_typer(station, name="station")
 app.add_typer(audit, name="audit")

@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import gladad
 from gladad.core.errors import ConfigError, DataError, GladError, ModelFormatError, NotFiniteError
 from gladad.service import routes_data, routes_decisions, routes_jobs, routes_products
+from gladad.service.console import add_console
 from gladad.service.gate import BodyRefused, Gate
 from gladad.service.inspector import BusyError, DeadlineError, WorkerError
 from gladad.service.intake import UnsupportedTypeError
@@ -94,6 +95,7 @@ def make_app(station: Station, *, loopback: bool = True, threads: int | None = N
     app.include_router(routes_products.router)
     app.include_router(routes_jobs.router)
     app.include_router(routes_data.router)
+    add_console(app)
     _add_probes(app, registry)
     _add_errors(app)
     if loopback:

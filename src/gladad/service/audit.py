@@ -52,6 +52,12 @@ def head(connection: Connection) -> Head:
     return Head(0, START) if last is None else Head(last.sequence, last.hash)
 
 
+def about(connection: Connection, subject: str) -> list[dict[str, Any]]:
+    """The entries about something, such as the ID of a decision, the oldest first."""
+    found = connection.execute(select(audit).where(audit.c.subject == subject).order_by(audit.c.sequence))
+    return [dict(row._mapping) | {"content": json.loads(row.content)} for row in found]
+
+
 def append(connection: Connection, kind: str, subject: str, who: str, content: Mapping[str, Any]) -> int:
     """Add an entry within a transaction of `Record.write`; returns its sequence number."""
     return append_all(connection, [(kind, subject, who, content)]).sequence

@@ -64,6 +64,34 @@ def add(station: Station, folder: str, name: str, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def remove(station: Station, folder: str, name: str) -> None:
+    """Delete an image of a folder. One that is reached by a link is an operator's, and stays.
+
+    Raises:
+        ConfigError: A name is not safe.
+        DataError: It is not an image, or reached by a link.
+        UnknownError: It is not there.
+    """
+    path = path_of(station, folder) / check_name(name, "file")
+    if not path.is_file():
+        raise UnknownError(f"{DATA}/{folder} has no image {name!r}")
+    root = (station.folder / DATA).resolve()
+    if path.suffix.lower() not in SUFFIXES or path.resolve() != root / folder / name:
+        raise DataError(f"{DATA}/{folder}/{name} is reached by a link or is no image; delete it where it is")
+    with translated():
+        path.unlink()
+
+
+def names(station: Station, folder: str) -> list[str]:
+    """The images of a folder, and below it, in the order of their numbers.
+
+    Raises:
+        UnknownError: There is no such folder.
+    """
+    root = path_of(station, folder)
+    return [printable(path.relative_to(root).as_posix()) for path in list_images(root)]
+
+
 def image(station: Station, folder: str, number: int) -> bytes:
     """An image of a folder by its number, from 0.
 

@@ -136,7 +136,7 @@ def periods(connection: Connection, product: str, since: datetime, until: dateti
 
 def scores(connection: Connection, product: str, limit: int) -> list[Row]:
     """Scores and verdicts of the newest decisions about a product, the newest first."""
-    columns = decisions.c.id, decisions.c.score, decisions.c.decision, _last_verdict().label("verdict")
+    columns = decisions.c.id, decisions.c.version, decisions.c.score, decisions.c.decision, _last_verdict().label("verdict")
     query = select(*columns).where(decisions.c.product == product).order_by(decisions.c.id.desc()).limit(limit)
     return [dict(row._mapping) for row in connection.execute(query)]
 

@@ -14,11 +14,12 @@ from gladad.core.errors import GladError
 from gladad.models.exported.engines import cores
 from gladad.service import audit, decisions, drift, golden
 from gladad.service.decisions import Row
-from gladad.service.inspector import BusyError, Inspector
+from gladad.service.inspector import BusyError, DeadlineError, Inspector
 from gladad.service.intake import check_image
+from gladad.service.outputs import Outbox
 from gladad.service.products import Version, active_version, all_products, check_version, folder_of, stop, version_of
 from gladad.service.record import StorageError, new_id, now
-from gladad.service.recorder import Pending, Recorder
+from gladad.service.recorder import Also, Pending, Recorder
 from gladad.service.station import Station, UnknownError
 from gladad.service.worker import Draw, Inspect, Load, Outcome
 
@@ -50,6 +51,7 @@ class Line:
 
     def __init__(self, station: Station, threads: int | None = None):
         self.station = station
+        self.outbox = Outbox(station)
         self.inspector = Inspector(station.settings.queue, threads or cores(), station.settings.loaded)
         self.recorder = Recorder(station, self._in_transaction, self._tell)
         self.on_decision: list[Callable[[Row], None]] = []  # called on the recorder's thread when decisions are on the disk
@@ -65,6 +67,7 @@ class Line:
         self.inspector.close()
         self._caring.join()
         self.recorder.close()
+        self.outbox.close()
 
     @property
     def ready(self) -> bool:
@@ -88,7 +91,15 @@ class Line:
         self._active[product] = (time.monotonic(), version)
         return version
 
-    def inspect(self, product: str, content: bytes, origin: Origin, media_type: str = "", seconds: float | None = None) -> Future[Row]:
+    def inspect(
+        self,
+        product: str,
+        content: bytes,
+        origin: Origin,
+        media_type: str = "",
+        seconds: float | None = None,
+        also: Also | None = None,
+    ) -> Future[Row]:
         """Inspect an image.
 
         Args:
@@ -97,6 +108,7 @@ class Line:
             origin: Where it is from.
             media_type: What the sender says it is.
             seconds: In which it must be done; None is the station's deadline.
+            also: What else is kept in the same transaction.
 
         Returns:
             The decision, once it is kept. Cancelling gives its place free.
@@ -123,7 +135,7 @@ class Line:
             else:
                 outcome = done.result()
                 row = _row(version, outcome, origin, ending)
-                self.recorder.add(Pending(row, origin.who, content, outcome.map_png, kept))
+                self.recorder.add(Pending(row, origin.who, content, outcome.map_png, kept, also))
 
         kept.add_done_callback(lambda done: asked.cancel() if done.cancelled() else None)
         asked.add_done_callback(inspected)
@@ -176,7 +188,7 @@ class Line:
         try:
             self._load(version)
             golden.check(self.station, version, self._outcome)
-        except (BusyError, StorageError):  # closing, or the record is away: try again
+        except (BusyError, DeadlineError, StorageError):  # closing, or the worker or the record is away: try again
             raise
         except GladError as error:
             stop(self.station, version.product, str(error), SYSTEM)
@@ -200,11 +212,13 @@ class Line:
         return outcome
 
     def _in_transaction(self, connection: Connection, made: list[Pending]) -> None:
-        """Say of every decision whether the promise holds, and let the drift tests see what was accepted."""
+        """Say of every decision whether the promise holds, let the drift tests see what was accepted, and address it to the outputs."""
         for name in dict.fromkeys(pending.row["product"] for pending in made):
             drift.watch(connection, name, [pending.row for pending in made if pending.row["product"] == name])
+        self.outbox.add(connection, [pending.row for pending in made])
 
     def _tell(self, row: Row) -> None:
+        self.outbox.wake()
         for listener in self.on_decision:
             listener(row)
 

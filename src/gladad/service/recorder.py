@@ -18,6 +18,7 @@ from gladad.service.station import Station
 
 GROUP = 64  # most decisions of a transaction
 Added = Callable[[Connection, list["Pending"]], None]
+Also = Callable[[Connection, Row], None]
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Pending:
     content: bytes  # of the image
     map_png: bytes
     future: Future[Row] = field(default_factory=Future)
+    also: Also | None = None  # done in the same transaction, once the row is inserted
 
     def tell(self, error: BaseException | None = None) -> None:
         """Resolve the future with the row, or an error."""
@@ -83,6 +85,9 @@ class Recorder:
             with self._station.record.write() as connection:
                 self._adds(connection, kept)
                 decisions.insert_all(connection, [(pending.row, pending.who) for pending in kept])
+                for pending in kept:
+                    if pending.also is not None:
+                        pending.also(connection, pending.row)
         except Exception as error:
             for pending in kept:
                 pending.tell(error)

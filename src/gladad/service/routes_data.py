@@ -38,6 +38,19 @@ async def add(request: Request, folder: Folder, name: Annotated[str, Query(max_l
     return Response(status_code=204)
 
 
+@router.delete("", status_code=204, responses=problems(401, 404, 422, 507), response_class=Response)
+def remove(folder: Folder, name: Annotated[str, Query(max_length=64)], who: Who, line: Running) -> Response:
+    """Delete an image of a folder. What an operator has linked into the station stays."""
+    data_folders.remove(line.station, folder, name)
+    return Response(status_code=204)
+
+
+@router.get("/names", responses=problems(401, 404, 422))
+def names(folder: Folder, who: Who, line: Running) -> list[str]:
+    """The images of a folder, in the order of their numbers."""
+    return data_folders.names(line.station, folder)
+
+
 @router.get("/check", responses=problems(401, 404, 422))
 def check(folder: Folder, who: Who, line: Running) -> FolderCheck:
     """What is in a folder, and what is wrong with it."""

@@ -16,18 +16,19 @@ from starlette.datastructures import UploadFile
 from gladad.core.errors import DataError, GladError
 from gladad.core.images import as_pixels, resize_map
 from gladad.core.records import Region
-from gladad.report.pictures import VMAX, heatmap, overlay
-from gladad.service import decisions
+from gladad.report.pictures import VMAX, heatmap, overlay, thumbnail
+from gladad.service import audit, decisions
 from gladad.service.access import Running, Who
 from gladad.service.decisions import Row
 from gladad.service.inspector import DeadlineError
 from gladad.service.intake import check_filename
 from gladad.service.line import Line, Origin
-from gladad.service.schemas import Batch, BatchItem, DecisionOut, Page, VerdictIn, problems, shown
+from gladad.service.schemas import Batch, BatchItem, DecisionOut, EntryOut, Page, VerdictIn, problems, shown
 from gladad.service.station import UnknownError
 
 T = TypeVar("T")
 router = APIRouter(prefix="/v1", tags=["inspection"])
+SMALL = 160  # pixels of a small picture
 PNG: dict[str, Any] = {"responses": {200: {"content": {"image/png": {}}}, **problems(401, 404, 422)}, "response_class": Response}
 ANY_IMAGE: dict[str, Any] = {"responses": {200: {"content": {"image/*": {}}}, **problems(401, 404)}, "response_class": Response}
 IMAGE_BODY = {
@@ -136,12 +137,26 @@ def judge(identity: str, body: VerdictIn, who: Who, line: Running) -> DecisionOu
     return shown(_row(line, identity))
 
 
+@router.get("/decisions/{identity}/entries", responses=problems(401, 404))
+def entries(identity: str, who: Who, line: Running) -> list[EntryOut]:
+    """What the audit log says of a decision: who asked for it, and every verdict on it."""
+    with line.station.record.read() as connection:
+        decisions.one(connection, identity)
+        return [EntryOut.model_validate(entry) for entry in audit.about(connection, identity)]
+
+
 @router.get("/decisions/{identity}/image", **ANY_IMAGE)
 def image(identity: str, who: Who, line: Running) -> Response:
     """The image as it was sent."""
     row = _row(line, identity)
     kind = {"jpg": "jpeg", "tif": "tiff"}.get(row["image_type"], row["image_type"])
     return Response(line.image(row), media_type=f"image/{kind}", headers={"x-content-type-options": "nosniff"})
+
+
+@router.get("/decisions/{identity}/small.png", **PNG)
+def small_picture(identity: str, who: Who, line: Running, side: Annotated[int, Query(ge=32, le=4096)] = SMALL) -> Response:
+    """The image, shrunk until its longer side has at most so many pixels."""
+    return _png_response(encoded(thumbnail(as_pixels(line.image(_row(line, identity))), side)))
 
 
 @router.get("/decisions/{identity}/map.png", **PNG)
@@ -153,7 +168,7 @@ def map_picture(identity: str, who: Who, line: Running) -> Response:
 @router.get("/decisions/{identity}/heatmap.png", **PNG)
 def heatmap_picture(identity: str, who: Who, line: Running) -> Response:
     """The anomaly map in colours."""
-    return _png_response(_encoded(heatmap(_map(line, _row(line, identity)))))
+    return _png_response(encoded(heatmap(_map(line, _row(line, identity)))))
 
 
 @router.get("/decisions/{identity}/overlay.png", **PNG)
@@ -163,7 +178,7 @@ def overlay_picture(identity: str, who: Who, line: Running) -> Response:
     pixels = as_pixels(line.image(row))
     values = resize_map(_map(line, row), (pixels.shape[0], pixels.shape[1]))
     regions = [Region(box=tuple(each["box"]), area=each["area"], peak=each["peak"]) for each in row["regions"]]
-    return _png_response(_encoded(overlay(pixels, values, values > 1, regions)))
+    return _png_response(encoded(overlay(pixels, values, values > 1, regions)))
 
 
 @router.get("/decisions/{identity}/reconstruction.png", **PNG | {"responses": PNG["responses"] | problems(429, 503, 504)})
@@ -228,7 +243,8 @@ def _map(line: Line, row: Row) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (levels * np.float32(VMAX / 255)).astype(np.float32)
 
 
-def _encoded(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+def encoded(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """As PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

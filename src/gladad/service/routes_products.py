@@ -6,9 +6,12 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
+from gladad.core.images import as_pixels
 from gladad.core.storage import read_model_file
+from gladad.detector.files import MASK_FILE
+from gladad.report.pictures import thumbnail
 from gladad.service import audit, decisions, golden
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_filename
@@ -25,7 +28,7 @@ from gladad.service.products import (
     stop,
     version_of,
 )
-from gladad.service.routes_decisions import IMAGE_BODY
+from gladad.service.routes_decisions import IMAGE_BODY, PNG, SMALL, encoded
 from gladad.service.schemas import (
     ActivateIn,
     CalibrationOut,
@@ -39,6 +42,7 @@ from gladad.service.schemas import (
     VersionOut,
     problems,
 )
+from gladad.service.station import UnknownError
 
 router = APIRouter(prefix="/v1", tags=["products"])
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -95,6 +99,17 @@ def calibration(product: str, number: Number, who: Who, line: Running) -> Calibr
         min_area=scope.get("min_area", 0.0),
         masked=scope.get("mask", False),
     )
+
+
+@router.get("/products/{product}/versions/{number}/ignored.png", **PNG)
+def ignored_picture(product: str, number: Number, who: Who, line: Running) -> Response:
+    """The mask of a version: white where nothing counts. There is none where everything counts."""
+    with line.station.record.read() as connection:
+        version_of(connection, product, number)
+    path = folder_of(line.station, product, number) / MASK_FILE
+    if not path.is_file():
+        raise UnknownError(f"version {number} of {product!r} ignores no place")
+    return Response(path.read_bytes(), media_type="image/png")
 
 
 @router.get("/products/{product}/scores", responses=problems(401, 404, 422))
@@ -154,6 +169,17 @@ async def add_golden(
     """Keep an image, and what the active version says of it, as a golden part. It is inspected again whenever the service starts."""
     content = await request.body()
     return GoldenOut.model_validate(await asyncio.to_thread(line.add_golden, product, content, check_filename(name), who))
+
+
+@router.get("/products/{product}/golden/{sha256}/small.png", **PNG | {"responses": PNG["responses"] | problems(409)})
+def golden_picture(product: str, sha256: str, who: Who, line: Running) -> Response:
+    """A golden part of the active version, small."""
+    with line.station.record.read() as connection:
+        rows = golden.of(connection, product, active_version(connection, product).number)
+    paths = [golden.path_of(line.station, row) for row in rows if row["image_sha256"] == sha256]
+    if not paths or not paths[0].is_file():
+        raise UnknownError(f"product {product!r} has no golden part {sha256!r}")
+    return Response(encoded(thumbnail(as_pixels(paths[0].read_bytes()), SMALL)), media_type="image/png")
 
 
 @router.post("/products/{product}/golden/check", responses=problems(401, 404, 409, 429, 503, 507))

@@ -315,6 +315,7 @@ class ScoreOut(BaseModel):
     """The score of a decision."""
 
     id: str
+    version: Annotated[int, Field(description="that gave it; another model's scores mean something else")]
     score: float
     decision: Literal["accept", "warn", "reject"]
     verdict: Literal["good", "bad"] | None
@@ -328,6 +329,17 @@ class Period(BaseModel):
     accept: int
     warn: int
     reject: int
+
+
+class EntryOut(BaseModel):
+    """An entry of the audit log."""
+
+    sequence: int
+    time: str
+    who: str
+    kind: str
+    content: dict[str, Any]
+    hash: str
 
 
 class HeadOut(BaseModel):

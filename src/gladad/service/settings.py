@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gladad.core.settings import validated
+from gladad.core.errors import ConfigError
+from gladad.core.settings import METHOD, validated
 
 Keep = Literal["all", "rejected", "none"]
+Decided = Literal["accept", "warn", "reject"]
+OutputName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=300)]
+
+
+@validated
+class OutputSettings:
+    """What all outputs have; each is told every decision that it wants until it has taken it."""
+
+    name: OutputName  # tells it from the others; what waits for an output waits for its name
+    decisions: tuple[Decided, ...] = ("accept", "warn", "reject")  # which it wants
+    products: tuple[str, ...] = ()  # and of which products; empty: all
+    timeout: Seconds = 10.0  # seconds that a delivery may take
+
+
+@validated
+class WebhookSettings(OutputSettings):
+    """A URL that the decision is sent to, as JSON."""
+
+    method: Literal["webhook"] = "webhook"
+    name: OutputName = "webhook"
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$")]
+    secret: str = field(default="", repr=False)  # key of the HMAC-SHA256 of the body in X-Gladad-Signature; empty: it is not signed
+
+
+@validated
+class MqttSettings(OutputSettings):
+    """A broker that the decision is published at, as JSON, at quality of service 1."""
+
+    method: Literal["mqtt"] = "mqtt"
+    name: OutputName = "mqtt"
+    host: str
+    port: Port = 1883  # with TLS mostly 8883
+    topic: Annotated[str, Field(pattern=r"^[^+#\x00]+$")] = "gladad/{product}/decision"
+    username: str = ""  # empty: without
+    password: str = field(default="", repr=False)
+    tls: bool = False  # the broker's certificate is checked by the authorities of this system
+    retained: bool = False  # the broker gives the last decision to whoever subscribes later
+
+
+@validated
+class ModbusSettings(OutputSettings):
+    """A Modbus/TCP server, such as a PLC, whose holding registers get a counter, the decision and 1000 times the score."""
+
+    method: Literal["modbus"] = "modbus"
+    name: OutputName = "modbus"
+    host: str
+    port: Port = 502
+    device: Annotated[int, Field(ge=0, le=255)] = 1
+    address: Annotated[int, Field(ge=0, le=65533)] = 0  # of the first of the three registers, from 0
+
+
+Output = Annotated[WebhookSettings | MqttSettings | ModbusSettings, Field(discriminator=METHOD)]
 
 
 @validated
@@ -27,3 +83,9 @@ class StationSettings:
     keep_days: Annotated[float, Field(gt=0)] = 30.0  # pictures older than this are deleted; decisions never are
     keep_gib: Annotated[float, Field(gt=0)] = 20.0  # and the oldest ones, once they take more space than this
     parts_per_false_alarm: Annotated[int, Field(ge=100)] = 100_000  # of the drift test: good parts between two false alarms, on average
+    outputs: tuple[Output, ...] = ()  # where decisions go besides the record
+
+    def __post_init__(self) -> None:
+        names = [output.name for output in self.outputs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"outputs: two are called {twice[0]!r}; give each a name of its own")
