@@ -192,10 +192,11 @@ class Bench:
                 time.sleep(0.05)
 
     def kill_worker(self, port: int) -> None:
-        """Kill the inspection process, and wait until the next one inspects."""
-        pid = re.search(r"\ngladad_worker_pid ([\d.e+]+)", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text)
-        assert pid is not None
-        psutil.Process(int(float(pid[1]))).kill()
+        """Kill the inspection process, and wait until another one inspects."""
+        before = worker_pid(port)
+        psutil.Process(before).kill()
+        while worker_pid(port) == before:
+            time.sleep(0.1)
         wait_until_ready(port)
 
     # -- servers ------------------------------------------------------------------------------------------------
@@ -244,6 +245,13 @@ def wait_until_ready(port: int) -> None:
             pass
         time.sleep(0.1)
     raise SystemExit("the server did not get ready")
+
+
+def worker_pid(port: int) -> int:
+    """Process number of the inspection process, as the server tells it."""
+    found = re.search(r"\ngladad_worker_pid ([\d.e+]+)", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text)
+    assert found is not None
+    return int(float(found[1]))
 
 
 def free_port() -> int:

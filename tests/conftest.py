@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reports import mislabelled, put_report
 
 from gladad.detector.glad import Glad
 
@@ -75,6 +74,8 @@ def model(detector: Glad, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def report_folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything; read only."""
+    from reports import mislabelled, put_report  # here, as processes that draw parts import this module, and need no metrics
+
     folder = tmp_path_factory.mktemp("report")
     put_report(detector, mislabelled(detector, category), folder)
     return folder
@@ -83,6 +84,8 @@ def report_folder(detector: Glad, category: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def report_folder_without_masks(detector: Glad, category: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of the same images without their masks; read only."""
+    from reports import mislabelled, put_report
+
     folder = tmp_path_factory.mktemp("report-without-masks")
     put_report(detector, [replace(sample, mask_path=None) for sample in mislabelled(detector, category)], folder)
     return folder

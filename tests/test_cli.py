@@ -31,7 +31,8 @@ from gladad.core.records import Prediction
 from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 
-TINY = ["--steps", "4", *TINY_FLAGS, "--calibration", "held-out", "-q"]
+NARROW = ("--batch-size", "8", "--set", "widths=[32, 32]")
+TINY = ["--steps", "4", *TINY_FLAGS, *NARROW, "--calibration", "held-out", "-q"]
 
 
 class Result:
@@ -100,7 +101,8 @@ def test_the_same_fit_gives_the_same_model(gladad, category, tmp_path):
 def test_a_base_of_the_papers_form(gladad, category, tiny_base, tmp_path):  # noqa: F811
     """Its libraries like to talk; none of it may be heard."""
     options = ["--base", tiny_base / "sd", "--features", tiny_base / "dino", "--steps", 2, "--image-size", 64, "--calibration", "held-out"]
-    result = gladad("fit", category, "-o", tmp_path / "model", *options, "--set", "training.pool=4")
+    options += ["--batch-size", 2, "--set", "training.pool=4", "--set", "reconstruction.num_steps=5"]
+    result = gladad("fit", category, "-o", tmp_path / "model", *options)
     assert (result.status, result.err) == (0, "")
     result = gladad("predict", tmp_path / "model", category / "test/good/000.png", "-o", tmp_path / "out")
     assert (result.status, result.err) == (0, "")

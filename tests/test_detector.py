@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,24 +49,32 @@ def quick_settings(**changes: object) -> FeatureDiffusionSettings:
     return with_values(settings, {name.replace("__", "."): value for name, value in changes.items()})
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    folder = tmp_path / "good"
+def draw_good(folder: Path) -> Path:
     folder.mkdir()
     for index in range(30):
         draw_part(index)[0].save(folder / f"{index:03d}.png")
     return folder
 
 
-def test_fit_predict_save_load(good: Path, tmp_path: Path) -> None:
-    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
-    assert fitted.provenance_["images"] == 30 and fitted.provenance_["held_out"] == 6
-    fitted.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return draw_good(tmp_path / "good")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Glad:
+    """Fitted on images as `good` has them; read only, but a deep copy may be changed."""
+    return Glad.from_base("lite", settings=quick_settings()).fit(draw_good(tmp_path_factory.mktemp("quick") / "good"))
+
+
+def test_fit_predict_save_load(quick: Glad, good: Path, tmp_path: Path) -> None:
+    assert quick.provenance_["images"] == 30 and quick.provenance_["held_out"] == 6
+    quick.save_pretrained(tmp_path / "model")
     loaded = Glad.from_pretrained(tmp_path / "model")
     defect = np.asarray(draw_part(99)[0]).copy()
     defect[8:20, 30:44] = (255, 0, 255)
     for image in (good / "003.png", defect, draw_part(5)[0]):
-        one, two = fitted.inspect(image), loaded.inspect(image)
+        one, two = quick.inspect(image), loaded.inspect(image)
         assert one.pred_score == two.pred_score and one.step == two.step
         assert np.array_equal(one.anomaly_map, two.anomaly_map)
     found = loaded.inspect(defect)
@@ -74,23 +83,22 @@ def test_fit_predict_save_load(good: Path, tmp_path: Path) -> None:
     assert 0 < found.p_value <= 1
     assert found.pred_label == (found.pred_score > 1)
     assert np.array_equal(found.pred_mask, found.anomaly_map > 1)
-    assert loaded.describe() == fitted.describe()
+    assert loaded.describe() == quick.describe()
 
 
-def test_two_fits_write_the_same_bytes(good: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        Glad.from_base("lite", settings=quick_settings()).fit(good).save_pretrained(tmp_path / name)
+def test_two_fits_write_the_same_bytes(quick: Glad, good: Path, tmp_path: Path) -> None:
+    quick.save_pretrained(tmp_path / "one")
+    Glad.from_base("lite", settings=quick_settings()).fit(good).save_pretrained(tmp_path / "two")
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
     assert files
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
-def test_order_and_company_do_not_matter(good: Path) -> None:
-    detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
+def test_order_and_company_do_not_matter(quick: Glad, good: Path) -> None:
     paths = sorted(good.iterdir())[:7]
-    together = {p.image_path: p.pred_score for p in detector.predict(paths[::-1], reconstruct=False)}
-    assert together == {path: detector.inspect(path, reconstruct=False).pred_score for path in paths}
+    together = {p.image_path: p.pred_score for p in quick.predict(paths[::-1], reconstruct=False)}
+    assert together == {path: quick.inspect(path, reconstruct=False).pred_score for path in paths}
 
 
 class Seen:
@@ -213,8 +221,8 @@ def test_unfitted(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_a_damaged_model_is_named(good: Path, tmp_path: Path) -> None:
-    Glad.from_base("lite", settings=quick_settings()).fit(good).save_pretrained(tmp_path / "model")
+def test_a_damaged_model_is_named(quick: Glad, good: Path, tmp_path: Path) -> None:
+    quick.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "calibration.json").unlink()
     with pytest.raises(ModelFormatError, match=r"calibration\.json"):
         Glad.from_pretrained(tmp_path / "model")
@@ -224,11 +232,10 @@ def test_a_damaged_model_is_named(good: Path, tmp_path: Path) -> None:
         Glad.from_pretrained(good)
 
 
-def test_a_foreign_folder_is_not_overwritten(good: Path) -> None:
-    detector = Glad.from_base("lite", settings=quick_settings()).fit(good)
+def test_a_foreign_folder_is_not_overwritten(quick: Glad, good: Path) -> None:
     before = sorted(good.iterdir())
     with pytest.raises(WriteError, match="will not be overwritten"):
-        detector.save_pretrained(good)
+        quick.save_pretrained(good)
     assert sorted(good.iterdir()) == before
 
 
@@ -244,7 +251,7 @@ def test_regions() -> None:
 
 def test_a_model_in_the_papers_form(good: Path, tmp_path: Path) -> None:
     folder = build_base(tmp_path / "tiny")
-    settings = {"training": {"steps": 2, "pool": 4}, "image_size": 64, "seed": 1, "reconstruction.num_steps": 5}
+    settings = {"training": {"steps": 2, "batch_size": 2, "pool": 4}, "image_size": 64, "seed": 1, "reconstruction.num_steps": 5}
     detector = Glad.from_base(str(folder), settings=settings).fit(sorted(good.iterdir())[:26])
     detector.save_pretrained(tmp_path / "model")
     loaded = Glad.from_pretrained(tmp_path / "model")
@@ -329,11 +336,11 @@ def test_the_foreground_is_chosen_and_reported(tmp_path: Path) -> None:
     assert fitted.provenance_["foreground"]["foreground"] == "bright" and "dark ground" in fitted.provenance_["foreground"]["reason"]
 
 
-def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(good: Path) -> None:
+def test_an_adjusted_detector_is_that_of_a_fit_with_these_settings(quick: Glad, good: Path) -> None:
     changes = ({"adaptive": False}, {"fusion": "calibrated"}, {"timesteps": [500]})
     for change in (*({f"reconstruction__{key}": value for key, value in own.items()} for own in changes), {"false_reject_rate": 0.3}):
         wanted = quick_settings(**change)
-        adjusted = Glad.from_base("lite", settings=quick_settings()).fit(good).adjust(good, wanted)
+        adjusted = deepcopy(quick).adjust(good, wanted)
         fresh = Glad.from_base("lite", settings=wanted).fit(good)
         assert adjusted.calibration_ == fresh.calibration_ and adjusted.settings == wanted
         assert adjusted.inspect(draw_part(50)[0]).pred_score == fresh.inspect(draw_part(50)[0]).pred_score
@@ -353,16 +360,16 @@ def test_products_of_other_proportions_are_adjusted_at_the_size_of_their_fit(goo
     assert adjusted.calibration_ == fixed.calibration_
 
 
-def test_a_failed_adjustment_changes_nothing(good: Path) -> None:
-    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+def test_a_failed_adjustment_changes_nothing(quick: Glad, good: Path) -> None:
+    fitted = deepcopy(quick)
     before = (fitted.settings, fitted.calibration_)
     with pytest.raises(DataError):
         fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__timesteps=(500,)))
     assert (fitted.settings, fitted.calibration_) == before
 
 
-def test_what_cannot_be_adjusted(good: Path) -> None:
-    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+def test_what_cannot_be_adjusted(quick: Glad, good: Path) -> None:
+    fitted = deepcopy(quick)
     with pytest.raises(ConfigError, match="seed cannot be changed"):
         fitted.adjust(good, quick_settings(seed=2))
     with pytest.raises(DataError, match="not the images"):
@@ -422,16 +429,15 @@ def test_images_that_were_trained_on_never_stand_behind_a_promise(good: Path) ->
         fitted.calibrate([path for path in good.iterdir() if file_digest(path) in seen.trained])
 
 
-def test_a_renamed_copy_of_a_training_image_is_known_again(good: Path, tmp_path: Path) -> None:
-    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
-    fitted.save_pretrained(tmp_path / "model")
+def test_a_renamed_copy_of_a_training_image_is_known_again(quick: Glad, good: Path, tmp_path: Path) -> None:
+    quick.save_pretrained(tmp_path / "model")
     loaded = Glad.from_pretrained(tmp_path / "model")
     copies = tmp_path / "copies"
     copies.mkdir()
     for number, path in enumerate(sorted(good.iterdir())):
         (copies / f"new_{number}.png").write_bytes(path.read_bytes())
     loaded.calibrate(copies)
-    assert loaded.calibration_ == fitted.calibration_  # what is left are those that were held out
+    assert loaded.calibration_ == quick.calibration_  # what is left are those that were held out
 
 
 def test_copies_of_an_image_count_once(good: Path) -> None:
@@ -472,9 +478,9 @@ class TestNumbersThatAreNotFinite:
             Glad.from_pretrained(folder)
 
 
-def test_an_interrupted_adjustment_changes_nothing(good: Path) -> None:
+def test_an_interrupted_adjustment_changes_nothing(quick: Glad, good: Path) -> None:
     """Neither the model nor its thresholds, wherever it is stopped."""
-    fitted = Glad.from_base("lite", settings=quick_settings()).fit(good)
+    fitted = deepcopy(quick)
     before = fitted.inspect(draw_part(50)[0], reconstruct=False), fitted.calibration_, fitted.model_id
 
     def stop(stage: str, done: int, total: int) -> None:

@@ -62,7 +62,8 @@ def adapted(tiny_base: Path, good: list[Path]) -> Glad:
 def few(tiny_base: Path, good: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Glad, Path]:
     """A detector of so few images that it was fitted in folds, and what its trainings wrote; read only."""
     folder = tmp_path_factory.mktemp("few")
-    return Glad.from_base(str(tiny_base), settings=settings()).fit(good[:8], run=TrainingRun(folder=folder, tracker="none")), folder
+    quick = settings(calibrate_step=False)  # over all copies, for three trainings, it would take most of the time
+    return Glad.from_base(str(tiny_base), settings=quick).fit(good[:8], run=TrainingRun(folder=folder, tracker="none")), folder
 
 
 def saved_over_a_copy(detector: Glad, tiny_base: Path, folder: Path) -> tuple[Path, Path]:
@@ -173,8 +174,9 @@ def test_another_autoencoder(tiny_base: Path, good: list[Path], tmp_path: Path) 
         for parameter in weights.parameters():
             parameter.mul_(1.1)
     weights.save_pretrained(tmp_path / "vae")
-    plain = Glad.from_base(str(tiny_base), settings=settings(steps=0)).fit(good)
-    tuned = Glad.from_base(str(tiny_base), settings=settings(steps=0, vae=str(tmp_path / "vae"))).fit(good)
+    plain = Glad.from_base(str(tiny_base), settings=settings(steps=0, calibrate_step=False)).fit(good)
+    other_vae = settings(steps=0, calibrate_step=False, vae=str(tmp_path / "vae"))
+    tuned = Glad.from_base(str(tiny_base), settings=other_vae).fit(good)
     assert score(plain) != score(tuned)
     assert tuned.describe()["origin"]["vae"]["source"] == str((tmp_path / "vae").resolve())
 
@@ -185,7 +187,7 @@ def test_another_autoencoder(tiny_base: Path, good: list[Path], tmp_path: Path) 
 @pytest.mark.parametrize("training", [QUICK, FULL], ids=["lora", "full"])
 def test_one_denoiser_for_several_products(tiny_base: Path, good: list[Path], tmp_path: Path, training: dict[str, object]) -> None:
     images = {"nut": good[:25], "bolt": good[1:]}
-    detectors = Glad.fit_together(images, str(tiny_base), settings(training))
+    detectors = Glad.fit_together(images, str(tiny_base), settings(training, calibrate_step=False))
     nut, bolt = (detectors[name].model_.pipeline for name in ("nut", "bolt"))
     assert nut.unet is bolt.unet and (nut.prompt, bolt.prompt) == ("a photo of sks nut", "a photo of sks bolt")
     scores = {}

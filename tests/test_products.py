@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import draw_part
 from PIL import Image
+from scipy import ndimage
 
+from gladad.benchmark import generated
 from gladad.benchmark.config import BenchmarkConfig, Configuration, DatasetEntry
 from gladad.benchmark.generated import PRODUCTS, write
 from gladad.benchmark.products import MADE, make, prepared
@@ -27,6 +29,12 @@ def test_a_drawn_product(product: str, tmp_path: Path) -> None:
     assert len(pictures) == 2 + 1 + 6  # no two are alike
     for mask in list_images(folder / "ground_truth"):
         assert 4 < load_mask(mask).sum() < 0.02 * 384**2, mask  # every defect shows, and none is large
+
+
+def test_the_ground_is_shaded_by_the_filter() -> None:
+    noise = np.random.default_rng(0).normal(size=(generated.SIDE, generated.SIDE))
+    found = generated._BLUR @ noise @ generated._BLUR.T
+    np.testing.assert_allclose(found, ndimage.gaussian_filter(noise, generated.SIDE / 8), rtol=0, atol=1e-15)
 
 
 def test_textures_get_a_disc_of_another(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 
 PIXELS = np.asarray(draw_part(3)[0])
+NARROW = TINY | {"training.steps": 15, "training.batch_size": 8, "widths": [32, 32]}
 
 
 def test_every_group_is_of_shifts_that_exist_and_none_is_in_two():
@@ -60,9 +61,7 @@ def test_a_fit_that_tolerates_noise_rejects_less_of_it(category: Path):
     noisy = [SHIFTS["gaussian_noise"][0](np.asarray(draw_part(seed)[0]), 0.05, np.random.default_rng(seed)) for seed in range(700, 712)]
     rejected = []
     for tolerate in ([], ["noise"]):
-        detector = Glad.from_base("lite", settings=TINY | {"training.steps": 30, "false_reject_rate": 0.1, "tolerate": tolerate}).fit(
-            category
-        )
+        detector = Glad.from_base("lite", settings=NARROW | {"false_reject_rate": 0.1, "tolerate": tolerate}).fit(category)
         rejected.append(sum(detector.inspect(pixels, reconstruct=False).pred_label for pixels in noisy))
     assert rejected[1] < rejected[0]
 

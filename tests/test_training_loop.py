@@ -384,8 +384,11 @@ def test_all_processes_stop_when_the_token_of_one_is_cancelled(tmp_path: Path) -
 
 
 def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -> None:
+    import train_worker  # here, as the processes of the test above import this module, and need no pipeline
+
     steps = ("--steps", "14", "--every", "3", "--batch", "4")
-    finish(work(tiny_base, tmp_path / "run", tmp_path / "whole", *steps))
+    # In this process: importing what a training needs takes longer than the training.
+    assert train_worker.main([*map(str, (tiny_base, tmp_path / "run", tmp_path / "whole")), *steps]) == 0
     losses, weights = result(tmp_path / "whole")
 
     for number, seen in ((signal.SIGKILL, 4), (signal.SIGTERM, 2)):
@@ -398,7 +401,7 @@ def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -
         if number == signal.SIGTERM:
             assert worker.returncode == 128 + signal.SIGTERM and "stopped after step" in out
     assert not (tmp_path / "killed").exists()
-    finish(work(tiny_base, tmp_path / "killed-run", tmp_path / "killed", *steps))
+    assert train_worker.main([*map(str, (tiny_base, tmp_path / "killed-run", tmp_path / "killed")), *steps]) == 0
     after, resumed = result(tmp_path / "killed")
     assert after == losses
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 WIDTH = 32
 
 
 def build_base(folder: Path, *, patch_size: int = 8, prediction_type: str = "epsilon") -> Path:
     """Write ``folder/sd`` and ``folder/dino``, the same bytes every time; returns the folder."""
+    # here, as pytest reads this module in every process before any test, also in those that need no base
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -80,6 +86,8 @@ def build_base(folder: Path, *, patch_size: int = 8, prediction_type: str = "eps
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer that spells."""
+    from transformers import CLIPTokenizer
+
     words = ["<|startoftext|>", "<|endoftext|>", *string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))

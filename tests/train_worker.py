@@ -24,7 +24,7 @@ from gladad.training.loop import TrainingRun
 SIDE = 32
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("base", type=Path)
     parser.add_argument("folder", type=Path)
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--method", default="full")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     pipeline = GladPipeline.from_base(arguments.base)
     images = [resize_pixels(np.asarray(draw_part(seed)[0]), (SIDE, SIDE)) for seed in range(6)]
     config = FinetuneConfig(method=arguments.method, batch_size=arguments.batch, learning_rate=1e-3, precision="float32", pool=6, ema=0.9)

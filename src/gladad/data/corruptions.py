@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage, signal  # type: ignore[import-untyped, unused-ignore]
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
 from gladad.core.errors import ConfigError
 
@@ -114,6 +114,8 @@ def _scale(pixels: Pixels) -> float:
 
 def _convolve(pixels: Pixels, kernel: NDArray[np.float64]) -> Pixels:
     """Convolve every channel with an odd square kernel, scaled to a sum of 1, with mirrored borders."""
+    from scipy import signal  # late, as it takes half a second
+
     pad = len(kernel) // 2
     padded = np.pad(pixels.astype(np.float64), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     return _to_pixels(signal.oaconvolve(padded, (kernel / kernel.sum())[..., None], mode="valid", axes=(0, 1)))

@@ -32,13 +32,19 @@ class Memory(nn.Module):
         order = owner.argsort(stable=True)
         self.rows, self.owner, self._index = rows[order].half(), owner[order].int(), []
 
+    @property
+    def index(self) -> Index:
+        """Of the vectors, made when it is first asked for."""
+        if not self._index:
+            self._index = [Index(self.rows)]
+        return self._index[0]
+
     def forward(self, latent: Tensor, owners: Tensor | None = None) -> Tensor:
         """The nearest vector to every cell of ``[B, D, h, w]``, in the same shape and dtype.
 
         With ``owners`` ``[B]``, each image's own vectors are left out, those of its copies included, unless there are no others.
         """
-        if not self._index:
-            self._index = [Index(self.rows)]
+        index = self.index
         cells = latent.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, D]
         found = []
         for number, own in enumerate(cells):
@@ -47,7 +53,7 @@ class Memory(nn.Module):
                 own_rows = torch.nonzero(self.owner == owners[number].to(self.owner))
                 if 0 < len(own_rows) < len(self.rows):
                     barred = (int(own_rows[0]), int(own_rows[-1]) + 1)
-            found.append(self.rows[self._index[0].nearest(own, barred)[1].to(self.rows.device)].to(latent.dtype))
+            found.append(self.rows[index.nearest(own, barred)[1].to(self.rows.device)].to(latent.dtype))
         nearest: Tensor = torch.stack(found).unflatten(1, latent.shape[2:]).permute(0, 3, 1, 2)
         return nearest
 

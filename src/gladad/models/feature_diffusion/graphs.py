@@ -1,6 +1,6 @@
 """A ``lite`` model as ONNX graphs for `gladad.models.exported`.
 
-Every graph takes batches of up to 63 images. All arithmetic is float32.
+Every graph takes batches of up to 63 images, or as many as need up to 63 calls of the denoiser. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from gladad.core.errors import MissingExtraError
 from gladad.core.tensors import save_tensors
 from gladad.features.extractor import load_extractor
-from gladad.features.memory import Index
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 
-LARGEST_BATCH = 63  # from 64 on the denoiser copies memory in another order, which is another graph
+LARGEST_BATCH = 63  # of calls: from 64 on the denoiser copies memory in another order, which is another graph
 EXAMPLES = 2  # images that graphs are traced with
 
 
@@ -36,8 +35,12 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("export", "'gladad[export]'") from error
+    memories = [scale.memory for scale in model.all_scales()]  # which know their clusters if the model has inspected
     model = _in_float32(model)
-    scales, many = model.all_scales(), {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
+    scales = model.all_scales()
+    # The calls of an image are one batch. A limit that does not hold costs the tracer a second run, in which it lowers it by itself.
+    largest = max(EXAMPLES, LARGEST_BATCH // max(1, scales[0].method.draws))
+    many = {0: torch.export.Dim("batch", min=1, max=largest)}
     pixels = torch.zeros(EXAMPLES, *model.image_size, 3, dtype=torch.uint8)
     latents = [torch.zeros(EXAMPLES, scale.dimensions, *scale.grid) for scale in scales]
     names = [f"latent_{number}" for number in range(len(scales))]
@@ -51,9 +54,9 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
     write_graph(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
     memory = {}
     if remembers:
-        for number, scale in enumerate(scales):
-            memory[f"rows.{number}"] = scale.memory.rows
-            memory[f"centres.{number}"] = torch.from_numpy(Index(scale.memory.rows).vectors.centres)
+        for number, own in enumerate(memories):
+            memory[f"rows.{number}"] = own.rows.cpu()
+            memory[f"centres.{number}"] = torch.from_numpy(own.index.vectors.centres)
     save_tensors(folder / "memory.safetensors", memory)
 
 

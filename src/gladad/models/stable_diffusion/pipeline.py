@@ -236,13 +236,13 @@ class GladPipeline(DiffusionPipeline):
             ConfigError: A side is not a multiple of the autoencoder's pixels per cell.
         """
         components.latent_size(self.vae, (image.shape[-2], image.shape[-1]))
-        latent: Tensor = self.vae.encode((image * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        latent: Tensor = self.vae.encode((image * 2 - 1).to(_dtype(self.vae))).latent_dist.mean.float()
         return latent * float(self.vae.config.scaling_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` float32 of latents ``[B, C, h, w]``. Nominally in [0, 1], but not clipped: nor does the paper's code."""
         unscaled = latent / float(self.vae.config.scaling_factor)
-        image: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        image: Tensor = self.vae.decode(unscaled.to(_dtype(self.vae))).sample
         return image.float() / 2 + 0.5
 
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
@@ -309,6 +309,11 @@ def read_embeds(folder: Path) -> Tensor:
     if embeds.keys() != {"prompt", "empty"}:
         raise ModelFormatError(f"{folder / CONDITIONING}: holds {', '.join(sorted(embeds))} instead of prompt and empty")
     return torch.cat([embeds["prompt"], embeds["empty"]])
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """That of the first weight. The property of diffusers says the same after a walk through the whole network."""
+    return next(network.parameters()).dtype
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
