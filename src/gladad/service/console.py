@@ -1,4 +1,4 @@
-"""The console: the pages that an inspector looks at. They are built from ``console/`` and are files here; they know only the REST interface."""
+"""The console: the pages that an inspector looks at, built from ``console/``. They know the REST interface only."""
 
 from __future__ import annotations
 

@@ -17,9 +17,8 @@ from gladad.core.errors import GladError
 from gladad.service.worker import READY, Draw, Inspect, Load, run
 
 ATTEMPTS = 2  # that the worker may die of one request before this is given up
-RESTART_SECONDS = (0.0, 0.5, 2.0, 10.0)  # waits before a start, the more of them that failed in a row
+RESTART_SECONDS = (0.0, 0.5, 2.0, 10.0)  # waits before a start, the longer the more of them failed in a row
 HUNG_SECONDS = 60.0  # after its deadline a request that is still under way proves that the worker hangs
-HEALTHY_SECONDS = 10.0  # a process that lived so long did not fail to start
 
 
 class BusyError(GladError):
@@ -93,6 +92,15 @@ class Inspector:
         """Of the worker process."""
         return None if self._process is None else int(self._process.pid)
 
+    def check_room(self) -> None:
+        """Refuse early what `submit` would refuse now.
+
+        Raises:
+            BusyError: The queue is full.
+        """
+        if self.depth >= self.capacity:
+            raise BusyError(f"{self.capacity} images wait or are under way; send it again a little later")
+
     def submit(self, request: Load | Inspect | Draw, seconds: float) -> Future[Any]:
         """Queue a request; cancelling the future gives its place free unless it is under way.
 
@@ -108,8 +116,7 @@ class Inspector:
             self._drop_dead()
             if self._closed:
                 raise BusyError("the service is closing")
-            if self.depth >= self.capacity:
-                raise BusyError(f"{self.capacity} images wait or are under way; send it again a little later")
+            self.check_room()
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket.future
@@ -174,11 +181,10 @@ class Inspector:
                 self._changed.wait_for(lambda: self._closed, timeout=RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
                 if self._closed:
                     return
-            began = time.monotonic()
             connection = self._start()
-            self._receive(connection)
+            began = self._receive(connection)
             self._lost(connection)
-            failures = 0 if time.monotonic() - began > HEALTHY_SECONDS else failures + 1
+            failures = 0 if began else failures + 1
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
@@ -192,10 +198,11 @@ class Inspector:
                 process.terminate()
         return ours
 
-    def _receive(self, connection: Connection) -> None:
-        """Hand on answers until the worker is gone. It is asked nothing before it says that it is ready."""
+    def _receive(self, connection: Connection) -> bool:
+        """Hand on answers until the worker is gone. It is asked nothing before it says that it is ready; returns whether it was."""
+        ready = False
         with suppress(EOFError, OSError):
-            assert connection.recv() == READY
+            ready = connection.recv() == READY
             with self._changed:
                 self._connection = connection
                 self._changed.notify_all()
@@ -206,6 +213,7 @@ class Inspector:
                     self._changed.notify_all()
                 if ticket is not None:
                     ticket.resolve(value, error)
+        return ready
 
     def _lost(self, connection: Connection) -> None:
         """Put what the dead worker was asked back to the front of the queue, or give it up if it may be what it died of."""

@@ -20,7 +20,7 @@ from gladad.report.pictures import VMAX, heatmap, overlay, thumbnail
 from gladad.service import audit, decisions
 from gladad.service.access import Running, Who
 from gladad.service.decisions import Row
-from gladad.service.inspector import DeadlineError
+from gladad.service.inspector import BusyError, DeadlineError
 from gladad.service.intake import check_filename
 from gladad.service.line import Line, Origin
 from gladad.service.schemas import Batch, BatchItem, DecisionOut, EntryOut, Page, VerdictIn, problems, shown
@@ -68,6 +68,7 @@ async def inspect(
     deadline: Deadline = None,
 ) -> DecisionOut:
     """Inspect one image, sent as the body. The answer follows once the decision is in the record."""
+    await refuse_early(request, line)
     content = await request.body()
     origin = Origin(who, "rest", check_filename(name), request.state.request_id)
     kind = request.headers.get("content-type", "")
@@ -82,6 +83,7 @@ async def inspect_several(request: Request, product: str, who: Who, line: Runnin
     settings = line.station.settings
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise HTTPException(415, "send the images as multipart/form-data, each as a file called 'images'")
+    await refuse_early(request, line)
     async with request.form(max_files=settings.max_files, max_fields=0, max_part_size=settings.max_bytes) as form:
         files = form.getlist("images")
         if not files or len(files) != len(form.multi_items()) or not all(isinstance(file, UploadFile) for file in files):
@@ -190,6 +192,20 @@ async def reconstruction(request: Request, identity: str, who: Who, line: Runnin
     if content is None:
         raise UnknownError("this model makes no reconstructions")
     return _png_response(content)
+
+
+async def refuse_early(request: Request, line: Line) -> None:
+    """Where there is no room, pass over the body instead of holding it; not to read it would break the connection of who sends it.
+
+    Raises:
+        BusyError: There is no room.
+    """
+    try:
+        line.inspector.check_room()
+    except BusyError:
+        async for _ in request.stream():
+            pass
+        raise
 
 
 async def unless_gone(request: Request, future: Future[T], seconds: float) -> T:
