@@ -1,6 +1,6 @@
-# make setup | demo | test | check | bench | clean. Everything goes into .venv; PYTHON=... chooses the interpreter.
+# make setup | demo | test | check | bench | console | clean. Everything goes into .venv; PYTHON=... chooses the interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench console clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -16,6 +16,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  measure the numbers of the README, on the four products below DATA=folder"
+	@echo "make console  build the pages of the service anew (needs Node; the build is committed)"
 	@echo "make clean  remove what these made, but not .venv"
 
 setup: $(STAMP)
@@ -45,6 +46,9 @@ check: setup
 
 bench: setup
 	$(BIN)/gladad benchmark four_products --data $(DATA) -o runs/four_products
+
+console:
+	cd console && npm ci --no-audit --no-fund && npm run check && npm run build
 
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache

@@ -158,7 +158,7 @@ class Bench:
             for thread in threads:
                 thread.start()
             for _ in range(count):
-                time.sleep(random.uniform(0.5, 2.0))
+                time.sleep(random.uniform(1.0, 4.0))
                 if victim == "server":
                     self.process.kill()
                     self.process.wait()

@@ -1,0 +1,460 @@
+"""The console in a browser: what an inspector does on each page, with the keyboard too; and what is served."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import draw_part
+from fastapi.testclient import TestClient
+from PIL import Image
+from service_base import PRODUCT, make_station, served
+
+from gladad.report.pictures import CHANNELS, VMAX
+from gladad.service.console import FOLDER
+
+SOURCES = Path(__file__).parent.parent / "console"
+PAGES = ("inspect", "teach", "tune", "history", "models")
+MOST_BYTES = 300_000
+WAIT = 30_000  # milliseconds
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def file(name: str, seed: int, defective: bool = False) -> dict[str, object]:
+    return {"name": name, "mimeType": "image/png", "buffer": png(draw_part(seed, defective)[0])}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def station(model, category, tmp_path_factory):
+    made = make_station(tmp_path_factory.mktemp("console") / "line", model)
+    good = made.folder / "data" / PRODUCT / "good"
+    good.mkdir(parents=True)
+    for path in (category / "train/good").iterdir():
+        shutil.copyfile(path, good / path.name)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def url(station):
+    with served(station, threads=1) as address:
+        yield address
+
+
+@contextmanager
+def opened(browser, url: str, place: str = "inspect", refused: tuple[str, ...] = (), **options) -> Iterator:
+    """A page in a context of its own, which must ask nobody else, and complain of nothing (but of refusals where they are expected)."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, **options)
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
+    said, elsewhere = [], []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "blob:", "data:")) else None)
+    page.goto(f"{url}/#/{place}")
+    try:
+        yield page
+        assert not elsewhere
+        assert not [text for text in said if not any(status in text for status in refused)]
+    finally:
+        context.close()
+
+
+def inspect(url: str, name: str, seed: int, defective: bool = False) -> dict:
+    return httpx.post(
+        f"{url}/v1/products/{PRODUCT}/inspections", params={"name": name}, content=png(draw_part(seed, defective)[0]), timeout=60
+    ).json()
+
+
+# -- what is served --------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_served_with_strict_headers_and_are_no_part_of_the_interface(station):
+    from gladad.service.app import make_app
+
+    app = make_app(station)
+    client = TestClient(app)  # without its lifespan: the pages need no inspection
+    index = client.get("/")
+    assert index.status_code == 200 and "text/html" in index.headers["content-type"]
+    assert index.headers["cache-control"] == "no-cache"
+    assets = re.findall(r'"\./(assets/[^"]+)"', index.text)
+    assert len(assets) == 2
+    for answer in (index, *(client.get(f"/{name}") for name in assets)):
+        assert answer.status_code == 200
+        assert answer.headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+    assert "immutable" in client.get(f"/{assets[0]}").headers["cache-control"]
+    assert client.get("/favicon.svg").headers["content-type"].startswith("image/svg")
+    for name in ("nothing.js", "..%2f..%2fconsole.py", "%2e%2e"):
+        assert client.get(f"/assets/{name}").status_code == 404
+    assert not {"/", "/assets/{name}", "/favicon.svg"} & app.openapi()["paths"].keys()
+
+
+def test_everything_is_small_and_asks_nobody_else():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(len(gzip.compress(path.read_bytes())) for path in files) <= MOST_BYTES
+    for path in files:
+        addresses = set(re.findall(r"https?://[^\s\"'`)<>]+", path.read_text(encoding="utf-8")))
+        assert all(address.startswith(("http://www.w3.org/", "https://svelte.dev/e/")) for address in addresses), (path, addresses)
+
+
+def test_the_colours_are_those_of_reports():
+    text = (SOURCES / "src/lib/colours.ts").read_text(encoding="utf-8")
+    rows = tuple(tuple(map(int, row.split(","))) for row in re.findall(r"^  \[([\d, ]+)\],$", text, re.M))
+    assert rows == CHANNELS
+    assert f"VMAX = {VMAX:g};" in text
+
+
+def test_the_committed_build_is_that_of_the_sources(tmp_path):
+    if not (SOURCES / "node_modules").is_dir() or shutil.which("npx") is None:
+        pytest.skip("console/node_modules is missing (npm ci in console/)")
+    subprocess.run(
+        ["npx", "vite", "build", "--outDir", str(tmp_path / "built"), "--logLevel", "error"], cwd=SOURCES, check=True, timeout=120
+    )
+    fresh, kept = (
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "built", FOLDER)
+    )
+    assert fresh == kept, "run: make console"
+
+
+def test_pictures_of_a_folder_are_named_and_removed_but_not_those_behind_links(url, station, tmp_path):
+    folder, parameters = station.folder / "data/named", {"folder": "named"}
+    folder.mkdir()
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(png(draw_part(1)[0]))
+    (folder / "own.png").write_bytes(png(draw_part(2)[0]))
+    (folder / "link.png").symlink_to(kept)
+    (folder / "notes.txt").write_text("no picture")
+    (station.folder / "data/linked").symlink_to(tmp_path)
+    with httpx.Client(base_url=url, timeout=30) as client:
+        assert client.get("/v1/data/names", params=parameters).json() == ["link.png", "own.png"]
+        for place, name, status in [
+            ("named", "link.png", 422),
+            ("linked", "kept.png", 422),
+            ("named", "notes.txt", 422),
+            ("named", "other.png", 404),
+            ("named", "../own.png", 422),
+            ("named", "own.png", 204),
+        ]:
+            assert client.delete("/v1/data", params={"folder": place, "name": name}).status_code == status, name
+        assert client.get("/v1/data/names", params=parameters).json() == ["link.png"]
+    assert kept.is_file()
+    (station.folder / "data/linked").unlink()
+
+
+# -- what an inspector does --------------------------------------------------------------------------------------------
+
+
+def test_inspect_judge_by_keyboard_and_find_it_again(browser, url):
+    with opened(browser, url) as page:
+        page.get_by_label("Pictures", exact=True).set_input_files([file("bad-1.png", 2001, True), file("good-1.png", 1001)])
+        page.get_by_text("bad-1.png").first.wait_for()
+        page.get_by_text("good-1.png").first.wait_for()
+        queue = page.get_by_role("list", name="Parts, the newest first")
+        queue.get_by_role("button", name="bad-1.png").click()
+        decision = page.get_by_role("status", name="Decision")
+        assert decision.inner_text().strip() == "Reject"
+        assert "of 100 good parts" in page.locator("section.side").inner_text().lower()
+        before = float(page.locator(".room").get_attribute("data-scale"))
+        page.keyboard.press("-")
+        smaller = float(page.locator(".room").get_attribute("data-scale"))
+        page.get_by_role("button", name="Place 1").click()
+        assert float(page.locator(".room").get_attribute("data-scale")) > smaller
+        page.keyboard.press("0")
+        assert float(page.locator(".room").get_attribute("data-scale")) == pytest.approx(before)
+        for key in ("+", "3", "1", "2", "-"):
+            page.keyboard.press(key)
+        page.locator("img.layer").wait_for(state="detached")
+        page.keyboard.press("h")
+        page.get_by_role("dialog", name="Keys").wait_for()
+        page.keyboard.press("Escape")
+        page.keyboard.press("b")
+        queue.get_by_role("button", name="bad-1.png").get_by_text("judged bad").wait_for()
+        page.keyboard.press(" ")
+        page.get_by_role("button", name="Go on").wait_for()
+        page.get_by_role("link", name="History").click()
+        page.get_by_role("combobox", name="Verdict").select_option("bad")
+        found = page.get_by_role("list", name="Decisions, the newest first").get_by_role("link")
+        page.get_by_text("good-1.png").wait_for(state="detached")
+        found = found.filter(has_text="bad-1.png")
+        found.wait_for()
+        page.get_by_label("Name for this filter").fill("bad ones")
+        page.get_by_role("button", name="Save filter").click()
+        page.reload()
+        page.get_by_role("button", name="bad ones", exact=True).click()
+        found.click()
+        page.get_by_text("End of the audit log").wait_for()
+        text = page.locator("main").inner_text()
+        assert all(each in text for each in ("judged “bad” by local", "SHA-256", "version 1", "request"))
+    judged = [
+        each for each in httpx.get(f"{url}/v1/decisions", params={"verdict": "bad"}).json()["items"] if each["image_name"] == "bad-1.png"
+    ]
+    entries = httpx.get(f"{url}/v1/decisions/{judged[0]['id']}/entries").json()
+    assert [each["kind"] for each in entries] == ["decision", "verdict"]
+
+
+def test_a_folder_is_picked_and_pictures_are_dropped(browser, url, tmp_path):
+    for name in ("a/folder-1.png", "a/b/folder-2.png", "a/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(draw_part(len(name))[0]) if path.suffix == ".png" else b"no picture")
+    with opened(browser, url, refused=("415",)) as page:
+        page.get_by_label("Folder of pictures").set_input_files(tmp_path / "a")
+        queue = page.get_by_role("list", name="Parts, the newest first")
+        queue.get_by_text("folder-1.png").wait_for()
+        queue.get_by_text("folder-2.png").wait_for()
+        content = list(png(draw_part(77)[0]))
+        make = """bytes => { const made = new DataTransfer();
+            made.items.add(new File([new Uint8Array(bytes)], 'dropped.png', {type: 'image/png'}));
+            made.items.add(new File(['not a picture'], 'broken.png', {type: 'image/png'})); return made; }"""
+        page.locator(".drop").dispatch_event("drop", {"dataTransfer": page.evaluate_handle(make, content)})
+        queue.get_by_text("dropped.png").wait_for()
+        queue.get_by_text("not an image").wait_for()
+        page.get_by_text("notes.txt").wait_for(state="detached")
+
+
+def test_the_picture_and_its_layer_stay_aligned(browser, url):
+    inspect(url, "zoomed.png", 2002, True)
+    with opened(browser, url) as page:
+        page.locator(".room img").wait_for()
+        page.locator(".room").hover()
+        page.mouse.wheel(0, -400)
+        page.mouse.down()
+        page.mouse.move(700, 300, steps=4)
+        page.mouse.up()
+        boxes = [page.locator(f".stage > {kind}").first.bounding_box() for kind in ("img", "canvas", "svg")]
+        assert boxes[0] == boxes[1] == boxes[2]
+
+
+def test_a_limit_is_moved_and_saved(browser, url):
+    for seed in range(3):
+        inspect(url, f"part-{seed}.png", 3000 + seed)
+    active = httpx.get(f"{url}/v1/products/{PRODUCT}").json()["active"]
+    with opened(browser, url, "tune") as page:
+        figure = page.locator("[data-figure=changed] .big")
+        figure.wait_for()
+        held = page.locator("[data-figure=held] .big")
+        before = (figure.inner_text(), held.inner_text())
+        handle = page.get_by_role("slider", name="Reject limit")
+        box = handle.locator("path").bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] - 60, box["y"] + 10, steps=5)
+        page.mouse.up()
+        assert page.locator("[data-promise=lost]").is_visible()
+        handle.focus()
+        for _ in range(5):
+            page.keyboard.press("PageDown")
+        value = float(handle.get_attribute("aria-valuenow"))
+        assert value < 0.6
+        page.keyboard.press("ArrowRight")
+        assert float(handle.get_attribute("aria-valuenow")) == pytest.approx(value + 0.01)
+        assert (figure.inner_text(), held.inner_text()) != before
+        page.locator("[data-figure=changed]").click()
+        listed = page.get_by_role("list", name="of the last parts would have been decided otherwise")
+        assert listed.get_by_role("link").count() > 0
+        for _ in range(12):
+            handle.press("PageUp")
+        assert page.locator("[data-promise=kept]").is_visible()
+        page.get_by_role("checkbox", name="Warn above").check()
+        page.get_by_role("slider", name="Warning limit").press("ArrowLeft")
+        page.get_by_label("Note", exact=True).fill("less strict")
+        page.get_by_role("button", name="Save as a new version").click()
+        page.get_by_text("was made and inspects now").wait_for()
+        page.get_by_role("link", name="Models").click()
+        page.get_by_role("cell", name="less strict").wait_for()
+        row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name=str(active), exact=True))
+        row.get_by_role("button", name="Go back to it").click()
+        page.get_by_role("button", name=f"Activate version {active}").click()
+        page.get_by_text(f"Version {active} inspects now").wait_for()
+    versions = httpx.get(f"{url}/v1/products/{PRODUCT}/versions").json()
+    (made,) = (version for version in versions if version["note"] == "less strict")
+    assert made["reject_limit"] > 1 and 0.5 < made["warn_limit"] < made["reject_limit"]
+    assert versions[active - 1]["active"]
+
+
+def test_a_corner_that_does_not_count(browser, url, station):
+    inspect(url, "corner.png", 2003, True)
+    with opened(browser, url, "tune") as page:
+        room = page.locator(".room")
+        room.scroll_into_view_if_needed()
+        page.locator(".room img").wait_for()
+        page.get_by_role("button", name="Rectangle").click()
+        box = page.locator(".stage").bounding_box()
+        page.mouse.move(box["x"] + 2, box["y"] + 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+        page.mouse.up()
+        page.get_by_role("button", name="Brush", exact=False).first.click()
+        page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9)
+        page.get_by_role("button", name="Undo").click()
+        page.get_by_label("Smallest spot that counts").fill("4")
+        for layer in ("img", "canvas.mask", "svg:has(circle)"):  # also what is drawn over the picture lies on it
+            assert page.locator(f".stage > {layer}").bounding_box() == page.locator(".stage").bounding_box()
+        page.get_by_label("Folder of good parts").select_option(f"{PRODUCT}/good")
+        page.get_by_role("button", name="Make a version without these").click()
+        page.locator("[data-state=done]").wait_for(timeout=60_000)
+        page.get_by_text("and inspects now").wait_for()
+    version = httpx.get(f"{url}/v1/products/{PRODUCT}/versions").json()[-1]
+    assert version["active"]
+    found = httpx.get(f"{url}/v1/products/{PRODUCT}/versions/{version['number']}/calibration").json()
+    assert found["masked"] and 0 < found["min_area"] < 0.01
+    mask = httpx.get(f"{url}/v1/products/{PRODUCT}/versions/{version['number']}/ignored.png").content
+    ignored = np.asarray(Image.open(io.BytesIO(mask)).convert("L")) > 127
+    assert ignored[4:30, 4:30].all() and not ignored[40:].any() and not ignored[:, 40:].any()
+    assert 0.2 < ignored.mean() < 0.3
+
+
+def test_golden_parts_and_a_stop(browser, url):
+    with opened(browser, url, "models") as page:
+        page.get_by_label("Pictures", exact=True).set_input_files([file("golden.png", 1002)])
+        page.get_by_role("list", name="Golden parts").get_by_text("golden.png").wait_for()
+        page.get_by_role("button", name="Check now").click()
+        page.get_by_text("1 golden part checked").wait_for()
+        page.get_by_role("button", name=f"Stop {PRODUCT}").click()
+        page.get_by_label("Why").fill("lamp is changed")
+        page.get_by_role("dialog").get_by_role("button", name=f"Stop {PRODUCT}").click()
+        page.get_by_text("lamp is changed").wait_for()
+        page.get_by_role("link", name="Inspect").click()
+        page.get_by_text(f"{PRODUCT} is stopped").wait_for()
+        page.get_by_role("link", name="Models").click()
+        page.get_by_role("button", name=re.compile("Activate|Go back")).first.click()
+        page.get_by_role("dialog").get_by_role("button", name=re.compile("Activate version")).click()
+        page.get_by_role("button", name=f"Stop {PRODUCT}").wait_for()
+
+
+def test_two_people_see_each_others_verdicts(browser, url):
+    identity = inspect(url, "shared.png", 4001)["id"]
+    with opened(browser, url, f"decision/{identity}") as one, opened(browser, url) as other:
+        queue = other.get_by_role("list", name="Parts, the newest first")
+        queue.get_by_text("shared.png").wait_for()
+        one.get_by_label("Note, if you like").fill("a reflection")
+        one.get_by_role("button", name="Good").click()
+        queue.get_by_role("button", name="shared.png").get_by_text("judged good").wait_for()
+        one.get_by_text("“good: a reflection”").wait_for()
+        queue.get_by_role("button", name="shared.png").click()
+        other.keyboard.press("b")
+        one.get_by_text("judged “bad”").wait_for()
+
+
+def test_teach_then_restart_and_find_everything(browser, tmp_path):
+    station = make_station(tmp_path / "new")
+    try:
+        with served(station, threads=1) as url, opened(browser, url) as page:
+            page.get_by_role("button", name="Teach a product").click()
+            page.get_by_label("Name of the product").fill("gear")
+            parts = [file(f"good part {number}.png", number) for number in range(24)]
+            page.get_by_label("Pictures", exact=True).set_input_files([*parts, file("twice.png", 3)])
+            page.get_by_text("25 pictures").first.wait_for()
+            page.get_by_text("pixel for pixel").first.wait_for()
+            page.get_by_role("button", name="Remove good_part_3.png").click()
+            page.get_by_text("Nothing is wrong with them").wait_for()
+            page.get_by_label("Good parts that may be rejected by mistake").select_option("0.05")
+            page.get_by_text("For experts").click()
+            page.get_by_label("Method").select_option("memory-bank")
+            page.get_by_label("Side in pixels to work at").fill("64")
+            page.get_by_role("button", name="Learn gear from 24 pictures").click()
+            page.locator("[data-state=done], [data-state=failed]").wait_for(timeout=60_000)
+            assert "a new good part is rejected with a probability" in page.locator("[data-state=done]").inner_text()
+            page.get_by_role("button", name="Inspect parts").click()
+            page.get_by_label("Pictures", exact=True).set_input_files([file("first.png", 500)])
+            page.get_by_role("status", name="Decision").wait_for()
+            page.keyboard.press("g")
+            page.get_by_text("judged good").first.wait_for()
+        with served(station, threads=1) as url, opened(browser, url, "history") as page:
+            page.get_by_role("link", name="first.png").get_by_text("judged good").wait_for()
+            page.get_by_role("link", name="Teach").click()
+            page.locator("[data-state=done]").wait_for()
+    finally:
+        station.close()
+
+
+def test_a_job_that_fails_says_why_and_one_can_be_cancelled(browser, url):
+    with opened(browser, url, "teach") as page:
+        page.get_by_label("Name of the product").fill("broken")
+        page.get_by_label("Pictures", exact=True).set_input_files([file("only.png", 1)])
+        page.get_by_text("These are few").wait_for()
+        page.get_by_text("For experts").click()
+        page.get_by_label("Method").select_option("memory-bank")
+        page.get_by_role("button", name="Learn broken from 1 picture").click()
+        page.locator("[data-state=failed]").wait_for(timeout=60_000)
+        assert "It failed" in page.locator("[data-state=failed]").inner_text()
+        page.get_by_role("button", name="Learn broken from 1 picture").click()
+        page.get_by_role("button", name="Cancel").click()
+        page.locator("[data-state=cancelled]").wait_for()
+
+
+def test_a_station_with_keys_asks_for_one(browser, model, tmp_path):
+    station = make_station(tmp_path / "locked", model)
+    try:
+        key = station.add_key("inspector", "tester")
+        with served(station, threads=1) as url, opened(browser, url, refused=("401",)) as page:
+            dialog = page.get_by_role("dialog", name="This station wants a key")
+            dialog.get_by_label("Key").fill("wrong")
+            page.keyboard.press("Enter")
+            dialog.get_by_text("not known here").wait_for()
+            dialog.get_by_label("Key").fill(key)
+            page.keyboard.press("Enter")
+            page.get_by_text(f"Ready for {PRODUCT}").wait_for()
+            page.get_by_label("Pictures", exact=True).set_input_files([file("locked.png", 1003)])
+            page.locator(".room img").wait_for()  # pictures go with the key, too
+            assert page.evaluate("JSON.stringify(localStorage)").find(key) < 0
+            page.reload()
+            page.get_by_role("status", name="Decision").wait_for()
+    finally:
+        station.close()
+
+
+def test_pages_can_be_read_and_operated_by_everybody(browser, url):
+    axe = SOURCES / "node_modules/axe-core/axe.min.js"
+    if not axe.is_file():
+        pytest.skip("axe-core is missing (npm ci in console/)")
+    identity = inspect(url, "read.png", 2004, True)["id"]
+    found = {}
+    every, colours = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}, {"runOnly": ["color-contrast"]}
+    with opened(browser, url) as page:
+        page.evaluate(axe.read_text(encoding="utf-8"))
+        for place in (*PAGES, f"decision/{identity}"):
+            page.goto(f"{url}/#/{place}")
+            page.locator("main .card, main .viewer").first.wait_for()
+            page.wait_for_timeout(400)
+            for theme, rules in (("light", every), ("dark", colours)):
+                page.emulate_media(color_scheme=theme)
+                for each in page.evaluate("rules => axe.run(document, rules)", rules)["violations"]:
+                    nodes = [f"{node['html'][:120]} {node['failureSummary'][:200]}" for node in each["nodes"]]
+                    found[f"{place}, {theme}: {each['id']}"] = nodes[:3]
+        page.set_viewport_size({"width": 1024, "height": 768})
+        for place in PAGES:
+            page.goto(f"{url}/#/{place}")
+            page.wait_for_timeout(300)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 1024, place
+    assert not found, json.dumps(found, indent=1)
