@@ -16,11 +16,22 @@ from gladad.cli.main import main
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.records import Inspection
 from gladad.decision.scope import Scope
+from gladad.detector.fitted import Fitted
 from gladad.detector.glad import Glad
 
 
-def found(level: np.ndarray) -> Inspection:
-    return Inspection(map=level.astype(np.float32), score=7.0, step=400, latent=None)
+class Known:
+    """A model that always says the same, and knows no places."""
+
+    def __init__(self, level: np.ndarray):
+        self.level = level.astype(np.float32)
+
+    def inspect(self, pixels: np.ndarray) -> Inspection:
+        return Inspection(map=self.level, score=7.0, step=400, latent=None)
+
+
+def applied(scope: Scope, level: np.ndarray) -> Inspection:
+    return Fitted(Known(level), None, [], {}, scope=scope).inspect(np.zeros((8, 8, 3), np.uint8))
 
 
 def reference_score(level: np.ndarray, area: int) -> float:
@@ -37,7 +48,7 @@ def reference_score(level: np.ndarray, area: int) -> float:
 @given(st.integers(0, 2**32 - 1), st.integers(0, 30))
 def test_the_peak_is_the_highest_level_of_a_large_enough_area(seed, area):
     level = np.random.default_rng(seed).integers(0, 9, (9, 11)).astype(np.float32)
-    scoped = Scope(min_area=area / 99).applied(found(level))
+    scoped = applied(Scope(min_area=area / 99), level)
     assert scoped.map.max() == reference_score(level, area)
     assert scoped.score == 7.0 * scoped.map.max() / level.max()
     assert (scoped.map <= level).all()
@@ -48,7 +59,7 @@ def test_ignored_places_do_not_count():
     level[0, 0], level[7, 7] = 5, 3
     ignored = np.zeros((4, 4), bool)  # over the image, whatever its size
     ignored[0, 0] = True
-    scoped = Scope(ignored).applied(found(level))
+    scoped = applied(Scope(ignored), level)
     assert scoped.score == 7.0 * 3 / 5
     assert (scoped.map[:2, :2] == 0).all() and (scoped.map[2:] == level[2:]).all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from PIL import Image
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.images import load_mask
-from gladad.core.records import Inspection
 from gladad.core.storage import content_digest
 
 
@@ -21,9 +20,10 @@ from gladad.core.storage import content_digest
 class Scope:
     """What of a map counts.
 
-    The map is 0 where it is ignored, and opened by area (Vincent, "Grayscale area openings and closings", 1993): its new peak is the
-    highest level at which an area that counts is still large enough. The model's score falls as the peak does. Held-out good images are
-    scored in the same way, so that the promise about false rejects holds for what counts.
+    ``lite`` scores nothing where it is ignored; with other models the score falls as the peak of the map does when that part is cut out.
+    The map is opened by area (Vincent, "Grayscale area openings and closings", 1993): its new peak is the highest level at which an area
+    is still large enough, and the score falls as the peak does. Held-out good images are scored in the same way, so that the promise
+    about false rejects holds for what counts.
 
     Attributes:
         ignored: ``[H, W]`` bool over the image, of any size: True where nothing counts; None is nowhere.
@@ -52,19 +52,20 @@ class Scope:
     def __bool__(self) -> bool:
         return self.min_area > 0 or (self.ignored is not None and bool(self.ignored.any()))
 
-    def applied(self, found: Inspection) -> Inspection:
-        """What counts of an inspection: its map, which is not negative, and its score."""
-        level = found.map
-        if self.ignored is not None:
-            size = (level.shape[1], level.shape[0])
-            level = np.where(np.asarray(Image.fromarray(self.ignored).resize(size, Image.Resampling.NEAREST)), np.float32(0), level)
-        area = math.ceil(self.min_area * level.size)
-        if area > 1:
-            from skimage.morphology import area_opening  # late: most models do without
+    @property
+    def counted(self) -> NDArray[np.bool_] | None:
+        """``[H, W]`` over the image; None is everywhere."""
+        return None if self.ignored is None else ~self.ignored
 
-            level = area_opening(level, area, connectivity=2)
-        peak = float(found.map.max())
-        return replace(found, map=level, score=found.score * float(level.max()) / peak if peak > 0 else found.score)
+    def opened(self, level: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A map ``[h, w]`` without areas that are too small."""
+        area = math.ceil(self.min_area * level.size)
+        if area <= 1:
+            return level
+        from skimage.morphology import area_opening  # late: most models do without
+
+        found: NDArray[np.float32] = area_opening(level, area, connectivity=2)
+        return found
 
     # -- files --------------------------------------------------------------------------------------------------
 

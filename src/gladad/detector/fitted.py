@@ -15,7 +15,7 @@ from gladad.core.storage import content_digest
 from gladad.decision.conformal import Calibration
 from gladad.decision.scope import Scope
 from gladad.detector.view import read_pixels
-from gladad.models.family import Model
+from gladad.models.family import Model, inspect_where, lowered
 
 if TYPE_CHECKING:
     from gladad.data.alignment import Alignment
@@ -60,8 +60,11 @@ class Fitted:
 
     def inspect(self, pixels: Pixels) -> Inspection:
         """Map and score of an image as the model sees it, ``[H, W, 3]`` uint8, in the model's own units."""
-        found = self.model.inspect(pixels)
-        return found if self.scope is None else self.scope.applied(found)
+        if self.scope is None:
+            return self.model.inspect(pixels)
+        counted = self.scope.counted
+        found = self.model.inspect(pixels) if counted is None else inspect_where(self.model, pixels, counted)
+        return lowered(found, self.scope.opened(found.map))
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""

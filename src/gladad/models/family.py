@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from gladad.core.records import Inspection, Progress, no_progress
 from gladad.models.settings import FitSettings
@@ -110,3 +111,24 @@ class Family(Protocol):
 
     def load(self, folder: Path, config: dict[str, Any]) -> Model:
         """Read what a model's ``save`` wrote; raises ModelFormatError if folder and config do not fit together."""
+
+
+def inspect_where(model: Model, pixels: Pixels, counted: NDArray[np.bool_]) -> Inspection:
+    """Map and score of one image where it counts; a family that has no way of its own loses of the score as much as of the map's peak.
+
+    Args:
+        model: A model.
+        pixels: ``[H, W, 3]`` uint8 of any size.
+        counted: ``[H, W]`` over the image, of any size.
+    """
+    own = getattr(model, "inspect_where", None)
+    found: Inspection = model.inspect(pixels) if own is None else own(pixels, counted)
+    where = Image.fromarray(counted).resize((found.map.shape[1], found.map.shape[0]), Image.Resampling.NEAREST)
+    level: NDArray[np.float32] = np.where(np.asarray(where), found.map, np.float32(0))
+    return lowered(found, level) if own is None else replace(found, map=level)
+
+
+def lowered(found: Inspection, level: NDArray[np.float32]) -> Inspection:
+    """An inspection with another map; the score changes as the peak does."""
+    peak = float(found.map.max())
+    return replace(found, map=level, score=found.score * float(level.max()) / peak if peak > 0 else found.score)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.storage import content_digest
-from gladad.models.family import Model
+from gladad.models.family import Model, inspect_where
 
 Pixels = NDArray[np.uint8]
 
@@ -58,7 +59,16 @@ class Tiled:
 
     def inspect(self, pixels: Pixels) -> Inspection:
         """Map and score of one image ``[H, W, 3]`` uint8 of any size, in the model's own units."""
-        found = [self.model.inspect(tile) for tile in cut(resize_pixels(pixels, self.image_size), self.count)]
+        return self._joined([self.model.inspect(tile) for tile in cut(resize_pixels(pixels, self.image_size), self.count)])
+
+    def inspect_where(self, pixels: Pixels, counted: NDArray[np.bool_]) -> Inspection:
+        """The same where it counts, ``[H, W]`` over the image, see `gladad.models.family.inspect_where`."""
+        size = (self.image_size[1], self.image_size[0])
+        where = np.asarray(Image.fromarray(counted).resize(size, Image.Resampling.NEAREST))
+        tiles = zip(cut(resize_pixels(pixels, self.image_size), self.count), cut(where, self.count), strict=True)
+        return self._joined([inspect_where(self.model, tile, part) for tile, part in tiles])
+
+    def _joined(self, found: list[Inspection]) -> Inspection:
         worst = max(found, key=lambda each: each.score)
         return Inspection(map=joined([each.map for each in found], self.count), score=worst.score, step=worst.step, latent=found)
 

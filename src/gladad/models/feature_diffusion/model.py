@@ -146,15 +146,20 @@ class FeatureDiffusion(nn.Module):
         scores = torch.stack([scale.score(cells) for scale, cells in zip(self.all_scales(), evidence, strict=True)])
         return self.anomaly_map(evidence), self.image_score(scores)
 
-    @torch.inference_mode()
     def inspect(self, pixels: Pixels) -> Inspection:
-        """Inspect one image.
+        """Inspect one image, see `inspect_where`; everything counts."""
+        return self.inspect_where(pixels, None)
+
+    @torch.inference_mode()
+    def inspect_where(self, pixels: Pixels, counted: NDArray[np.bool_] | None) -> Inspection:
+        """Inspect one image where it counts.
 
         Images go through the networks one at a time and on one thread: neither the shapes nor the order of a sum, and so no bit of the
         result, depends on the batch or on the number of cores. Several images are best inspected by as many threads, see `Glad.predict`.
 
         Args:
             pixels: ``[H, W, 3]`` uint8 of any size.
+            counted: ``[H, W]`` over the image, of any size: cells of which less than half counts show nothing at any scale; None is all.
 
         Returns:
             Map and score in the model's own units, and what is needed for a picture of the reconstruction.
@@ -163,6 +168,9 @@ class FeatureDiffusion(nn.Module):
             image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
             latents = [scale.encode(image) for scale in self.all_scales()]
             evidence, rebuilt = self.judge(latents)
+            if counted is not None:
+                where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
+                evidence = [cells * (F.interpolate(where, cells.shape[2:], mode="area") >= 0.5) for cells in evidence]
             maps, score = self.summary(evidence)
         return Inspection(map=maps[0, 0].cpu().numpy(), score=float(score), step=int(rebuilt[0].step), latent=rebuilt[0].latent)
 
