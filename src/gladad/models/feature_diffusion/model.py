@@ -38,6 +38,7 @@ from gladad.models.pictures import where_anomalous
 
 Pixels = NDArray[np.uint8]
 WEIGHTS_FILE = "lite.safetensors"
+MARGIN = 2  # cells beside ignored places that do not count either: evidence is blurred over a cell, and features see further
 
 
 def working_multiple(settings: FeatureDiffusionSettings, extractor: Extractor) -> int:
@@ -159,7 +160,8 @@ class FeatureDiffusion(nn.Module):
 
         Args:
             pixels: ``[H, W, 3]`` uint8 of any size.
-            counted: ``[H, W]`` over the image, of any size: cells of which less than half counts show nothing at any scale; None is all.
+            counted: ``[H, W]`` over the image, of any size: at each scale nothing shows where it does not count and in the cells next to
+                it, whose features see what is there; None is all.
 
         Returns:
             Map and score in the model's own units, and what is needed for a picture of the reconstruction.
@@ -170,9 +172,14 @@ class FeatureDiffusion(nn.Module):
             evidence, rebuilt = self.judge(latents)
             if counted is not None:
                 where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
-                evidence = [cells * (F.interpolate(where, cells.shape[2:], mode="area") >= 0.5) for cells in evidence]
+                evidence = [cells * self._far_enough(where, cells) for cells in evidence]
             maps, score = self.summary(evidence)
         return Inspection(map=maps[0, 0].cpu().numpy(), score=float(score), step=int(rebuilt[0].step), latent=rebuilt[0].latent)
+
+    def _far_enough(self, counted: Tensor, cells: Tensor) -> Tensor:
+        """Which cells ``[1, 1, h, w]`` count with all their neighbours."""
+        ignored = (F.interpolate(counted, cells.shape[2:], mode="area") < 1).float()
+        return 1 - F.max_pool2d(ignored, 2 * MARGIN + 1, 1, MARGIN)
 
     @torch.inference_mode()
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
