@@ -126,8 +126,10 @@ class Line:
         folder = str(folder_of(self.station, product, version.number))
         asked = self.inspector.submit(Inspect(folder, content), seconds or self.station.settings.deadline)
         kept: Future[Row] = Future()
+        held = [content]  # the futures know each other by their callbacks, and would keep it until the next collection of such circles
 
         def inspected(done: Future[Outcome]) -> None:
+            sent = held.pop()
             if done.cancelled():
                 kept.cancel()
             elif error := done.exception():
@@ -135,7 +137,7 @@ class Line:
             else:
                 outcome = done.result()
                 row = _row(version, outcome, origin, ending)
-                self.recorder.add(Pending(row, origin.who, content, outcome.map_png, kept, also))
+                self.recorder.add(Pending(row, origin.who, sent, outcome.map_png, kept, also))
 
         kept.add_done_callback(lambda done: asked.cancel() if done.cancelled() else None)
         asked.add_done_callback(inspected)
