@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from gladad.service.worker import Draw, Inspect, Load, Outcome
 CACHE_SECONDS = 1.0  # other processes may activate versions, too
 LOAD_SECONDS = 600.0
 CLEAN_SECONDS = 600.0
+COLLECT_SECONDS = 10.0  # refusals leave circles of exceptions behind; Python by itself waits until there are very many
 SYSTEM = "gladad"  # who, where nobody asked
 
 
@@ -225,8 +227,8 @@ class Line:
             listener(row)
 
     def _care(self) -> None:
-        """Thread: get the products ready, notice versions that other processes activate, and delete old pictures."""
-        cleaned = float("-inf")
+        """Thread: get the products ready, notice versions that other processes activate, delete old pictures, and keep memory flat."""
+        cleaned, collected = float("-inf"), time.monotonic()
         while not self._closed.is_set():
             try:
                 with self.station.record.read() as connection:
@@ -241,6 +243,9 @@ class Line:
                     self.clean()
             except (GladError, OSError):  # the record is away, or we are closing: try again
                 pass
+            if time.monotonic() - collected > COLLECT_SECONDS:
+                gc.collect()
+                collected = time.monotonic()
             self._closed.wait(CACHE_SECONDS)
 
     def clean(self) -> None:
