@@ -203,6 +203,11 @@ def test_a_request_has_its_id(http):
     assert http.get("/livez", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
 
 
+def test_curl_needs_no_content_type(http):
+    for kind in ("application/x-www-form-urlencoded", "application/octet-stream", "image/png"):
+        assert http.post(INSPECT, content=GOOD, headers={"content-type": kind}).status_code == 200
+
+
 def test_probes_and_metrics(http):
     assert http.get("/livez").text == "ok" == http.get("/readyz").text
     text = http.get("/metrics").text

@@ -20,7 +20,8 @@ FORMATS = {
     "TIFF": ("tif", {"image/tiff"}),
     "WEBP": ("webp", {"image/webp"}),
 }
-ANY_TYPE = frozenset({"", "application/octet-stream", "image/*"})
+# The last one is what curl says of any body.
+ANY_TYPE = frozenset({"", "application/octet-stream", "image/*", "application/x-www-form-urlencoded"})
 MAX_NAME = 255
 
 
