@@ -5,6 +5,7 @@ Maps are in units of the decision threshold: 1 is the threshold, and the colour 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 
 import numpy as np
@@ -74,6 +75,13 @@ def _eroded(mask: Mask, times: int) -> Mask:
         padded = np.pad(mask, 1)
         mask = mask & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     return mask
+
+
+def to_png(pixels: NDArray[np.uint8]) -> bytes:
+    """The bytes of a PNG of ``[H, W, 3]`` or grey ``[H, W]`` uint8, packed fast rather than small."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def thumbnail(pixels: Pixels, side: int) -> Pixels:

@@ -15,7 +15,7 @@ from gladad.service.tables import products
 
 LEARN = 200  # parts that a test learns from where the calibration is no reference
 SCORE, APPEARANCE = "score", ("brightness", "sharpness")
-SYSTEM = "gladad"
+SYSTEM = "gladad"  # who, where nobody asked
 
 
 def new(calibration: Calibration, limit: float, parts_per_false_alarm: float) -> dict[str, Any]:

@@ -28,7 +28,6 @@ CACHE_SECONDS = 1.0  # other processes may activate versions, too
 LOAD_SECONDS = 600.0
 CLEAN_SECONDS = 600.0
 COLLECT_SECONDS = 10.0  # refusals leave circles of exceptions behind; Python by itself waits until there are very many
-SYSTEM = "gladad"  # who, where nobody asked
 
 
 class NotReadyError(BusyError):
@@ -153,7 +152,7 @@ class Line:
         """
         content = self.image(row)
         folder = str(folder_of(self.station, row["product"], row["version"]))
-        return self.inspector.submit(Draw(folder, content, "reconstruction"), self.station.settings.deadline)
+        return self.inspector.submit(Draw(folder, content), self.station.settings.deadline)
 
     def image(self, row: Row) -> bytes:
         """The image of a decision as it was sent.
@@ -195,7 +194,7 @@ class Line:
         except (BusyError, DeadlineError, StorageError):  # closing, or the worker or the record is away: try again
             raise
         except GladError as error:
-            stop(self.station, version.product, str(error), SYSTEM)
+            stop(self.station, version.product, str(error), drift.SYSTEM)
         self._ready.add((version.product, version.number))
         self.forget(version.product)
 
@@ -232,9 +231,8 @@ class Line:
         while not self._closed.is_set():
             try:
                 with self.station.record.read() as connection:
-                    active = [
-                        active_version(connection, each.name) for each in all_products(connection) if each.active and not each.stopped
-                    ]
+                    products = all_products(connection)
+                    active = [version_of(connection, each.name, each.active) for each in products if each.active and not each.stopped]
                 for version in active:
                     if (version.product, version.number) not in self._ready:
                         self.check(version)
@@ -254,7 +252,7 @@ class Line:
         count, freed = self.station.pictures.clean(settings.keep_days, settings.keep_gib)
         if count:
             with self.station.record.write() as connection:
-                audit.append(connection, "pictures deleted", "", SYSTEM, {"files": count, "bytes": freed})
+                audit.append(connection, "pictures deleted", "", drift.SYSTEM, {"files": count, "bytes": freed})
 
 
 def _row(version: Version, outcome: Outcome, origin: Origin, ending: str) -> Row:

@@ -141,11 +141,16 @@ def check_version(station: Station, version: Version) -> None:
         raise DataError(f"{version.product}/{version.number}: its files are not those that were added; add the model again")
 
 
+_SHOWN = select(products.c.name, products.c.active, products.c.stopped, products.c.suspended, products.c.drift)
+
+
+def _product(row: Any) -> Product:
+    return Product(row.name, row.active, row.stopped, row.suspended, drift.shown(row.drift))
+
+
 def all_products(connection: Connection) -> list[Product]:
     """By name."""
-    columns = products.c.name, products.c.active, products.c.stopped, products.c.suspended, products.c.drift
-    rows = connection.execute(select(*columns).order_by(products.c.name))
-    return [Product(row.name, row.active, row.stopped, row.suspended, drift.shown(row.drift)) for row in rows]
+    return [_product(row) for row in connection.execute(_SHOWN.order_by(products.c.name))]
 
 
 def product_of(connection: Connection, name: str) -> Product:
@@ -154,10 +159,10 @@ def product_of(connection: Connection, name: str) -> Product:
     Raises:
         UnknownError: There is none of this name.
     """
-    for product in all_products(connection):
-        if product.name == name:
-            return product
-    raise UnknownError(f"there is no product {name!r}")
+    row = connection.execute(_SHOWN.where(products.c.name == name)).first()
+    if row is None:
+        raise UnknownError(f"there is no product {name!r}")
+    return _product(row)
 
 
 def all_versions(connection: Connection, name: str) -> list[Version]:

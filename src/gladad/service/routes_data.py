@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
-from PIL import Image
 
 from gladad.core.images import as_pixels
-from gladad.report.pictures import thumbnail
+from gladad.report.pictures import thumbnail, to_png
 from gladad.service import data_folders
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_image
@@ -60,7 +57,5 @@ def check(folder: Folder, who: Who, line: Running) -> FolderCheck:
 @router.get("/images/{number}", responses={200: {"content": {"image/png": {}}}, **problems(401, 404, 422)}, response_class=Response)
 def small_picture(number: Annotated[int, Path(ge=0, le=10_000_000)], folder: Folder, who: Who, line: Running) -> Response:
     """An image of a folder by its number, small."""
-    pixels: np.ndarray[Any, np.dtype[np.uint8]] = thumbnail(as_pixels(data_folders.image(line.station, folder, number)), SIDE)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return Response(buffer.getvalue(), media_type="image/png")
+    pixels = thumbnail(as_pixels(data_folders.image(line.station, folder, number)), SIDE)
+    return Response(to_png(pixels), media_type="image/png")

@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from gladad.core.errors import DataError, GladError
 from gladad.core.images import as_pixels, resize_map
 from gladad.core.records import Region
-from gladad.report.pictures import VMAX, heatmap, overlay, thumbnail
+from gladad.report.pictures import VMAX, heatmap, overlay, thumbnail, to_png
 from gladad.service import audit, decisions
 from gladad.service.access import Running, Who
 from gladad.service.decisions import Row
@@ -158,7 +158,7 @@ def image(identity: str, who: Who, line: Running) -> Response:
 @router.get("/decisions/{identity}/small.png", **PNG)
 def small_picture(identity: str, who: Who, line: Running, side: Annotated[int, Query(ge=32, le=4096)] = SMALL) -> Response:
     """The image, shrunk until its longer side has at most so many pixels."""
-    return _png_response(encoded(thumbnail(as_pixels(line.image(_row(line, identity))), side)))
+    return _png_response(to_png(thumbnail(as_pixels(line.image(_row(line, identity))), side)))
 
 
 @router.get("/decisions/{identity}/map.png", **PNG)
@@ -170,7 +170,7 @@ def map_picture(identity: str, who: Who, line: Running) -> Response:
 @router.get("/decisions/{identity}/heatmap.png", **PNG)
 def heatmap_picture(identity: str, who: Who, line: Running) -> Response:
     """The anomaly map in colours."""
-    return _png_response(encoded(heatmap(_map(line, _row(line, identity)))))
+    return _png_response(to_png(heatmap(_map(line, _row(line, identity)))))
 
 
 @router.get("/decisions/{identity}/overlay.png", **PNG)
@@ -180,7 +180,7 @@ def overlay_picture(identity: str, who: Who, line: Running) -> Response:
     pixels = as_pixels(line.image(row))
     values = resize_map(_map(line, row), (pixels.shape[0], pixels.shape[1]))
     regions = [Region(box=tuple(each["box"]), area=each["area"], peak=each["peak"]) for each in row["regions"]]
-    return _png_response(encoded(overlay(pixels, values, values > 1, regions)))
+    return _png_response(to_png(overlay(pixels, values, values > 1, regions)))
 
 
 @router.get("/decisions/{identity}/reconstruction.png", **PNG | {"responses": PNG["responses"] | problems(429, 503, 504)})
@@ -257,13 +257,6 @@ def _map_bytes(line: Line, row: Row) -> bytes:
 def _map(line: Line, row: Row) -> np.ndarray[Any, np.dtype[np.float32]]:
     levels = np.asarray(Image.open(io.BytesIO(_map_bytes(line, row))))
     return (levels * np.float32(VMAX / 255)).astype(np.float32)
-
-
-def encoded(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """As PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _png_response(content: bytes) -> Response:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from gladad.core.images import as_pixels
 from gladad.core.storage import read_model_file
 from gladad.detector.files import MASK_FILE
-from gladad.report.pictures import thumbnail
+from gladad.report.pictures import thumbnail, to_png
 from gladad.service import audit, decisions, golden
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_filename
@@ -28,7 +28,7 @@ from gladad.service.products import (
     stop,
     version_of,
 )
-from gladad.service.routes_decisions import IMAGE_BODY, PNG, SMALL, encoded
+from gladad.service.routes_decisions import IMAGE_BODY, PNG, SMALL
 from gladad.service.schemas import (
     ActivateIn,
     CalibrationOut,
@@ -179,7 +179,7 @@ def golden_picture(product: str, sha256: str, who: Who, line: Running) -> Respon
     paths = [golden.path_of(line.station, row) for row in rows if row["image_sha256"] == sha256]
     if not paths or not paths[0].is_file():
         raise UnknownError(f"product {product!r} has no golden part {sha256!r}")
-    return Response(encoded(thumbnail(as_pixels(paths[0].read_bytes()), SMALL)), media_type="image/png")
+    return Response(to_png(thumbnail(as_pixels(paths[0].read_bytes()), SMALL)), media_type="image/png")
 
 
 @router.post("/products/{product}/golden/check", responses=problems(401, 404, 409, 429, 503, 507))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import threading
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from gladad.detector.glad import Glad
 
 MAP_SIDE = 512  # pixels of the longer side of a stored map
-Picture = Literal["reconstruction"]
 READY = "ready"
 
 
@@ -45,11 +43,10 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Draw:
-    """Inspect an image again for a picture. The answer is the bytes of a PNG, or None where the model makes none."""
+    """Inspect an image again for the picture of its reconstruction. The answer is a PNG, or None where the model makes none."""
 
     folder: str
     content: bytes
-    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,10 @@ def answer(models: Models, request: Load | Inspect | Draw) -> Any:
         return None
     with slots:
         if isinstance(request, Draw):
+            from gladad.report.pictures import to_png
+
             picture = detector.inspect(request.content).reconstruction
-            return None if picture is None else _png(picture)
+            return None if picture is None else to_png(picture)
         return _outcome(detector, request)
 
 
@@ -113,12 +112,7 @@ def in_process(capacity: int) -> Callable[[str, bytes], Outcome]:
     """What inspects the bytes of an image with the model of a folder, in this process: for commands."""
     models = Models(capacity)
 
-    def ask(folder: str, content: bytes) -> Outcome:
-        detector, slots = models.get(folder)
-        with slots:
-            return _outcome(detector, Inspect(folder, content))
-
-    return ask
+    return lambda folder, content: answer(models, Inspect(folder, content))
 
 
 def _warm_up(detector: Glad) -> None:
@@ -162,22 +156,14 @@ def _regions(found: Prediction) -> list[dict[str, Any]]:
 
 def _map_png(found: Prediction) -> bytes:
     from gladad.core.images import resize_map
-    from gladad.report.pictures import VMAX
+    from gladad.report.pictures import VMAX, to_png
 
     height, width = found.image_size
     factor = min(1.0, MAP_SIDE / max(height, width))
     small = (
         resize_map(found.anomaly_map, (max(1, round(factor * height)), max(1, round(factor * width)))) if factor < 1 else found.anomaly_map
     )
-    return _png(np.rint((small / VMAX).clip(0, 1) * 255).astype(np.uint8))
-
-
-def _png(pixels: Any) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return to_png(np.rint((small / VMAX).clip(0, 1) * 255).astype(np.uint8))
 
 
 def run(connection: Connection, threads: int, capacity: int) -> None:
