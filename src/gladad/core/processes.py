@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
@@ -126,10 +127,20 @@ def started() -> Iterator[Processes]:
 
 @cache
 def end_group_at_exit() -> None:
-    """Leave the group of processes while its threads still have an interpreter: gloo aborts otherwise, now and then."""
+    """Leave the group of processes while its threads still have an interpreter: gloo aborts otherwise, now and then.
+
+    The threads outlive the group where DistributedDataParallel was used (torch 2.13 leaks references to it), and a result is there a
+    moment before the thread that made it lets go of its tensors: it is given that moment.
+    """
     from accelerate import PartialState
 
-    atexit.register(PartialState().destroy_process_group)
+    state = PartialState()
+
+    def leave() -> None:
+        state.destroy_process_group()
+        time.sleep(0.3)
+
+    atexit.register(leave)
 
 
 def process_count() -> int:
