@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,17 @@ def prefixed(progress: Progress, prefix: str) -> Progress:
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """The progress function of callers that want none."""
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Looks on while a model is trained; the result does not depend on it."""
+
+    def loss(self, stage: str, step: int, value: float) -> None:
+        """The loss of a step, counted from 1."""
+
+    def show(self, stage: str, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Pictures ``[H, W, 3]`` of what has been learnt so far, by name."""
 
 
 def _require_finite(**quantities: float | NDArray[np.floating]) -> None:

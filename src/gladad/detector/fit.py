@@ -94,7 +94,8 @@ class Fitter:
             if len(images) > 1:  # of one image there are only copies and tiles to tell apart
                 share = self.settings.tiles**2
                 photographs, copies = [i // share % len(images) for i in range(len(tiles))], len(tiles) - share * len(images)
-            own = replace(training, run=None if run is None else run.part(part), progress=told, photographs=photographs, copies=copies)
+            own_run = None if run is None else run.part(part, watched=part == PARTS[0])
+            own = replace(training, run=own_run, progress=told, photographs=photographs, copies=copies)
             return tiled(self.family.train({"": tiles}, own)[""], self.settings.tiles)
 
         model = train(pixels, PARTS[0], progress)

@@ -105,7 +105,8 @@ class Glad:
 
         Args:
             images: A folder of good images, a data set category (its ``train/good`` is taken), or paths.
-            run: Checkpoints, logs and examples of a Stable Diffusion; with the same folder, a fit that was stopped goes on.
+            run: Checkpoints, logs and examples of a Stable Diffusion; with the same folder, a fit that was stopped goes on. Its ``watch``
+                looks at every training with a denoiser.
             progress: Told of every stage.
             cancel: Stops the fit between two steps when it is cancelled, from any thread.
 

@@ -17,6 +17,7 @@ from typing import Any
 from gladad.core.errors import GladError
 from gladad.core.storage import read_json
 from gladad.service.feedback import improve
+from gladad.service.onlooker import Onlooker
 
 FILE, MODEL, REPORT = "job.json", "model", "report"
 NICENESS = 10  # inspection comes first
@@ -33,9 +34,12 @@ def fit(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, 
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
 
-    detector = Glad.from_base(request["base"], settings=request["settings"])
-    long = request["base"] != "lite"
-    detector.fit(request["images"], run=TrainingRun(folder=folder / "training") if long else None, progress=progress)
+    kept = {"training.keep_latents": True} if request["base"] == "lite" else {}
+    detector = Glad.from_base(request["base"], settings=kept | request["settings"])
+    onlooker, long = Onlooker(folder, tell), request["base"] != "lite"
+    run = TrainingRun(folder=folder / "training" if long else None, watch=onlooker)
+    detector.fit(request["images"], run=run, progress=progress)
+    onlooker.tell_losses()
     return _saved(detector, folder)
 
 

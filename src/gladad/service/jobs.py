@@ -29,6 +29,7 @@ from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError
 from gladad.service.job_process import FILE, MODEL
 from gladad.service.line import Line, Origin
+from gladad.service.onlooker import EXAMPLES
 from gladad.service.products import StoppedError, Version, add_version, all_versions, folder_of, product_of, version_of
 from gladad.service.record import new_id, now
 from gladad.service.station import UnknownError, check_name
@@ -172,8 +173,19 @@ class Jobs:
                 raise StoppedError(f"product {product!r} has no active version; activate one")
             return version_of(connection, product, number)
 
-    def _tell(self, job: Job, stage: str, done: int, total: int) -> None:
-        self._progress[job["id"]] = {"stage": stage, "done": done, "total": total}
+    def example(self, identity: str, name: str) -> bytes:
+        """A picture that a training has shown, as PNG; it is kept until the job is done.
+
+        Raises:
+            UnknownError: There is none.
+        """
+        path = self.station.folder / "jobs" / str(self.one(identity)["id"]) / EXAMPLES / f"{check_name(name)}.png"
+        if not path.is_file():
+            raise UnknownError(f"job {identity!r} shows no picture {name!r}")
+        return path.read_bytes()
+
+    def _tell(self, job: Job, **told: Any) -> None:
+        self._progress[job["id"]] = self._progress.get(job["id"], {}) | told
 
     def _check(self, job: Job) -> None:
         if self._closed or job["id"] in self._cancelled:
@@ -227,8 +239,8 @@ class Jobs:
             for line in process.stdout or ():
                 last.clear()
                 last.update(json.loads(line))
-                if "stage" in last:
-                    self._tell(job, last["stage"], last["done"], last["total"])
+                if not last.keys() & {"result", "problem"}:
+                    self._tell(job, **last)
 
         with log.open("ab") as errors:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -278,7 +290,7 @@ class Jobs:
                     under_way.append((name, self._asked(job, path, name, refused)))
             while len(under_way) > 2 * self.line.inspector.threads:
                 take()
-            self._tell(job, "inspecting", sum(counts.values()) + len(refused), len(paths))
+            self._tell(job, stage="inspecting", done=sum(counts.values()) + len(refused), total=len(paths))
         while under_way:
             take()
         return {"counts": dict(counts), "refused": refused}

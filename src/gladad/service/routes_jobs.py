@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from gladad.service.access import Who
@@ -57,6 +57,16 @@ def one(identity: str, who: Who, jobs: Running) -> JobOut:
 def cancel(identity: str, who: Who, jobs: Running) -> JobOut:
     """Stop a job; what it has decided so far stays in the record. Nothing happens to one that is finished."""
     return JobOut.model_validate(jobs.cancel(identity, who))
+
+
+@router.get(
+    "/{identity}/examples/{name}.png",
+    responses={200: {"content": {"image/png": {}}}, **problems(401, 404, 422)},
+    response_class=Response,
+)
+def example(identity: str, name: Annotated[str, Path(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")], who: Who, jobs: Running) -> Response:
+    """A picture that a training has shown: an input beside what the model made of it so far."""
+    return Response(jobs.example(identity, name), media_type="image/png", headers={"cache-control": "no-store"})
 
 
 @router.get(

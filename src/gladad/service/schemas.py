@@ -239,12 +239,24 @@ class JobIn(BaseModel):
 class ProgressOut(BaseModel):
     """How far a job is."""
 
+class ExampleOut(BaseModel):
+    """A picture that a training has shown: ``/v1/jobs/ID/examples/NAME.png``."""
+
+    name: str
+    stage: str
+    step: int
+
+
     stage: str
     done: int
     total: int
 
 
 class JobOut(BaseModel):
+    losses: Annotated[
+        dict[str, list[tuple[int, float]]], Field(description="of a training: stage -> steps and mean losses up to them, at most 120")
+    ] = {}
+    examples: Annotated[list[ExampleOut], Field(description="pictures that a training has shown, kept until the job is done")] = []
     """A job."""
 
     id: str

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gladad.core.errors import ConfigError, Interrupted, TrainingError
 from gladad.core.processes import end_group_at_exit, process_count
-from gladad.core.records import Progress, no_progress
+from gladad.core.records import Progress, Watch, no_progress
 from gladad.core.settings import to_json, validated
 from gladad.core.threads import CancelToken, cancelled_by_signals
 from gladad.training.checkpoints import Checkpoint, Checkpoints
@@ -70,11 +70,12 @@ class TrainingRun:
     sample_every: Annotated[int, Field(ge=1)] = 500  # steps between example pictures
     memory_limit: int | None = None  # bytes; a training of the denoiser that needs more is refused; None = what is available
     tell: Callable[[str], None] = lambda line: None  # for sentences worth reading
+    watch: InstanceOf[Watch] | None = None  # is told of every loss, and shown the example pictures
     cancel: InstanceOf[CancelToken] | None = None  # stops the training after its present step, saved; off the main thread the only way
 
-    def part(self, name: str) -> TrainingRun:
-        """The run of one of several trainings, in a folder below."""
-        return self if self.folder is None else replace(self, folder=self.folder / name)
+    def part(self, name: str, watched: bool = True) -> TrainingRun:
+        """The run of one of several trainings, in a folder below; the watch looks at one of them."""
+        return replace(self, folder=None if self.folder is None else self.folder / name, watch=self.watch if watched else None)
 
 
 class Task(Protocol):
@@ -177,6 +178,8 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
             seconds = time.monotonic() - started
             if main:
                 progress(stage, done, config.steps)
+                if run.watch is not None:
+                    run.watch.loss(stage, done, losses[-1])
             asked = loop.agree(token)
             if checkpoints is not None and (asked is not None or done == config.steps or done % run.checkpoint_every == 0):
                 loop.checkpoint(checkpoints, losses)
@@ -212,7 +215,10 @@ def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: fl
         tracker.log({"loss": loss, **rates, "memory_gib": memory / 2**30}, done)
         # The parts of a sharded network are needed by all processes, and only this one shows anything.
         if not loop.sharded and (done % run.sample_every == 0 or done == loop.config.steps):
-            tracker.show(loop.task.examples(), done)
+            examples = loop.task.examples()
+            tracker.show(examples, done)
+            if run.watch is not None:
+                run.watch.show(tracker.run, done, examples)
     except Exception as error:
         run.tell(f"step {done} is not shown: {type(error).__name__}: {error}")
 

@@ -45,7 +45,7 @@ class Tracker:
     """
 
     def __init__(self, name: str | None, folder: Path | None, run: str, *, first_step: int = 0):
-        self._folder = folder
+        self._folder, self.run = folder, run
         self._inner: Any = None
         if name is None or folder is None:
             return

@@ -55,6 +55,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share,
         photographs=training.photographs, copies=training.copies, progress=training.progress,
     )  # fmt: skip
+        watch=None if training.run is None else training.run.watch,
 
 
 def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gladad.core.errors import DataError, TrainingError
 from gladad.core.inference import fast_autocast
-from gladad.core.records import Progress, no_progress, prefixed
+from gladad.core.records import Progress, Watch, no_progress, prefixed
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
@@ -29,6 +29,7 @@ from gladad.models.feature_diffusion.settings import (
     FeatureTrainingSettings,
 )
 
+from gladad.models.feature_diffusion.watching import UNSEEN, Losses, show_drawn, show_mended
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 TIMING_STEPS = 10
@@ -52,6 +53,7 @@ def train_models(
     device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> dict[str, FeatureDiffusion]:
+    watch: Watch | None = None,
     """Train the denoisers for one product or several, which are told apart by class; everything else is each product's own.
 
     The same images, settings and machine give the same weights, unless ``minutes`` sets the budget.
@@ -68,6 +70,7 @@ def train_models(
         device: To train and to stay on. Everything random is drawn on the CPU, so that all devices draw the same.
         progress: Told of every stage.
 
+        watch: Told of every loss, and shown a few examples of the first product.
     Returns:
         Product -> its model. All hold the same denoisers.
 
@@ -86,14 +89,16 @@ def train_models(
         count, place = planned.pool // len(images) if model.all_scales()[0].learns_repairs else 0, (foregrounds or {}).get(product, "all")
         materials[product] = make_material(model, images[product], photographs, copies, place, count, textures, progress)
     for number in range(config.settings.scales):
-        told = prefixed(progress, f"scale {number + 1}: ")
+        told, seen = prefixed(progress, f"scale {number + 1}: "), Losses(watch, f"scale {number + 1}: ")
         learnt = [fit_scale(model, number, materials[product], told) for product, model in models.items()]
-        _train_denoiser(learnt, planned.until(number, config.settings.scales), generator, started, told)
+        _train_denoiser(learnt, planned.until(number, config.settings.scales), generator, started, told, seen)
         for model, part in zip(models.values(), learnt, strict=True):
             if number == 0:
-                _train_decoder(model, part, generator, progress)
+                _train_decoder(model, part, generator, progress, Losses(watch))
             _measure(model, number, [part.images[place] for place in part.measured.tolist()], part.owner[part.measured])
     return {product: model.requires_grad_(False) for product, model in models.items()}
+        if number == 0 and watch is not None:
+            show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
 
 
 def _untrained(config: FeatureDiffusionConfig, extractor: Extractor, device: torch.device) -> FeatureDiffusion:
@@ -153,7 +158,9 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     return other
 
 
-def _train_denoiser(parts: Sequence[Part], planned: Budget, generator: torch.Generator, started: float, progress: Progress) -> None:
+def _train_denoiser(
+    parts: Sequence[Part], planned: Budget, generator: torch.Generator, started: float, progress: Progress, seen: Losses = UNSEEN
+) -> None:
     """Train the denoiser by the method, and keep the average of its weights."""
     denoiser, method, training = parts[0].scale.denoiser, parts[0].scale.method, parts[0].scale.config.settings.training
     device = parts[0].scale.peak.device
@@ -187,6 +194,7 @@ def _train_denoiser(parts: Sequence[Part], planned: Budget, generator: torch.Gen
     with torch.no_grad():
         for parameter, average in zip(parameters, averaged, strict=True):
             parameter.copy_(average.bfloat16())  # as inspection uses and files keep them
+        seen.add("denoiser", step, loss)
     denoiser.eval().requires_grad_(False)
     for part in parts:
         part.scale.denoiser = denoiser
@@ -241,7 +249,7 @@ def _draw(part: Part, size: int, anomaly_share: float, generator: torch.Generato
     return normal, z_input, torch.where(mask, part.anomalous_shown[from_pool], part.shown[own]) if known else normal[:, :0]
 
 
-def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generator, progress: Progress) -> None:
+def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generator, progress: Progress, seen: Losses = UNSEEN) -> None:
     """Train the picture decoder on the same normal images, by absolute error at its own size."""
     decoder, steps = model.decoder.train().requires_grad_(True), model.config.settings.training.decoder_steps
     size = (4 * part.latents.shape[-2], 4 * part.latents.shape[-1])
@@ -262,6 +270,9 @@ def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generat
     decoder.eval().requires_grad_(False)
 
 
+        seen.add("picture decoder", step + 1, loss)
+        if seen.watch is not None and step + 1 in {1, steps // 4, steps}:
+            show_drawn(seen.watch, step + 1, model, part)
 @torch.no_grad()
 def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor) -> None:
     """Measure at one scale what is usual on normal images, as if the memory did not know them.
