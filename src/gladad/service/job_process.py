@@ -34,8 +34,7 @@ def fit(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, 
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
 
-    kept = {"training.keep_latents": True} if request["base"] == "lite" else {}
-    detector = Glad.from_base(request["base"], settings=kept | request["settings"])
+    detector = Glad.from_base(request["base"], settings=request["settings"])
     onlooker, long = Onlooker(folder, tell), request["base"] != "lite"
     run = TrainingRun(folder=folder / "training" if long else None, watch=onlooker)
     detector.fit(request["images"], run=run, progress=progress)
