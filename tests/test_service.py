@@ -27,6 +27,7 @@ from sqlalchemy import func, select, update
 from gladad.cli.main import main
 from gladad.client import AsyncClient, Client, ServiceError
 from gladad.core.images import as_pixels
+from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
 from gladad.service import audit
 from gladad.service.tables import decisions as table
@@ -487,6 +488,36 @@ def test_verdicts_make_a_better_version(model, category, tmp_path):
         assert done.result["offered"] and done.result["version"] == 2
         assert not client.versions(PRODUCT)[1].active  # offered, not forced
         client.activate(PRODUCT, 2)
+    station.close()
+
+
+def test_verdicts_are_trained_on(category, tmp_path):
+    """From the present weights, by the latents that a fit of the service keeps: of the old images only those held out are there."""
+    station = make_station(tmp_path / "line")
+    data = tmp_path / "line/data"
+    for folder in ("good", "held"):
+        (data / folder).mkdir(parents=True)
+    for number in range(25):
+        draw_part(number)[0].save(data / f"good/{number}.png")
+    options = {"settings": {"image_size": 64, "false_reject_rate": 0.2, "steps": 20}}
+    with served(station, threads=2) as url, Client(url) as client:
+        assert client.wait(client.add_job("fit", PRODUCT, "good", **options).id).state == "done"
+        client.add_golden(PRODUCT, category / "test/hole/000.png")
+        held_out = Glad.from_pretrained(tmp_path / f"line/products/{PRODUCT}/1")._fitted.seen.held_out
+        for path in (data / "good").iterdir():
+            if file_digest(path) in held_out:
+                shutil.copyfile(path, data / "held" / path.name)
+        for seed in range(4):
+            stained = np.array(draw_part(700 + seed)[0])
+            stained[30:36, 30:36] = 200
+            client.judge(client.inspect(PRODUCT, png(stained)).id, "good")
+        done = client.wait(client.add_job("feedback", PRODUCT, "held", mode="continue").id)
+        assert done.state == "done", done
+        before, after = done.result["before"], done.result["after"]
+        assert before["good"] == after["good"] == len(held_out) + 1  # three of the confirmed ones were trained on
+        assert after["model_id"] != before["model_id"]
+        assert done.result["offered"] is (not done.result["golden_changed"] and after["false_rejects"] <= before["false_rejects"])
+        assert len(client.versions(PRODUCT)) == 1 + done.result["offered"]
     station.close()
 
 

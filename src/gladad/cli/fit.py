@@ -30,6 +30,10 @@ def fit(
     images: Images,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.", show_default=False)],
     base: Annotated[str, typer.Option(help="'lite', 'sd14', folder or Hub id of a Stable Diffusion, or a baseline.")] = "lite",
+    continued: Annotated[
+        Path | None,
+        typer.Option("--continue", help="Go on from this lite model, with new good images beside the old ones.", show_default=False),
+    ] = None,
     multi_class: MultiClass = False,
     set: Set = None,
     category: Category = None,
@@ -47,6 +51,10 @@ def fit(
     for product in paths:
         check_target(output / product)
     values |= parse_assignments(set or ())
+    if continued is not None:
+        if values or multi_class or base != "lite":
+            raise ConfigError("--continue: settings are the model's; leave out all others but --category and --layout")
+        return _go_on(continued, paths[""], output, quiet)
     with alone(base, quiet) as (main, silent):
         with waiting("starting", silent):
             from gladad.detector.glad import Glad
@@ -71,6 +79,19 @@ def fit(
                 print(f"defects were made on {detector.provenance_['foreground']['reason']}")
             print(detector.calibration_.threshold.statement)
         print(f"done in {duration(time.monotonic() - started)}")
+
+
+def _go_on(model: Path, paths: list[Path], output: Path, quiet: bool) -> None:
+    """Have a model learn further images."""
+    _one_process("fit --continue")
+    detector = load_model(model, None, quiet)
+    with bars(quiet) as progress:
+        detector.extend(paths, progress=progress)
+    detector.save_pretrained(output)
+    if not quiet:
+        last, provenance = detector.provenance_["continued"][-1], detector.provenance_
+        print(f"{output}: learnt {last['learnt']} more good images; {last['held_out']} more were held out")
+        print(detector.calibration_.threshold.statement, *(f"note: {note}" for note in provenance["notes"]), sep="\n")
 
 
 def _images(images: Path, layout: str, category: str | None, multi_class: bool) -> dict[str, list[Path]]:

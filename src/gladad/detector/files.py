@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.settings import to_json
@@ -93,6 +95,24 @@ def load_model(folder: Path) -> Saved:
         return Saved(name, settings, fitted, str(model["model_id"]))
     except (KeyError, TypeError, ConfigError) as error:
         raise ModelFormatError(f"{folder / MODEL_FILE}: key missing or wrong ({error})") from error
+
+
+def describe(saved: Saved) -> dict[str, Any]:
+    """JSON-ready description of a model, see `gladad.detector.glad.Glad.describe`."""
+    fitted = saved.fitted
+    calibration = fitted.calibration.to_json()
+    scores = calibration.pop("scores")
+    return {
+        "name": saved.name,
+        "kind": fitted.model.kind,
+        "model_id": saved.model_id,
+        "calibration_id": fitted.calibration.identity,
+        "settings": to_json(saved.settings),
+        "calibration": calibration | {"held_out_median": float(np.median(scores))},
+        "provenance": fitted.provenance,
+        "scope": None if fitted.scope is None else fitted.scope.to_json(),
+        **fitted.model.describe(),
+    }
 
 
 def _alignment(path: Path) -> Alignment:

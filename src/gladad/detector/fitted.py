@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gladad.core.errors import ConfigError
 from gladad.core.records import Inspection, Progress
 from gladad.core.storage import content_digest
 from gladad.decision.conformal import Calibration
 from gladad.decision.scope import Scope
 from gladad.detector.view import read_pixels
 from gladad.models.family import Model, inspect_where, lowered
+from gladad.models.tiled import Tiled
 
 if TYPE_CHECKING:
     from gladad.data.alignment import Alignment
@@ -65,6 +67,15 @@ class Fitted:
         counted = self.scope.counted
         found = self.model.inspect(pixels) if counted is None else inspect_where(self.model, pixels, counted)
         return lowered(found, self.scope.opened(found.map))
+
+    def merged(self) -> Fitted:
+        """With the adapter of a Stable Diffusion in its weights, see `gladad.detector.glad.Glad.merge`."""
+        if isinstance(self.model, Tiled):
+            raise ConfigError("a model of tiles cannot be merged")
+        standalone = getattr(self.model, "standalone", None)
+        if standalone is None:
+            raise ConfigError(f"a {self.model.kind} model has no adapter to merge")
+        return replace(self, model=standalone())
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""

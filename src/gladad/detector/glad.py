@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gladad.core.errors import ConfigError, NotFittedError
+from gladad.core.errors import NotFittedError
 from gladad.core.images import as_pixels
 from gladad.core.records import Prediction, Progress, no_progress
-from gladad.core.settings import to_json
 from gladad.core.threads import CancelToken, cancellable, in_order
 from gladad.decision.conformal import Calibration
 from gladad.decision.regions import find_regions
 from gladad.decision.scope import Scope
-from gladad.detector.files import Saved, load_model, save_model
+from gladad.detector.files import Saved, describe, load_model, save_model
 from gladad.detector.fitted import Fitted
 from gladad.detector.view import View, each
 from gladad.models.family import Model
 from gladad.models.registry import make_settings
 from gladad.models.settings import FitSettings
-from gladad.models.tiled import Tiled
 
 if TYPE_CHECKING:
     from gladad.detector.export import Comparison
@@ -153,6 +151,26 @@ class Glad:
             detector._set(found[category])
         return detectors
 
+    def extend(self, images: Images, *, progress: Progress = no_progress, cancel: CancelToken | None = None) -> Glad:
+        """Learn further good images from where the training ended, replaying what it kept of the old ones; only ``lite`` can.
+
+        No image that its thresholds are made from is ever trained on. If anything goes wrong, the detector is as it was.
+
+        Args:
+            images: Good images, old and new, told apart by their content. Of the old ones those held out must be there and, where the
+                model keeps no latents yet (``training.keep_latents``), all that it was trained on.
+            progress: As for `fit`.
+            cancel: As for `fit`.
+
+        Raises:
+            ConfigError: The model cannot learn on.
+            DataError: No image is new, or old ones are missing.
+        """
+        from gladad.detector.extend import extend
+
+        self._set(extend(self._fitter, self._require_fit(), images, cancellable(progress, cancel)))
+        return self
+
     def adjust(
         self,
         images: Images,
@@ -161,7 +179,7 @@ class Glad:
         progress: Progress = no_progress,
         cancel: CancelToken | None = None,
     ) -> Glad:
-        """Change how a fitted detector inspects, without another training; the result is that of a fit with these settings.
+        """Have this detector inspect otherwise, as a fit with these settings would; it is as it was if anything goes wrong.
 
         Args:
             images: Those it was fitted on.
@@ -169,9 +187,6 @@ class Glad:
                 compared; or values by their names.
             progress: As for `fit`.
             cancel: As for `fit`.
-
-        Returns:
-            This detector, which is as it was if anything goes wrong.
 
         Raises:
             ConfigError: Another setting differs; or more than the false-reject rate does, and the model is a baseline or one of tiles, or
@@ -219,8 +234,8 @@ class Glad:
         from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
         from gladad.training.loop import TrainingRun
 
-        fitted = self._require_fit()
-        self._set(self._fitter.tune_features(fitted, images, config or FeatureTuningConfig(), run or TrainingRun(), progress))
+        own = config or FeatureTuningConfig(), run or TrainingRun()
+        self._set(self._fitter.tune_features(self._require_fit(), images, *own, progress))
         return self
 
     def merge(self) -> Glad:
@@ -230,13 +245,7 @@ class Glad:
             ConfigError: The detector has no adapter.
             ModelFormatError: The base is not there any more.
         """
-        fitted = self._require_fit()
-        if isinstance(fitted.model, Tiled):
-            raise ConfigError("a model of tiles cannot be merged")
-        standalone = getattr(fitted.model, "standalone", None)
-        if standalone is None:
-            raise ConfigError(f"a {fitted.model.kind} model has no adapter to merge")
-        self._set(replace(fitted, model=standalone()))
+        self._set(self._require_fit().merged())
         return self
 
     def set_false_reject_rate(self, rate: float) -> None:
@@ -336,7 +345,7 @@ class Glad:
         Raises:
             WriteError: The folder holds something else, or the disk refuses.
         """
-        save_model(Saved(self.name, self.settings, self._require_fit(), self.model_id), Path(folder))
+        save_model(self._saved, Path(folder))
 
     def export(
         self,
@@ -363,7 +372,7 @@ class Glad:
         """
         from gladad.detector.export import export
 
-        return export(Saved(self.name, self.settings, self._require_fit(), self.model_id), images, Path(folder), form, precision, progress)
+        return export(self._saved, images, Path(folder), form, precision, progress)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Glad:
@@ -379,20 +388,11 @@ class Glad:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready description: the model and its origin, settings asked for and as resolved, calibration and provenance."""
-        fitted = self._require_fit()
-        calibration = fitted.calibration.to_json()
-        scores = calibration.pop("scores")
-        return {
-            "name": self.name,
-            "kind": fitted.model.kind,
-            "model_id": self.model_id,
-            "calibration_id": self.calibration_id,
-            "settings": to_json(self.settings),
-            "calibration": calibration | {"held_out_median": float(np.median(scores))},
-            "provenance": fitted.provenance,
-            "scope": None if fitted.scope is None else fitted.scope.to_json(),
-            **fitted.model.describe(),
-        }
+        return describe(self._saved)
+
+    @property
+    def _saved(self) -> Saved:
+        return Saved(self.name, self.settings, self._require_fit(), self.model_id)
 
     def _require_fit(self) -> Fitted:
         if self._fitted is None:

@@ -66,9 +66,10 @@ def _judged(connection: Connection, product: str) -> dict[str, tuple[str, str]]:
 def improve(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Make a model that knows the parts that were called good, and compare it with the one before.
 
-    ``mode`` "calibrate" adds them to the images that the thresholds are made from; "fit" learns anew from everything, so that nothing is
-    forgotten. It is offered (``offered``) where it decides the golden parts alike and rejects no more of the held-out and confirmed good
-    parts than the one before.
+    ``mode`` "calibrate" adds them to the images that the thresholds are made from. "continue" trains on from the present weights, with
+    latents of the old images beside the new ones, so that nothing is forgotten; a fifth of the new ones join those held out. "fit" learns
+    anew from everything. It is offered (``offered``) where it decides the golden parts alike and rejects no more of the held-out and
+    confirmed good parts, those that neither was trained on, than the one before.
 
     Returns:
         Both versions side by side: false rejects, and rejected bad parts.
@@ -82,7 +83,9 @@ def improve(folder: Path, request: dict[str, Any], progress: Progress) -> dict[s
     if request["mode"] == "fit":
         after = Glad.from_base(before.name, settings=before.settings).fit([*images, *good], progress=progress)
     else:
-        after = Glad.from_pretrained(request["model"]).calibrate([*images, *good], progress=progress)
+        after = Glad.from_pretrained(request["model"])
+        learn = after.extend if request["mode"] == "continue" else after.calibrate
+        learn([*images, *good], progress=progress)
     trained = _trained(before) | _trained(after)
     held_out = [path for path in dict.fromkeys([*images, *good]) if file_digest(path) not in trained]
     limits = request["limits"]

@@ -30,11 +30,12 @@ def tell(**line: Any) -> None:
 
 
 def fit(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Train a model; a Stable Diffusion goes on where it was stopped."""
+    """Train a model; a Stable Diffusion goes on where it was stopped. ``lite`` keeps latents, so that it can learn on from verdicts."""
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
 
-    detector = Glad.from_base(request["base"], settings=request["settings"])
+    kept = {"training.keep_latents": True} if request["base"] == "lite" else {}
+    detector = Glad.from_base(request["base"], settings=kept | request["settings"])
     onlooker, long = Onlooker(folder, tell), request["base"] != "lite"
     run = TrainingRun(folder=folder / "training" if long else None, watch=onlooker)
     detector.fit(request["images"], run=run, progress=progress)

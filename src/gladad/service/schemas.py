@@ -229,15 +229,15 @@ class JobIn(BaseModel):
     min_area: Annotated[float | None, Field(ge=0, lt=1, description="of a calibration: smaller areas do not count; share of the image")] = (
         None
     )
-    mode: Annotated[Literal["calibrate", "fit"], Field(description="of feedback: new thresholds, or a new fit")] = "calibrate"
+    mode: Annotated[
+        Literal["calibrate", "continue", "fit"],
+        Field(description="of feedback: new thresholds; training on from the present weights, replaying what was learnt before; a new fit"),
+    ] = "calibrate"
     activate: Annotated[
         bool | None, Field(description="have the new version inspect if it decides the golden parts alike; yes, but for feedback")
     ] = None
     note: Text = ""
 
-
-class ProgressOut(BaseModel):
-    """How far a job is."""
 
 class ExampleOut(BaseModel):
     """A picture that a training has shown: ``/v1/jobs/ID/examples/NAME.png``."""
@@ -247,16 +247,19 @@ class ExampleOut(BaseModel):
     step: int
 
 
+class ProgressOut(BaseModel):
+    """How far a job is."""
+
     stage: str
     done: int
     total: int
-
-
-class JobOut(BaseModel):
     losses: Annotated[
         dict[str, list[tuple[int, float]]], Field(description="of a training: stage -> steps and mean losses up to them, at most 120")
     ] = {}
     examples: Annotated[list[ExampleOut], Field(description="pictures that a training has shown, kept until the job is done")] = []
+
+
+class JobOut(BaseModel):
     """A job."""
 
     id: str

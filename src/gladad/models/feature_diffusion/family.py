@@ -13,6 +13,7 @@ from gladad.data.foreground import Foreground
 from gladad.features import stack
 from gladad.features.extractor import load_extractor
 from gladad.models.family import Model, Pixels, Training
+from gladad.models.feature_diffusion.continuation import Learning, extended
 from gladad.models.feature_diffusion.model import FeatureDiffusion, working_multiple
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
 from gladad.models.feature_diffusion.training import adjusted, train_models
@@ -54,8 +55,8 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     return train_models(
         images, config, textures=training.textures, foregrounds=training.foregrounds, share=training.share,
         photographs=training.photographs, copies=training.copies, progress=training.progress,
-    )  # fmt: skip
         watch=None if training.run is None else training.run.watch,
+    )  # fmt: skip
 
 
 def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:
@@ -69,3 +70,11 @@ def training_values(settings: FeatureDiffusionSettings) -> dict[str, Any]:
 def adjust(model: FeatureDiffusion, images: Sequence[Pixels], settings: FeatureDiffusionSettings, progress: Progress) -> Model:
     """A copy with the statistics measured anew."""
     return adjusted(model, settings, images, progress)
+
+
+def extend(model: FeatureDiffusion, images: Sequence[Pixels], old: Sequence[Pixels] | None, training: Training) -> Model:
+    """A copy that has learnt further images, see `gladad.models.feature_diffusion.continuation.extended`."""
+    if model.config.categories:
+        raise ConfigError("a model whose denoiser several products share cannot learn on; fit them anew together")
+    learning = Learning(training.settings, training.foregrounds[""], training.textures, training.progress)
+    return extended(model, images, None if model.has_past else old, learning)

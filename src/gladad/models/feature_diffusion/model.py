@@ -31,6 +31,7 @@ from gladad.core.threads import one_thread
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import size_multiple
 from gladad.models.feature_diffusion.networks import LatentDecoder
+from gladad.models.feature_diffusion.past import PAST_FILE, Past, load_past, save_past
 from gladad.models.feature_diffusion.placement import reason
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
@@ -63,6 +64,7 @@ class FeatureDiffusion(nn.Module):
         self.scales = nn.ModuleList(Scale(config, number, extractor) for number in range(config.settings.scales))
         self.decoder = LatentDecoder(self.all_scales()[0].dimensions)
         self.config = config
+        self._past: list[Past] | Path | None = None  # or where it lies
 
     @property
     def config(self) -> FeatureDiffusionConfig:
@@ -199,6 +201,21 @@ class FeatureDiffusion(nn.Module):
         """Pictures ``[B, 3, H, W]`` in [0, 1] of what latents of the first scale show."""
         return F.interpolate(self.decoder(latent), self.image_size, mode="bilinear", align_corners=False).clamp(0, 1)
 
+    # -- what is kept of the training ---------------------------------------------------------------------------
+
+    def keep(self, past: Sequence[Past]) -> None:
+        """Keep latents, one `Past` of each scale, with the model; they are no part of what inspects, nor of its ID."""
+        self._past = list(past)
+
+    @property
+    def has_past(self) -> bool:
+        """Whether it keeps latents of its training."""
+        return self._past is not None
+
+    def past(self) -> list[Past]:
+        """The latents that are kept, of each scale; none if there are none."""
+        return load_past(self._past, len(self.scales)) if isinstance(self._past, Path) else list(self._past or ())
+
     # -- files --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -206,6 +223,8 @@ class FeatureDiffusion(nn.Module):
         # the denoisers' weights are bfloat16 numbers since the end of their training
         compact = {name: value.bfloat16() if ".denoiser." in name else value for name, value in self.state_dict().items()}
         save_tensors(folder / WEIGHTS_FILE, compact)
+        if self.has_past:
+            save_past(folder / PAST_FILE, self.past())
         return to_json(self.config)
 
     def describe(self) -> dict[str, Any]:
@@ -233,6 +252,7 @@ class FeatureDiffusion(nn.Module):
             for number, scale in enumerate(model.all_scales()):  # its size is what it is
                 scale.memory.remember(*(tensors[f"scales.{number}.memory.{name}"] for name in ("rows", "owner")))
             model.load_state_dict(tensors)
+            model._past = folder / PAST_FILE if (folder / PAST_FILE).is_file() else None
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
             raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
         return model.eval().requires_grad_(False)

@@ -55,6 +55,7 @@ class FeatureTrainingSettings:
     decoder_steps: Annotated[int, Field(ge=0)] = 200  # optimiser steps of the picture decoder
     apart: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of the good images that the denoiser is not shown: usual residuals are theirs
     step_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.9  # delta of each call: this quantile of the gap score on normal images
+    keep_latents: bool = False  # keep some with the model, so that the training can go on without the images
     synthesis: SynthesisConfig = LITE  # how anomalies look
 
     def __post_init__(self) -> None:

@@ -22,14 +22,15 @@ from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of
 from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.past import Past
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
     FeatureDiffusionConfig,
     FeatureDiffusionSettings,
     FeatureTrainingSettings,
 )
-
 from gladad.models.feature_diffusion.watching import UNSEEN, Losses, show_drawn, show_mended
+
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 TIMING_STEPS = 10
@@ -52,8 +53,8 @@ def train_models(
     extractor: Extractor | None = None,
     device: torch.device = CPU,
     progress: Progress = no_progress,
-) -> dict[str, FeatureDiffusion]:
     watch: Watch | None = None,
+) -> dict[str, FeatureDiffusion]:
     """Train the denoisers for one product or several, which are told apart by class; everything else is each product's own.
 
     The same images, settings and machine give the same weights, unless ``minutes`` sets the budget.
@@ -69,8 +70,8 @@ def train_models(
         extractor: The frozen feature network; None loads that of the settings.
         device: To train and to stay on. Everything random is drawn on the CPU, so that all devices draw the same.
         progress: Told of every stage.
-
         watch: Told of every loss, and shown a few examples of the first product.
+
     Returns:
         Product -> its model. All hold the same denoisers.
 
@@ -96,9 +97,11 @@ def train_models(
             if number == 0:
                 _train_decoder(model, part, generator, progress, Losses(watch))
             _measure(model, number, [part.images[place] for place in part.measured.tolist()], part.owner[part.measured])
-    return {product: model.requires_grad_(False) for product, model in models.items()}
+            if config.settings.training.keep_latents:
+                model.keep([*model.past(), Past.of(part)])
         if number == 0 and watch is not None:
             show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
+    return {product: model.requires_grad_(False) for product, model in models.items()}
 
 
 def _untrained(config: FeatureDiffusionConfig, extractor: Extractor, device: torch.device) -> FeatureDiffusion:
@@ -191,10 +194,10 @@ def _train_denoiser(
         if planned.minutes is not None and step == TIMING_STEPS:
             steps = _affordable_steps(planned.minutes, started, times)
         progress("denoiser", step, steps)
+        seen.add("denoiser", step, loss)
     with torch.no_grad():
         for parameter, average in zip(parameters, averaged, strict=True):
             parameter.copy_(average.bfloat16())  # as inspection uses and files keep them
-        seen.add("denoiser", step, loss)
     denoiser.eval().requires_grad_(False)
     for part in parts:
         part.scale.denoiser = denoiser
@@ -267,12 +270,12 @@ def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generat
         loss.backward()
         optimizer.step()
         progress("picture decoder", step + 1, steps)
-    decoder.eval().requires_grad_(False)
-
-
         seen.add("picture decoder", step + 1, loss)
         if seen.watch is not None and step + 1 in {1, steps // 4, steps}:
             show_drawn(seen.watch, step + 1, model, part)
+    decoder.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor) -> None:
     """Measure at one scale what is usual on normal images, as if the memory did not know them.
@@ -282,9 +285,16 @@ def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], own
     Raises:
         TrainingError: A statistic is not finite.
     """
+    scale = model.all_scales()[number]
+    latents = torch.cat([scale.encode(to_tensor(pixels)[None].to(model.device)) for pixels in images])  # one by one, as in inspection
+    _measure_by(model, number, latents, owner)
+
+
+@torch.no_grad()
+def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Tensor) -> None:
+    """`_measure` by latents ``[N, D, h, w]`` float32 of the images."""
     scale, settings = model.all_scales()[number], model.config.settings
     owner = owner.to(model.device)
-    latents = torch.cat([scale.encode(to_tensor(pixels)[None].to(model.device)) for pixels in images])  # one by one, as in inspection
 
     def residuals() -> tuple[Tensor, Tensor]:
         rebuilt = [scale.rebuild(latents[i : i + 1], owner[i : i + 1]) for i in range(len(latents))]
