@@ -19,9 +19,12 @@ from conftest import draw_part
 from fastapi.testclient import TestClient
 from PIL import Image
 from service_base import PRODUCT, make_station, served
+from sqlalchemy import insert
 
 from gladad.report.pictures import CHANNELS, VMAX
 from gladad.service.console import FOLDER
+from gladad.service.record import new_id, now
+from gladad.service.tables import jobs
 
 SOURCES = Path(__file__).parent.parent / "console"
 PAGES = ("inspect", "teach", "tune", "history", "models")
@@ -411,6 +414,28 @@ def test_a_job_that_fails_says_why_and_one_can_be_cancelled(browser, url):
         page.get_by_role("button", name="Learn broken from 1 picture").click()
         page.get_by_role("button", name="Cancel").click()
         page.locator("[data-state=cancelled]").wait_for()
+
+
+def test_a_training_that_failed_shows_how_far_it_had_come(browser, url, station):
+    identity, pictures = new_id(), {"good-part-and-drawing": 40, "input-and-reconstruction-1": 1}
+    folder = station.folder / "jobs" / identity / "examples"
+    folder.mkdir(parents=True)
+    for name in pictures:
+        draw_part(1)[0].save(folder / f"{name}.png")
+    losses = {"scale 1: denoiser": [[step, 1 / step] for step in range(1, 41)], "picture decoder": [[1, 0.5], [2, 0.25]]}
+    examples = [{"name": name, "stage": "picture decoder", "step": step} for name, step in pictures.items()]
+    progress = {"stage": "picture decoder", "done": 2, "total": 200, "losses": losses, "examples": examples}
+    row = {"id": identity, "created": now(), "who": "tester", "kind": "fit", "product": "gear", "request": {"images": "gear/good"}}
+    with station.record.write() as connection:
+        connection.execute(insert(jobs), [row | {"state": "failed", "problem": "the lamp went out", "progress": progress}])
+    with opened(browser, url, "teach") as page:
+        card = page.locator(f"[data-job='{identity}']")
+        card.get_by_text("the lamp went out").wait_for()
+        assert card.locator("[data-curve]").count() == 2
+        assert card.get_by_role("img", name="Error over 40 steps, from 1 to 0.025").is_visible()
+        card.locator(".examples").scroll_into_view_if_needed()
+        card.locator(".examples img").nth(1).wait_for()
+        assert "part as it should be" in card.locator(".examples").inner_text()
 
 
 def test_a_station_with_keys_asks_for_one(browser, model, tmp_path):

@@ -90,6 +90,14 @@ export interface Score {
   verdict: Judged | null;
 }
 
+export interface Progress {
+  stage: string;
+  done: number;
+  total: number;
+  losses: Record<string, [number, number][]>; // of a training: stage -> steps and mean losses
+  examples: { name: string; stage: string; step: number }[];
+}
+
 export interface Job {
   id: string;
   created: string;
@@ -98,7 +106,7 @@ export interface Job {
   product: string;
   request: Record<string, unknown>;
   state: 'waiting' | 'running' | 'done' | 'failed' | 'cancelled';
-  progress: { stage: string; done: number; total: number } | null;
+  progress: Progress | null;
   result: Record<string, unknown> | null;
   problem: string | null;
 }
@@ -257,6 +265,7 @@ export function calibrationOf(product: string, version: number): Promise<Calibra
 export const pictures = {
   small: (id: string, side = 160) => at(`v1/decisions/${part(id)}/small.png`, { side }),
   image: (id: string) => `v1/decisions/${part(id)}/image`,
+  example: (job: string, name: string, step: number) => at(`v1/jobs/${part(job)}/examples/${part(name)}.png`, { step }),
   map: (id: string) => `v1/decisions/${part(id)}/map.png`,
   reconstruction: (id: string) => `v1/decisions/${part(id)}/reconstruction.png`,
   // the name is for this page's memory of pictures: numbers change when one is removed

@@ -101,7 +101,20 @@ const STAGES: [RegExp, string][] = [
   [/inspecting/, 'Inspecting'],
 ];
 
-export const stage = (name: string) => STAGES.find(([pattern]) => pattern.test(name))?.[1] ?? name;
+/** A stage of a training in plain words, and which of the sizes that the parts are looked at in. */
+export function stage(name: string): string {
+  const scale = /scale (\d+): /.exec(name)?.[1];
+  const what = STAGES.find(([pattern]) => pattern.test(name))?.[1] ?? name;
+  return scale ? `${what}, ${scale === '1' ? 'details' : `at 1/${2 ** (Number(scale) - 1)} of the size`}` : what;
+}
+
+const EXAMPLES: [RegExp, string][] = [
+  [/^good-part-and-drawing/, 'A good part, and how well it is drawn by now'],
+  [/^input-and-reconstruction/, 'A defect made up for learning, and the part as it should be'],
+];
+
+/** What an example picture of a training shows. */
+export const example = (name: string) => EXAMPLES.find(([pattern]) => pattern.test(name))?.[1] ?? name.replaceAll('-', ' ');
 
 export const KINDS: Record<string, string> = {
   fit: 'Learn a product',
