@@ -23,6 +23,7 @@ from conftest import draw_part
 from PIL import Image
 from service_base import PRODUCT, make_station, served
 from sqlalchemy import func, select, update
+from starlette.requests import Request
 
 from gladad.cli.main import main
 from gladad.client import AsyncClient, Client, ServiceError
@@ -30,6 +31,7 @@ from gladad.core.images import as_pixels
 from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
 from gladad.service import audit
+from gladad.service.inspector import BusyError, Inspector
 from gladad.service.tables import decisions as table
 from gladad.service.tables import goldens
 
@@ -259,6 +261,25 @@ def test_a_full_queue_refuses_at_once(strict):
     assert count(station) - before == statuses.count(200)
     with Client(url, patience=30) as client, ThreadPoolExecutor(6) as pool:  # who waits and asks again is served
         assert len(list(pool.map(lambda _: client.inspect(PRODUCT, GOOD), range(12)))) == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", INSPECT), ("POST", f"/v1/products/{PRODUCT}/golden?name=a.png"), ("PUT", "/v1/data?folder=a&name=a.png")]
+)
+def test_what_finds_no_room_is_not_held(strict, monkeypatch, method, path):
+    """Not even an image that is none: its body is passed over."""
+    station, url = strict
+
+    def full(self) -> None:
+        raise BusyError("2 images wait or are under way; send it again a little later")
+
+    monkeypatch.setattr(Inspector, "check_room", full)
+    monkeypatch.setattr(Request, "body", None)
+    refused = httpx.request(method, url + path, content=b"x" * 15_000, timeout=20)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    too_large = httpx.request(method, url + path, content=b"x" * 20_001, timeout=20)
+    assert too_large.status_code == 413
+    assert not (station.folder / "data").exists()
 
 
 def test_pictures_are_not_kept_where_they_are_not_wanted(strict):

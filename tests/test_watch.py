@@ -27,8 +27,8 @@ from gladad.core.errors import ConfigError
 from gladad.core.threads import CancelToken
 from gladad.service import audit, sorting
 from gladad.service.inspector import WorkerError
-from gladad.service.line import Line
-from gladad.service.products import StoppedError, activate, stop
+from gladad.service.line import Line, NotReadyError, Origin
+from gladad.service.products import StoppedError, activate, add_version, stop
 from gladad.service.record import StorageError
 from gladad.service.sorting import move, sorter, tag
 from gladad.service.station import Station, UnknownError
@@ -510,6 +510,23 @@ def test_the_command_inspects_what_is_there(station, inbox, capsys):
     assert (inbox / "a.png.json").is_file()
     assert main(["watch", str(inbox), "--station", str(station.folder), "--product", "gear", "--once"]) == 1
     assert "there is no product 'gear'" in capsys.readouterr().err
+
+
+def test_a_line_of_one_product_loads_that_one(model: Path, tmp_path: Path):
+    small = make_station(tmp_path / "line", model)
+    add_version(small, "other", model, "tester")
+    activate(small, "other", 1, "tester")
+    made = Line(small, 1, only=PRODUCT)
+    try:
+        until(lambda: made.ready)
+        assert made.inspect(PRODUCT, GOOD, Origin("tester", "rest")).result()["decision"] == "accept"
+        with pytest.raises(NotReadyError):
+            made.inspect("other", GOOD, Origin("tester", "rest"))
+        made.activate("other", 1, "tester")  # whoever asks for it gets it
+        assert made.inspect("other", GOOD, Origin("tester", "rest")).result()["product"] == "other"
+    finally:
+        made.close()
+        small.close()
 
 
 def test_a_file_keeps_its_identity_when_it_is_renamed(tmp_path):

@@ -40,7 +40,7 @@ def watch(
         apart = [] if sort is None else [sort / decision for decision in DECISIONS]
         token = CancelToken()
         with cancelled_by_signals(token):
-            line = Line(open_station, threads)
+            line = Line(open_station, threads, only=product)
             try:
                 watching = Watch(line, product, folder, _me(None), settle=settle, finish=finish, apart=apart, tell=complain, cancel=token)
                 if not once:

@@ -18,11 +18,11 @@ from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError, DeadlineError, Inspector
 from gladad.service.intake import check_image
 from gladad.service.outputs import Outbox
-from gladad.service.products import Version, active_version, all_products, check_version, folder_of, stop, version_of
+from gladad.service.products import Version, active_version, all_products, check_version, folder_of, product_of, stop, version_of
 from gladad.service.record import StorageError, new_id, now
 from gladad.service.recorder import Also, Pending, Recorder
 from gladad.service.station import Station, UnknownError
-from gladad.service.worker import Draw, Inspect, Load, Outcome
+from gladad.service.worker import Draw, Inspect, Load, Nearest, Outcome
 
 CACHE_SECONDS = 1.0  # other processes may activate versions, too
 LOAD_SECONDS = 600.0
@@ -45,13 +45,18 @@ class Origin:
 
 
 class Line:
-    """The inspection of all products of a station: the worker, the record, and what watches over them.
+    """The inspection of the products of a station: the worker, the record, and what watches over them.
 
     Every active version is loaded and checked (its files, its golden parts) before its product inspects. `close` it.
+
+    Args:
+        station: Whose products.
+        threads: Images inspected at a time; None is one for each core.
+        only: The one product that is loaded; None: all.
     """
 
-    def __init__(self, station: Station, threads: int | None = None):
-        self.station = station
+    def __init__(self, station: Station, threads: int | None = None, only: str | None = None):
+        self.station, self._only = station, only
         self.outbox = Outbox(station)
         self.inspector = Inspector(station.settings.queue, threads or cores(), station.settings.loaded)
         self.recorder = Recorder(station, self._in_transaction, self._tell)
@@ -74,8 +79,13 @@ class Line:
     def ready(self) -> bool:
         """Whether every product that can inspect does."""
         with self.station.record.read() as connection:
-            wanted = {(each.name, each.active) for each in all_products(connection) if each.active and not each.stopped}
+            wanted = set(self._inspecting(connection))
         return self.inspector.ready and wanted <= self._ready
+
+    def _inspecting(self, connection: Connection) -> list[tuple[str, int]]:
+        """Products that are to inspect, and the number of the version of each that does."""
+        products = all_products(connection) if self._only is None else [product_of(connection, self._only)]
+        return [(each.name, each.active) for each in products if each.active and not each.stopped]
 
     def active(self, product: str) -> Version:
         """The version that inspects now.
@@ -154,6 +164,15 @@ class Line:
         folder = str(folder_of(self.station, row["product"], row["version"]))
         return self.inspector.submit(Draw(folder, content), self.station.settings.deadline)
 
+    def nearest_good(self, row: Row) -> Future[bytes | None]:
+        """The kept good part that looks most like the part of a decision, a PNG; None where its version keeps none.
+
+        Raises:
+            UnknownError: The image is not kept any more.
+        """
+        folder = str(folder_of(self.station, row["product"], row["version"]))
+        return self.inspector.submit(Nearest(folder, self.image(row)), self.station.settings.deadline)
+
     def image(self, row: Row) -> bytes:
         """The image of a decision as it was sent.
 
@@ -231,11 +250,9 @@ class Line:
         while not self._closed.is_set():
             try:
                 with self.station.record.read() as connection:
-                    products = all_products(connection)
-                    active = [version_of(connection, each.name, each.active) for each in products if each.active and not each.stopped]
-                for version in active:
-                    if (version.product, version.number) not in self._ready:
-                        self.check(version)
+                    missing = [version_of(connection, *each) for each in self._inspecting(connection) if each not in self._ready]
+                for version in missing:
+                    self.check(version)
                 if time.monotonic() - cleaned > CLEAN_SECONDS:
                     cleaned = time.monotonic()
                     self.clean()

@@ -12,7 +12,7 @@ from gladad.report.pictures import thumbnail, to_png
 from gladad.service import data_folders
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_image
-from gladad.service.routes_decisions import IMAGE_BODY
+from gladad.service.routes_decisions import IMAGE_BODY, refuse_early
 from gladad.service.schemas import FOLDER, DataFolder, FolderCheck, problems
 
 router = APIRouter(prefix="/v1/data", tags=["data"])
@@ -26,9 +26,12 @@ def folders(who: Who, line: Running) -> list[DataFolder]:
     return [DataFolder.model_validate(each) for each in data_folders.listing(line.station)]
 
 
-@router.put("", status_code=204, responses=problems(400, 401, 408, 413, 415, 422, 507), openapi_extra=IMAGE_BODY, response_class=Response)
+@router.put(
+    "", status_code=204, responses=problems(400, 401, 408, 413, 415, 422, 429, 507), openapi_extra=IMAGE_BODY, response_class=Response
+)
 async def add(request: Request, folder: Folder, name: Annotated[str, Query(max_length=64)], who: Who, line: Running) -> Response:
     """Put an image, sent as the body, into a folder, which is made if it is not there."""
+    await refuse_early(request, line)
     content = await request.body()
     check_image(content, request.headers.get("content-type", ""), line.station.settings.max_pixels)
     await asyncio.to_thread(data_folders.add, line.station, folder, name, content)

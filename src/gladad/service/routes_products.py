@@ -12,7 +12,7 @@ from gladad.core.images import as_pixels
 from gladad.core.storage import read_model_file
 from gladad.detector.files import MASK_FILE
 from gladad.report.pictures import thumbnail, to_png
-from gladad.service import audit, decisions, golden
+from gladad.service import audit, decisions, golden, good_parts
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_filename
 from gladad.service.line import Line
@@ -28,7 +28,7 @@ from gladad.service.products import (
     stop,
     version_of,
 )
-from gladad.service.routes_decisions import IMAGE_BODY, PNG, SMALL
+from gladad.service.routes_decisions import IMAGE_BODY, PNG, SMALL, refuse_early
 from gladad.service.schemas import (
     ActivateIn,
     CalibrationOut,
@@ -98,6 +98,7 @@ def calibration(product: str, number: Number, who: Who, line: Running) -> Calibr
         statement=found.threshold.statement,
         min_area=scope.get("min_area", 0.0),
         masked=scope.get("mask", False),
+        good_parts=good_parts.has(folder),
     )
 
 
@@ -167,6 +168,7 @@ async def add_golden(
     request: Request, product: str, who: Who, line: Running, name: Annotated[str, Query(max_length=255)] = ""
 ) -> GoldenOut:
     """Keep an image, and what the active version says of it, as a golden part. It is inspected again whenever the service starts."""
+    await refuse_early(request, line)
     content = await request.body()
     return GoldenOut.model_validate(await asyncio.to_thread(line.add_golden, product, content, check_filename(name), who))
 
