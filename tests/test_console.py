@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ from service_base import PRODUCT, make_station, served
 from sqlalchemy import insert
 
 from gladad.report.pictures import CHANNELS, VMAX
+from gladad.service import good_parts
 from gladad.service.console import FOLDER
+from gladad.service.products import activate, add_version
 from gladad.service.record import new_id, now
 from gladad.service.tables import jobs
 
@@ -90,10 +93,11 @@ def opened(browser, url: str, place: str = "inspect", refused: tuple[str, ...] =
         context.close()
 
 
-def inspect(url: str, name: str, seed: int, defective: bool = False) -> dict:
-    return httpx.post(
-        f"{url}/v1/products/{PRODUCT}/inspections", params={"name": name}, content=png(draw_part(seed, defective)[0]), timeout=60
-    ).json()
+def inspect(url: str, name: str, seed: int, defective: bool = False, product: str = PRODUCT) -> dict:
+    path, content = f"{url}/v1/products/{product}/inspections", png(draw_part(seed, defective)[0])
+    while (answer := httpx.post(path, params={"name": name}, content=content, timeout=60)).status_code == 503:
+        time.sleep(0.1)  # it is being loaded
+    return answer.json()
 
 
 # -- what is served --------------------------------------------------------------------------------------------------
@@ -353,6 +357,26 @@ def test_golden_parts_and_a_stop(browser, url):
         page.get_by_role("button", name=re.compile("Activate|Go back")).first.click()
         page.get_by_role("dialog").get_by_role("button", name=re.compile("Activate version")).click()
         page.get_by_role("button", name=f"Stop {PRODUCT}").wait_for()
+
+
+def test_the_same_place_of_a_good_part_is_shown_beside_a_defect(browser, url, station, model, category, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    good_parts.keep(tmp_path / "model", {"images": str(category / "train/good")})
+    add_version(station, "widget-too", tmp_path / "model", "tester")
+    activate(station, "widget-too", 1, "tester")
+    made = inspect(url, "beside.png", 2005, True, product="widget-too")
+    with opened(browser, url, f"decision/{made['id']}") as page:
+        beside = page.get_by_role("group", name="Place 1 beside a good part")
+        pictures = [beside.get_by_role("img", name=f"Place 1: {name}") for name in ("this part", "good part")]
+        for picture in pictures:
+            picture.wait_for()
+        boxes = [picture.bounding_box() for picture in pictures]
+        windows = [window.bounding_box() for window in beside.locator(".window").all()]
+        for side in ("x", "y"):  # the same place of both, which is in the window
+            assert boxes[0][side] - windows[0][side] == pytest.approx(boxes[1][side] - windows[1][side], abs=1)
+        left, _, right, _ = made["regions"][0]["box"]
+        middle = boxes[0]["x"] + boxes[0]["width"] * (left + right) / 2 / made["width"]
+        assert windows[0]["x"] <= middle <= windows[0]["x"] + windows[0]["width"]
 
 
 def test_two_people_see_each_others_verdicts(browser, url):

@@ -80,6 +80,7 @@ export interface Calibration {
   statement: string;
   min_area: number;
   masked: boolean;
+  good_parts: boolean; // small pictures of good parts are kept
 }
 
 export interface Score {
@@ -266,6 +267,7 @@ export const pictures = {
   small: (id: string, side = 160) => at(`v1/decisions/${part(id)}/small.png`, { side }),
   image: (id: string) => `v1/decisions/${part(id)}/image`,
   example: (job: string, name: string, step: number) => at(`v1/jobs/${part(job)}/examples/${part(name)}.png`, { step }),
+  nearestGood: (id: string) => `v1/decisions/${part(id)}/nearest-good.png`,
   map: (id: string) => `v1/decisions/${part(id)}/map.png`,
   reconstruction: (id: string) => `v1/decisions/${part(id)}/reconstruction.png`,
   // the name is for this page's memory of pictures: numbers change when one is removed

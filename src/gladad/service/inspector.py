@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gladad.core.errors import GladError
-from gladad.service.worker import READY, Draw, Inspect, Load, run
+from gladad.service.worker import READY, Asked, run
 
 ATTEMPTS = 2  # that the worker may die of one request before this is given up
 RESTART_SECONDS = (0.0, 0.5, 2.0, 10.0)  # waits before a start, the longer the more of them failed in a row
@@ -37,7 +37,7 @@ class WorkerError(GladError):
 class Ticket:
     """A request and its place."""
 
-    request: Load | Inspect | Draw
+    request: Asked
     deadline: float  # by time.monotonic()
     future: Future[Any] = field(default_factory=Future)
     attempts: int = 0
@@ -101,7 +101,7 @@ class Inspector:
         if self.depth >= self.capacity:
             raise BusyError(f"{self.capacity} images wait or are under way; send it again a little later")
 
-    def submit(self, request: Load | Inspect | Draw, seconds: float) -> Future[Any]:
+    def submit(self, request: Asked, seconds: float) -> Future[Any]:
         """Queue a request; cancelling the future gives its place free unless it is under way.
 
         Args:

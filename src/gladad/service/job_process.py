@@ -16,6 +16,7 @@ from typing import Any
 
 from gladad.core.errors import GladError
 from gladad.core.storage import read_json
+from gladad.service import good_parts
 from gladad.service.feedback import improve
 from gladad.service.onlooker import Onlooker
 
@@ -91,6 +92,8 @@ def main(folder: Path) -> int:
     job = read_json(folder / FILE)
     try:
         result = JOBS[job["kind"]](folder, job, lambda stage, done, total: tell(stage=stage, done=done, total=total))
+        if (folder / MODEL).is_dir():
+            good_parts.keep(folder / MODEL, job)
     except GladError as error:
         tell(problem=str(error))
         return 1

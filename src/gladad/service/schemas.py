@@ -313,6 +313,7 @@ class CalibrationOut(BaseModel):
     statement: str
     min_area: Annotated[float, Field(description="share of the image below which areas do not count")]
     masked: Annotated[bool, Field(description="some of the image does not count")]
+    good_parts: Annotated[bool, Field(description="small pictures of good parts are kept, to be shown beside others")]
 
 
 class LimitsIn(BaseModel):

@@ -50,6 +50,17 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """Find the good part that looks most like an image. The answer is a PNG, or None where no good parts are kept."""
+
+    folder: str
+    content: bytes
+
+
+Asked = Load | Inspect | Draw | Nearest
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What an inspection found."""
 
@@ -93,8 +104,10 @@ class Models:
             return entry
 
 
-def answer(models: Models, request: Load | Inspect | Draw) -> Any:
+def answer(models: Models, request: Asked) -> Any:
     """What a request asks for."""
+    if isinstance(request, Nearest):
+        return _nearest(request)
     detector, slots = models.get(request.folder)
     if isinstance(request, Load):
         _warm_up(detector)
@@ -106,6 +119,15 @@ def answer(models: Models, request: Load | Inspect | Draw) -> Any:
             picture = detector.inspect(request.content).reconstruction
             return None if picture is None else to_png(picture)
         return _outcome(detector, request)
+
+
+def _nearest(request: Nearest) -> bytes | None:
+    from gladad.core.images import as_pixels
+    from gladad.report.pictures import to_png
+    from gladad.service.good_parts import nearest
+
+    found = nearest(Path(request.folder), as_pixels(request.content))
+    return None if found is None else to_png(found)
 
 
 def in_process(capacity: int) -> Callable[[str, bytes], Outcome]:
@@ -172,7 +194,7 @@ def run(connection: Connection, threads: int, capacity: int) -> None:
     warnings.simplefilter("ignore")
     models, sending = Models(capacity), threading.Lock()
 
-    def handle(number: int, request: Load | Inspect | Draw) -> None:
+    def handle(number: int, request: Asked) -> None:
         try:
             reply: tuple[int, Any, Exception | None] = (number, answer(models, request), None)
         except GladError as error:

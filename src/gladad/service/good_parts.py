@@ -1,0 +1,113 @@
+"""Small pictures of good parts that a version has learnt from, and which of them looks most like another part."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gladad.core.images import list_images, load_image, resize_pixels
+from gladad.core.storage import load_arrays, read_json, save_arrays
+from gladad.data.samples import file_digest
+from gladad.detector.files import ALIGNMENT_FILE, SEEN_FILE
+from gladad.detector.view import View
+from gladad.report.pictures import thumbnail
+
+if TYPE_CHECKING:
+    from gladad.data.alignment import Alignment
+
+Pixels = NDArray[np.uint8]
+FILE = "good_parts.safetensors"
+MOST = 48  # pictures of a version, which bounds its file at about two megabytes
+SIDE = 384  # pixels of the longer side
+QUALITY = 88
+COARSE = 64  # pixels of a side at which parts are compared
+ALIKE = 0.8  # share of the places, the most alike ones, that are compared: a defect is none of them
+
+
+class GoodParts(NamedTuple):
+    """Of a version."""
+
+    jpegs: list[bytes]
+    coarse: NDArray[np.float32]  # [N, 64, 64, 3]
+    alignment: Alignment | None
+
+
+def keep(model: Path, request: dict[str, Any]) -> None:
+    """Put pictures of the good parts of a job beside the model that it made, at most `MOST`, evenly chosen.
+
+    They are of those that the model was trained on; where a job had none of these, those of the model before, or of the held-out ones.
+    """
+    seen = read_json(model / SEEN_FILE)
+    folders = [request["images"], *([request["judged"]] if "judged" in request else [])]
+    images = {file_digest(path): path for folder in folders for path in list_images(Path(folder))}
+    trained, held_out = ([images[digest] for digest in seen.get(name, ()) if digest in images] for name in ("trained", "held_out"))
+    before = Path(request.get("model", "")) / FILE
+    if not trained and before.is_file():
+        shutil.copyfile(before, model / FILE)
+    elif trained or held_out:
+        _write(model, sorted(trained or held_out))
+
+
+def nearest(folder: Path, image: Pixels) -> Pixels | None:
+    """The kept good part that looks most like a part in most of its places, as it would lie in that picture.
+
+    Args:
+        folder: Of a version.
+        image: ``[H, W, 3]`` uint8.
+
+    Returns:
+        ``[h, w, 3]`` uint8, which is to be stretched to the size of the image; None where no good part is kept.
+    """
+    if not has(folder):
+        return None
+    known = _read(folder)
+    view = View(image, known.alignment)
+    coarse = resize_pixels(view.pixels, (COARSE, COARSE)).astype(np.float32)
+    apart = np.square(known.coarse - coarse).sum(-1).reshape(len(known.coarse), -1)
+    apart.partition(round(ALIKE * apart.shape[1]), axis=1)
+    found = _decoded(known.jpegs[int(apart[:, : round(ALIKE * apart.shape[1])].mean(1).argmin())])
+    if known.alignment is None:
+        return found
+    whole = view.whole_picture(resize_pixels(found, (view.pixels.shape[0], view.pixels.shape[1])))
+    return None if whole is None else thumbnail(whole, 2 * SIDE)
+
+
+def has(folder: Path) -> bool:
+    """Whether pictures of good parts are kept with a version."""
+    return (folder / FILE).is_file()
+
+
+def _write(model: Path, paths: Sequence[Path]) -> None:
+    alignment, arrays = _alignment(model), {}
+    for number, place in enumerate(np.linspace(0, len(paths) - 1, min(MOST, len(paths))).round().astype(int).tolist()):
+        buffer = io.BytesIO()
+        Image.fromarray(thumbnail(View(load_image(paths[place]), alignment).pixels, SIDE)).save(buffer, "JPEG", quality=QUALITY)
+        arrays[f"{number:02}"] = np.frombuffer(buffer.getvalue(), np.uint8)
+    save_arrays(model / FILE, arrays)
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path) -> GoodParts:
+    jpegs = [array.tobytes() for _, array in sorted(load_arrays(folder / FILE).items())]
+    coarse = np.stack([resize_pixels(_decoded(jpeg), (COARSE, COARSE)) for jpeg in jpegs]).astype(np.float32)
+    return GoodParts(jpegs, coarse, _alignment(folder))
+
+
+def _decoded(jpeg: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(jpeg)))
+
+
+def _alignment(folder: Path) -> Alignment | None:
+    if not (folder / ALIGNMENT_FILE).is_file():
+        return None
+    from gladad.data.alignment import Alignment  # late, with its scipy: most models do without
+
+    return Alignment.of_arrays(load_arrays(folder / ALIGNMENT_FILE))
