@@ -379,6 +379,47 @@ def test_the_same_place_of_a_good_part_is_shown_beside_a_defect(browser, url, st
         assert windows[0]["x"] <= middle <= windows[0]["x"] + windows[0]["width"]
 
 
+def test_verdicts_make_a_better_version_that_is_activated(browser, model, category, tmp_path):
+    station = make_station(tmp_path / "line", model)
+    shutil.copytree(category / "train/good", station.folder / "data" / PRODUCT / "good")
+    try:
+        with served(station, threads=1) as url, opened(browser, url, "models") as page:
+            section = page.get_by_role("region", name="Learn from verdicts")
+            section.get_by_text("0 were judged good").wait_for()
+            assert section.get_by_role("button", name="Make a better version").is_disabled()
+            for seed in range(4):  # parts with a stain, which is not bad
+                stained = np.array(draw_part(700 + seed)[0])
+                stained[30:36, 30:36] = 200
+                made = httpx.post(f"{url}/v1/products/{PRODUCT}/inspections", content=png(Image.fromarray(stained)), timeout=60).json()
+                httpx.put(f"{url}/v1/decisions/{made['id']}/verdict", json={"verdict": "good"}).raise_for_status()
+            section.get_by_text("4 were judged good").wait_for()
+            section.get_by_role("radio", name="New limits").check()
+            section.get_by_label("Note of the better version").fill("stains are harmless")
+            section.get_by_role("button", name="Make a better version").click()
+            section.locator("[data-state=done]").wait_for(timeout=120_000)
+            rows = section.get_by_role("table", name="Before and after").get_by_role("row").all_inner_texts()
+            before, after = (int(cell.split(" of ")[0]) for cell in rows[1].split("\t")[1:])
+            assert after < before and "4 parts judged good were used" in section.inner_text()
+            section.get_by_role("button", name="Activate version 2").click()
+            section.get_by_text("Version 2 inspects.").wait_for()
+            row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="2 active"))
+            row.get_by_text("stains are harmless").wait_for()
+            # one that is worse is not offered
+            side = {"good": 8, "bad": 1, "found": 1}
+            result = {"golden_changed": ["edge.png"], "confirmed_good": 4, "offered": False, "promise": ""}
+            result |= {"before": side | {"false_rejects": 1}, "after": side | {"false_rejects": 2}}
+            row = {"id": new_id(), "created": now(), "who": "tester", "kind": "feedback", "product": PRODUCT, "state": "done"}
+            with station.record.write() as connection:
+                connection.execute(insert(jobs), [row | {"request": {"images": "x", "activate": False}, "result": result}])
+            worse = page.locator(f"[data-job='{row['id']}']")
+            worse.get_by_text(
+                "It is not offered: 1 golden part is decided otherwise (edge.png), and it would reject 2 good parts"
+            ).wait_for()
+            assert worse.get_by_role("button").count() == 0
+    finally:
+        station.close()
+
+
 def test_two_people_see_each_others_verdicts(browser, url):
     identity = inspect(url, "shared.png", 4001)["id"]
     with opened(browser, url, f"decision/{identity}") as one, opened(browser, url) as other:

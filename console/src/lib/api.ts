@@ -112,6 +112,23 @@ export interface Job {
   problem: string | null;
 }
 
+interface Side {
+  good: number;
+  false_rejects: number;
+  bad: number;
+  found: number;
+}
+
+/** The result of a feedback job. */
+export interface Compared {
+  before: Side;
+  after: Side;
+  golden_changed: string[];
+  confirmed_good: number;
+  offered: boolean;
+  version?: number;
+}
+
 export interface Period extends Record<Decided, number> {
   since: string;
   until: string;
