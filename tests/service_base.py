@@ -21,6 +21,7 @@ from gladad.service.app import make_app
 from gladad.service.decisions import Row
 from gladad.service.products import activate, add_version
 from gladad.service.record import new_id, now
+from gladad.service.server import configured
 from gladad.service.settings import StationSettings
 from gladad.service.station import FILE, Station
 
@@ -72,7 +73,9 @@ def a_row(**values: Any) -> Row:
 def served(station: Station, **options: Any) -> Iterator[str]:
     """A server of a station on a thread; gives its URL once all products are ready or stopped."""
     app = make_app(station, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    config = configured(app, station, port=0)
+    config.timeout_graceful_shutdown = 5
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -598,12 +599,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(folder: Path, port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gladad", "serve", "--station", str(folder), "--port", str(port), "--threads", "2"]
+def start(folder: Path, port: int, *options: str, authority: Path | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gladad", "serve", "--station", str(folder), "--port", str(port), "--threads", "2", *options]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    url, verify = f"http://127.0.0.1:{port}/readyz", True
+    if authority is not None:
+        url, verify = url.replace("http", "https"), ssl.create_default_context(cafile=authority)
     for _ in range(600):
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+            if httpx.get(url, verify=verify).status_code == 200:
                 return server
         except httpx.HTTPError:
             assert server.poll() is None

@@ -11,6 +11,7 @@ It needs httpx and pydantic, and neither torch nor the models.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,8 +124,9 @@ class _Calls:
 _calls = _Calls()
 
 
-def _settings(url: str, key: str | None, timeout: float) -> dict[str, Any]:
-    return {"base_url": url, "timeout": timeout, "headers": {"X-API-Key": key} if key else {}}
+def _settings(url: str, key: str | None, timeout: float, authority: str | Path | None) -> dict[str, Any]:
+    verify = True if authority is None else ssl.create_default_context(cafile=authority)
+    return {"base_url": url, "timeout": timeout, "headers": {"X-API-Key": key} if key else {}, "verify": verify}
 
 
 def _pause(response: httpx.Response, until: float) -> float | None:
@@ -156,10 +158,19 @@ class Client:
         key: API key, where the station has any.
         timeout: Seconds to wait for an answer.
         patience: Seconds in which refusals for lack of room are tried again.
+        authority: PEM file by which the service's certificate is checked, such as the certificate itself; None: the usual authorities.
     """
 
-    def __init__(self, url: str, key: str | None = None, *, timeout: float = 60.0, patience: float = 30.0):
-        self._http = httpx.Client(**_settings(url, key, timeout))
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        patience: float = 30.0,
+        authority: str | Path | None = None,
+    ):
+        self._http = httpx.Client(**_settings(url, key, timeout, authority))
         self._patience = patience
 
     def __enter__(self) -> Self:
@@ -256,8 +267,16 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio: the same methods, to be awaited."""
 
-    def __init__(self, url: str, key: str | None = None, *, timeout: float = 60.0, patience: float = 30.0):
-        self._http = httpx.AsyncClient(**_settings(url, key, timeout))
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        patience: float = 30.0,
+        authority: str | Path | None = None,
+    ):
+        self._http = httpx.AsyncClient(**_settings(url, key, timeout, authority))
         self._patience = patience
 
     async def __aenter__(self) -> Self:

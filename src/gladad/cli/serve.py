@@ -55,6 +55,8 @@ def serve(
     folder: Annotated[Path, typer.Option("--station", help="Folder of the station; made if it is not there.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    tls_certificate: Annotated[Path | None, typer.Option(help="Serve over TLS: PEM file of the certificate.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key, if that is another.", show_default=False)] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Images inspected at a time (default: one per core).", show_default=False)
     ] = None,
@@ -64,8 +66,8 @@ def serve(
     try:
         from gladad.service.server import serve as run
 
-        complain(f"serving {folder} at http://{host}:{port} (openapi: /v1/openapi.json)")
-        run(open_station, host, port, threads)
+        complain(f"serving {folder} at http{'' if tls_certificate is None else 's'}://{host}:{port} (openapi: /v1/openapi.json)")
+        run(open_station, host, port, threads, tls_certificate, tls_key)
     finally:
         open_station.close()
 

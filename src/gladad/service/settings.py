@@ -74,6 +74,7 @@ class StationSettings:
     database: str = ""  # URL of SQLAlchemy, such as postgresql+psycopg://user@host/name; empty: SQLite in the folder
     queue: Annotated[int, Field(ge=1)] = 64  # images that may wait or be under way at a time; one more is refused
     deadline: Annotated[float, Field(gt=0)] = 30.0  # seconds that a request may take
+    head_seconds: Annotated[float, Field(gt=0)] = 10.0  # seconds until the headers of a request must be there
     body_seconds: Annotated[float, Field(gt=0)] = 30.0  # seconds that sending a body may take
     max_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20  # of one body
     max_pixels: Annotated[int, Field(ge=64)] = 50_000_000  # of one image
