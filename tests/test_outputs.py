@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -28,15 +29,16 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 from service_base import PRODUCT, a_row, make_station
 from sqlalchemy import func, insert, select, update
 
+from gladad.cli.main import main
 from gladad.core.errors import ConfigError, MissingExtraError
 from gladad.core.settings import from_json
 from gladad.service.decisions import Row
 from gladad.service.line import Line, Origin
 from gladad.service.modbus import scaled
-from gladad.service.outputs import Outbox
+from gladad.service.outputs import Outbox, revealed
 from gladad.service.schemas import shown
-from gladad.service.settings import ModbusSettings, MqttSettings, Output, StationSettings, WebhookSettings
-from gladad.service.station import Station
+from gladad.service.settings import ModbusSettings, MqttSettings, Output, SecretSource, StationSettings, WebhookSettings
+from gladad.service.station import FILE, KEYS_FILE, Station
 from gladad.service.tables import decisions, outbox
 from gladad.service.watch import Watch
 
@@ -460,6 +462,64 @@ def test_wrong_settings_are_named(case):
     with pytest.raises(ConfigError) as error:
         from_json(StationSettings, {"outputs": outputs})
     assert words in str(error.value)
+
+
+def test_secrets_come_from_where_the_settings_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLADAD_TEST_SECRET", SECRET)
+    station = station_with(tmp_path / "line", WebhookSettings(url="http://x", secret=SecretSource(env="GLADAD_TEST_SECRET")))
+    station.close()
+    text = (tmp_path / "line" / FILE).read_text()
+    assert SECRET not in text and "GLADAD_TEST_SECRET" in text
+    (tmp_path / "line/password").write_text(SECRET + "\n")
+    with receiving() as receiver:
+        webhook = {"method": "webhook", "url": receiver.url, "secret": {"env": "GLADAD_TEST_SECRET"}}
+        mqtt = {"method": "mqtt", "host": "127.0.0.1", "password": {"file": "password"}}
+        (tmp_path / "line" / FILE).write_text(json.dumps({"outputs": [webhook, mqtt]}))
+        station = Station(tmp_path / "line")
+        assert revealed(station.settings.outputs[1], station.folder).password == SECRET
+        assert revealed(station.settings.outputs[0], station.folder).secret == SECRET not in repr(station.settings)
+        (tmp_path / "line" / FILE).write_text(json.dumps({"outputs": [webhook]}))
+        station.close()
+        station = Station(tmp_path / "line")
+        with delivering(station) as made:
+            with station.record.write() as connection:
+                made.add(connection, [a_row()])
+            made.wake()
+            until(lambda: receiver.received)
+    headers, body, _ = receiver.received[0]
+    assert headers["x-gladad-signature"] == "sha256=" + hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest()
+    station.close()
+
+
+@pytest.mark.parametrize(
+    ("secret", "told"),
+    [
+        ({"env": "GLADAD_TEST_MISSING"}, "output 'webhook': secret: the environment variable GLADAD_TEST_MISSING is not set"),
+        ({"file": "none"}, "none: cannot be read"),
+        ({"file": "empty"}, "empty: is empty"),
+        ({"env": "A", "file": "b"}, "a secret is given as text, as env"),
+        ({}, "a secret is given as text, as env"),
+        ({"enf": "A"}, "enf: unknown setting"),
+        (7, "outputs.0.secret"),
+    ],
+)
+def test_a_secret_that_is_not_there_is_told(tmp_path, capsys, secret, told):
+    station_with(tmp_path / "line").close()
+    (tmp_path / "line/empty").write_text("\n")
+    (tmp_path / "line" / FILE).write_text(json.dumps({"outputs": [{"method": "webhook", "url": "http://x", "secret": secret}]}))
+    (tmp_path / "inbox").mkdir()
+    assert main(["watch", str(tmp_path / "inbox"), "--station", str(tmp_path / "line"), "--product", PRODUCT, "--once"]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_files_with_secrets_are_for_their_user_only(tmp_path):
+    station = Station(tmp_path / "line")
+    station.add_key("robot", "tester")
+    for name in (FILE, KEYS_FILE):
+        assert stat.S_IMODE((tmp_path / "line" / name).stat().st_mode) == 0o600
+    station.remove_key("robot", "tester")
+    assert stat.S_IMODE((tmp_path / "line" / KEYS_FILE).stat().st_mode) == 0o600
+    station.close()
 
 
 def test_secrets_are_not_shown():

@@ -53,7 +53,7 @@ class Mqtt:
                 settings.host,
                 settings.port,
                 username=settings.username or None,
-                password=settings.password or None,
+                password=str(settings.password) or None,
                 logger=quiet,
                 timeout=settings.timeout,
                 tls_params=aiomqtt.TLSParameters() if settings.tls else None,

@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
-from gladad.core.errors import GladError, MissingExtraError
+from gladad.core.errors import ConfigError, GladError, MissingExtraError
 from gladad.service.decisions import Row
 from gladad.service.schemas import shown
-from gladad.service.settings import ModbusSettings, MqttSettings, Output, OutputSettings
+from gladad.service.settings import SECRETS, ModbusSettings, MqttSettings, Output, OutputSettings, SecretSource
 from gladad.service.station import Station
 from gladad.service.tables import outbox
 
@@ -48,8 +50,25 @@ class Transport(Protocol):
         """Give the connection back."""
 
 
+def revealed(settings: Output, folder: Path) -> Output:
+    """An output's settings with its secrets in place of where they are.
+
+    Raises:
+        ConfigError: One is not there.
+    """
+    found: dict[str, Any] = {}
+    for name in SECRETS:
+        source = getattr(settings, name, "")
+        if isinstance(source, SecretSource):
+            try:
+                found[name] = source.read(folder)
+            except ConfigError as error:
+                raise ConfigError(f"output {settings.name!r}: {name}: {error}") from error
+    return replace(settings, **found) if found else settings
+
+
 def transport(settings: Output) -> Transport:
-    """What delivers to an output.
+    """What delivers to an output, whose secrets are `revealed`.
 
     Raises:
         MissingExtraError: Its package is not installed.
@@ -78,12 +97,13 @@ class Outbox:
         waits: Seconds after the first failure, and at most.
 
     Raises:
+        ConfigError: A secret of an output is not where it should be.
         MissingExtraError: An output needs a package that is not installed.
     """
 
     def __init__(self, station: Station, waits: tuple[float, float] = WAITS):
         self._record, self._outputs, self._waits = station.record, station.settings.outputs, waits
-        self._transports = {output.name: transport(output) for output in self._outputs}
+        self._transports = {output.name: transport(revealed(output, station.folder)) for output in self._outputs}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: dict[str, asyncio.Event] = {}
         self._timeouts: set[asyncio.Timeout] = set()

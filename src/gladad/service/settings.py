@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,6 +17,40 @@ Decided = Literal["accept", "warn", "reject"]
 OutputName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=300)]
+
+
+@validated
+class SecretSource:
+    """Where a secret is, so that it need not lie in ``station.json``: in one of these."""
+
+    env: str = ""  # name of an environment variable
+    file: str = ""  # path of a file, relative to the station's folder, that holds nothing else; a last line end does not count
+
+    def __post_init__(self) -> None:
+        if bool(self.env) == bool(self.file):
+            raise ConfigError("a secret is given as text, as env, the name of an environment variable, or as file, a path")
+
+    def read(self, folder: Path) -> str:
+        """The secret.
+
+        Args:
+            folder: Of the station.
+
+        Raises:
+            ConfigError: It is not there, or empty.
+        """
+        try:
+            found = os.environ[self.env] if self.env else (folder / self.file).read_text("utf-8").removesuffix("\n").removesuffix("\r")
+        except KeyError:
+            raise ConfigError(f"the environment variable {self.env} is not set") from None
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"{folder / self.file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        if not found:
+            raise ConfigError(f"{self.env or folder / self.file}: is empty")
+        return found
+
+
+Secret = str | SecretSource
 
 
 @validated
@@ -34,7 +70,7 @@ class WebhookSettings(OutputSettings):
     method: Literal["webhook"] = "webhook"
     name: OutputName = "webhook"
     url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$")]
-    secret: str = field(default="", repr=False)  # key of the HMAC-SHA256 of the body in X-Gladad-Signature; empty: it is not signed
+    secret: Secret = field(default="", repr=False)  # key of the HMAC-SHA256 of the body in X-Gladad-Signature; empty: it is not signed
 
 
 @validated
@@ -47,7 +83,7 @@ class MqttSettings(OutputSettings):
     port: Port = 1883  # with TLS mostly 8883
     topic: Annotated[str, Field(pattern=r"^[^+#\x00]+$")] = "gladad/{product}/decision"
     username: str = ""  # empty: without
-    password: str = field(default="", repr=False)
+    password: Secret = field(default="", repr=False)
     tls: bool = False  # the broker's certificate is checked by the authorities of this system
     retained: bool = False  # the broker gives the last decision to whoever subscribes later
 
@@ -64,6 +100,8 @@ class ModbusSettings(OutputSettings):
     address: Annotated[int, Field(ge=0, le=65533)] = 0  # of the first of the three registers, from 0
 
 
+SECRETS = ("secret", "password")
+"""Names of the settings that are secrets."""
 Output = Annotated[WebhookSettings | MqttSettings | ModbusSettings, Field(discriminator=METHOD)]
 
 

@@ -18,6 +18,7 @@ from gladad.service.record import Record
 from gladad.service.settings import StationSettings
 
 FILE, KEYS_FILE = "station.json", "keys.json"
+PRIVATE = 0o600  # mode of files that hold secrets, or what they are compared with
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -61,7 +62,7 @@ class Station:
     def _make(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"{self.folder}: is not a station (no {FILE}) and not empty; give another folder")
-        write_json(self.folder / FILE, to_json(StationSettings()))
+        write_json(self.folder / FILE, to_json(StationSettings()), PRIVATE)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -74,7 +75,7 @@ class Station:
         check_name(name, "key")
         key = f"glad_{secrets.token_urlsafe(32)}"
         with self.record.write() as connection:
-            write_json(self.folder / KEYS_FILE, self.keys() | {name: _hashed(key)})
+            write_json(self.folder / KEYS_FILE, self.keys() | {name: _hashed(key)}, PRIVATE)
             audit.append(connection, "key added", name, who, {})
         return key
 
@@ -88,7 +89,7 @@ class Station:
         if keys.pop(name, None) is None:
             raise UnknownError(f"there is no key {name!r}")
         with self.record.write() as connection:
-            write_json(self.folder / KEYS_FILE, keys)
+            write_json(self.folder / KEYS_FILE, keys, PRIVATE)
             audit.append(connection, "key removed", name, who, {})
 
     def keys(self) -> dict[str, Any]:

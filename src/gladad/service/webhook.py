@@ -32,7 +32,7 @@ class Webhook:
         """
         content, headers = body.encode(), {"content-type": "application/json", KEY: key}
         if self._settings.secret:
-            headers[SIGNATURE] = f"sha256={signature(self._settings.secret, content)}"
+            headers[SIGNATURE] = f"sha256={signature(str(self._settings.secret), content)}"
         async with self._client.stream("POST", self._settings.url, content=content, headers=headers) as answer:
             read = 0
             async for chunk in answer.aiter_raw():
