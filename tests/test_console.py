@@ -420,6 +420,41 @@ def test_verdicts_make_a_better_version_that_is_activated(browser, model, catego
         station.close()
 
 
+def test_history_follows_without_losing_place_or_filter(browser, url):
+    def accepted(seeds: Iterator[int]) -> dict:
+        return next(made for seed in seeds if (made := inspect(url, f"followed-{seed}.png", seed))["decision"] == "accept")
+
+    seeds = iter(range(6000, 7000))
+    for _ in range(9):
+        accepted(seeds)
+    with opened(browser, url, "history") as page:
+        page.set_viewport_size({"width": 700, "height": 500})
+        page.get_by_role("combobox", name="Decision").select_option("accept")
+        page.get_by_label("From").fill("2020-01-01")
+        cards = page.get_by_role("list", name="Decisions, the newest first").get_by_role("link")
+        cards.nth(8).scroll_into_view_if_needed()
+        page.mouse.wheel(0, 40)
+        top = "[...document.querySelectorAll('.parts li')].find(item => item.getBoundingClientRect().bottom > 0)"
+        page.wait_for_timeout(500)
+        name, before = page.evaluate(f"[{top}.querySelector('.title').textContent, {top}.getBoundingClientRect().top]")
+        others = [inspect(url, "followed-bad.png", 2001, True), accepted(seeds), accepted(seeds)]
+        page.get_by_role("button", name=re.compile("↑ [2-9] new parts")).wait_for()
+        assert cards.filter(has_text=name).evaluate("card => card.parentElement.getBoundingClientRect().top") == pytest.approx(
+            before, abs=1
+        )
+        assert page.get_by_role("combobox", name="Decision").input_value() == "accept"
+        assert page.get_by_label("From").input_value() == "2020-01-01"
+        page.get_by_role("button", name=re.compile("new parts")).click()
+        assert others[-1]["image_name"] in cards.first.inner_text()
+        assert others[0]["decision"] == "reject" and cards.filter(has_text="followed-bad.png").count() == 0
+        page.get_by_role("checkbox", name="Follow new parts").uncheck()
+        last = accepted(seeds)
+        page.wait_for_timeout(3000)
+        assert cards.filter(has_text=last["image_name"]).count() == 0
+        page.get_by_role("checkbox", name="Follow new parts").check()
+        cards.filter(has_text=last["image_name"]).wait_for()
+
+
 def test_two_people_see_each_others_verdicts(browser, url):
     identity = inspect(url, "shared.png", 4001)["id"]
     with opened(browser, url, f"decision/{identity}") as one, opened(browser, url) as other:
