@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import draw_part
+from conftest import SIDE, draw_part
 from fastapi.testclient import TestClient
 from PIL import Image
 from service_base import PRODUCT, make_station, served
@@ -467,6 +467,58 @@ def test_two_people_see_each_others_verdicts(browser, url):
         queue.get_by_role("button", name="shared.png").click()
         other.keyboard.press("b")
         one.get_by_text("judged “bad”").wait_for()
+
+
+def test_two_people_see_each_others_limits_activations_and_masks(browser, model, category, tmp_path):
+    from playwright.sync_api import expect
+
+    station = make_station(tmp_path / "line", model)
+    shutil.copytree(category / "train/good", station.folder / "data" / PRODUCT / "good")
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:36, :36] = 255
+    (station.folder / "data/masks").mkdir()
+    Image.fromarray(mask).save(station.folder / "data/masks/corner.png")
+    try:
+        with served(station, threads=1) as url:
+            inspect(url, "first.png", 2003, True)
+            with opened(browser, url, "tune") as one, opened(browser, url, "tune") as two, opened(browser, url, "models") as three:
+                based = [page.get_by_label("Version to begin with") for page in (one, two)]
+                for page in (one, two):
+                    page.locator("[data-promise=kept]").wait_for()
+                three.get_by_role("rowheader", name="1 active").wait_for()
+                one.get_by_role("slider", name="Reject limit").press("PageUp")
+                one.get_by_label("Note", exact=True).fill("a tenth more")
+                one.get_by_role("button", name="Save as a new version").click()
+                three.get_by_role("rowheader", name="2 active").wait_for()
+                three.get_by_role("cell", name="a tenth more").wait_for()
+                expect(based[1]).to_have_value("2", timeout=WAIT)
+                assert two.get_by_role("slider", name="Reject limit").get_attribute("aria-valuenow") == "1.1"
+                # what somebody is changing is left alone
+                two.get_by_role("slider", name="Reject limit").press("PageUp")
+                three.get_by_role("row").filter(has=three.get_by_role("rowheader", name="1", exact=True)).get_by_role("button").click()
+                three.get_by_role("button", name="Activate version 1").click()
+                two.get_by_text("Meanwhile somebody activated version 1").wait_for()
+                assert two.get_by_role("slider", name="Reject limit").get_attribute("aria-valuenow") == "1.2"
+                two.get_by_role("button", name="Begin with it").click()
+                for page in (one, two):
+                    page.locator("[aria-valuenow='1'][aria-label='Reject limit']").wait_for()
+                three.get_by_role("link", name="Inspect").click()
+                three.get_by_role("list", name="Parts, the newest first").get_by_text("first.png").wait_for()
+                body = {
+                    "kind": "calibrate",
+                    "product": PRODUCT,
+                    "images": f"{PRODUCT}/good",
+                    "ignore": "masks/corner.png",
+                    "activate": True,
+                }
+                httpx.post(f"{url}/v1/jobs", json=body).raise_for_status()
+                expect(based[1]).to_have_value("3", timeout=120_000)
+                two.get_by_role("button", name="Make a version without these").wait_for()  # the mask is what painting goes on from
+                inspect(url, "masked.png", 2003, True)
+                three.get_by_text("masked.png").first.wait_for()
+                three.get_by_text("Hatched places do not count.").wait_for()
+    finally:
+        station.close()
 
 
 def test_teach_then_restart_and_find_everything(browser, tmp_path):

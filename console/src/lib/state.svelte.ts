@@ -72,6 +72,21 @@ export async function refresh(): Promise<void> {
   shared.loaded = true;
 }
 
+/** Do something again and again while the page is seen, the rarer the longer it takes; returns what ends it. What fails is tried again. */
+export function every(milliseconds: number, work: () => Promise<unknown>): () => void {
+  let gone = false;
+  (async () => {
+    for (let wait = milliseconds; ; ) {
+      await new Promise((done) => setTimeout(done, wait));
+      if (gone) return;
+      const began = performance.now();
+      if (!document.hidden) await work().catch(() => undefined);
+      wait = Math.max(milliseconds, Math.min(10_000, 5 * (performance.now() - began)));
+    }
+  })();
+  return () => (gone = true);
+}
+
 let clock: ReturnType<typeof setTimeout>;
 
 /** Say something for a few seconds. */

@@ -42,9 +42,10 @@ class Curve:
         self._count += 1
 
     def points(self) -> list[tuple[int, float]]:
-        """The last step of each mean, and the mean."""
+        """The last step of each mean, and the mean to four digits."""
         ends = [min(self._count, self.width * (place + 1)) for place in range(len(self._sums))]
-        return [(end, total / (end - self.width * place)) for place, (end, total) in enumerate(zip(ends, self._sums, strict=True))]
+        means = [total / (end - self.width * place) for place, (end, total) in enumerate(zip(ends, self._sums, strict=True))]
+        return list(zip(ends, (float(f"{mean:.4g}") for mean in means), strict=True))
 
 
 class Onlooker:
