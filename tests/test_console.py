@@ -22,7 +22,6 @@ from PIL import Image
 from service_base import PRODUCT, make_station, served
 from sqlalchemy import insert
 
-from gladad.report.pictures import CHANNELS, VMAX
 from gladad.service import good_parts
 from gladad.service.console import FOLDER
 from gladad.service.products import activate, add_version
@@ -133,11 +132,25 @@ def test_everything_is_small_and_asks_nobody_else():
         assert all(address.startswith(("http://www.w3.org/", "https://svelte.dev/e/")) for address in addresses), (path, addresses)
 
 
-def test_the_colours_are_those_of_reports():
-    text = (SOURCES / "src/lib/colours.ts").read_text(encoding="utf-8")
-    rows = tuple(tuple(map(int, row.split(","))) for row in re.findall(r"^  \[([\d, ]+)\],$", text, re.M))
-    assert rows == CHANNELS
-    assert f"VMAX = {VMAX:g};" in text
+def test_the_colours_are_those_of_reports(browser, url):
+    """The scale of maps, and the palette of both themes: the console and the pages of reports have them from the same files."""
+    identity = inspect(url, "coloured.png", 1005)["id"]
+    heat = np.asarray(Image.open(io.BytesIO(httpx.get(f"{url}/v1/decisions/{identity}/heatmap.png").content)))
+    with opened(browser, url, f"decision/{identity}") as page:
+        page.locator("canvas.layer").wait_for()
+        page.get_by_role("button", name="Heat map").click()
+        page.get_by_role("button", name="Heat map", pressed=True).wait_for()
+        read = "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+        shown = np.array(page.locator("canvas.layer").evaluate(read)).reshape(*heat.shape[:2], 4)
+        assert (shown[..., :3] == heat).all() and len(np.unique(heat.reshape(-1, 3), axis=0)) > 20
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            colours = page.evaluate("['--accept', '--reject'].map(name => { const e = document.createElement('i'); "
+                "e.style.color = `var(${name})`; document.body.append(e); return getComputedStyle(e).color; })")  # fmt: skip
+            number = ("light", "dark").index(theme)
+            palette = (FOLDER.parent.parent / "report/palette.css").read_text(encoding="utf-8")
+            wanted = [re.search(rf"{name}: light-dark\(([^,]+), ([^)]+)\)", palette)[number + 1] for name in ("--accept", "--reject")]
+            assert colours == [f"rgb({', '.join(str(int(each[at : at + 2], 16)) for at in (1, 3, 5))})" for each in wanted]
 
 
 def test_the_committed_build_is_that_of_the_sources(tmp_path):

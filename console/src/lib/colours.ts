@@ -1,10 +1,8 @@
-// The colour scale of anomaly maps, the same as gladad.report.pictures has; a test compares them.
-export const CHANNELS = [
-  [0, 34, 88, 139, 188, 227, 249, 248, 252],
-  [0, 11, 16, 35, 55, 89, 142, 202, 254],
-  [6, 76, 110, 105, 84, 50, 9, 52, 164],
-] as const;
-export const VMAX = 2; // the scale ends at twice the limit of the map
+// The colour scale of anomaly maps, which gladad.report.pictures has from the same file.
+import scale from '../../../src/gladad/report/colours.json';
+
+const CHANNELS = scale.channels as [number[], number[], number[]];
+export const VMAX = scale.vmax; // the scale ends at twice the limit of the map
 
 /** Red, green and blue of 256 levels. */
 export const COLOURS: [number, number, number][] = Array.from({ length: 256 }, (_, level) => {

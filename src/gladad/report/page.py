@@ -11,6 +11,7 @@ from gladad.core.records import Report
 from gladad.core.storage import write_text
 from gladad.report.charts import charts
 from gladad.report.gallery import FOLDER, OUTCOMES, GalleryItem, chosen
+from gladad.report.pictures import CHANNELS
 from gladad.report.text import counted, headline, notes, numbers, type_table
 
 TILES = ("recall", "false_reject_rate", "image_auroc", "pixel_auroc", "pixel_aupro", "pixel_aupimo", "seconds_per_image")
@@ -32,13 +33,16 @@ def write_page(path: Path, report: Report, items: Sequence[GalleryItem], title: 
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    template = environment.from_string(files("gladad.report").joinpath("page.html").read_text(encoding="utf-8"))
+    folder = files("gladad.report")
+    template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
     shown = chosen(items)
     good, bad = report.counts["normal"], report.counts["anomalous"]
     outcomes = Counter(item.outcome for item in shown)
     head, kinds = type_table(report)
     page = template.render(
         title=title,
+        palette=folder.joinpath("palette.css").read_text(encoding="utf-8"),
+        scale=", ".join(f"rgb({red} {green} {blue})" for red, green, blue in zip(*CHANNELS, strict=True)),
         report=report,
         headline=headline(report),
         tiles=[*numbers(report, TILES), ("images", str(good + bad), f"{good} good, {bad} bad")],

@@ -6,7 +6,9 @@ Maps are in units of the decision threshold: 1 is the threshold, and the colour 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
+from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +19,12 @@ from gladad.core.records import Region
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
-VMAX = 2.0  # map value at the top of the colour scale: twice the threshold
 OUTLINE, BOX = (0, 230, 255), (255, 255, 255)
 
+_SCALE = json.loads(files("gladad.report").joinpath("colours.json").read_text(encoding="utf-8"))  # the console's, too
+VMAX = float(_SCALE["vmax"])  # map value at the top of the colour scale: twice the threshold
 # Red, green, blue: dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
-CHANNELS = (
-    (0, 34, 88, 139, 188, 227, 249, 248, 252),
-    (0, 11, 16, 35, 55, 89, 142, 202, 254),
-    (6, 76, 110, 105, 84, 50, 9, 52, 164),
-)
+CHANNELS = tuple(tuple(channel) for channel in _SCALE["channels"])
 COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), channel) for channel in CHANNELS], axis=1).astype(np.uint8)
 
 
