@@ -1,8 +1,9 @@
-"""What goes wrong at night: a full disk. Nothing acknowledged is lost, and the service goes on by itself when there is room again."""
+"""What goes wrong at night: a disk is full, or fails. Nothing acknowledged is lost, and the service goes on by itself afterwards."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -35,50 +36,72 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_got_over(model, small_disk):
-    station = make_station(small_disk / "line", model)
-    statuses, acknowledged, stop = Counter(), set(), threading.Event()
+class Load:
+    """Three clients that send images without a pause.
 
-    def load(url: str) -> None:
-        with httpx.Client(base_url=url, timeout=30) as http:
-            while not stop.is_set():
+    Attributes:
+        statuses: Of the answers.
+        refusals: What those with status 507 said.
+        acknowledged: IDs of decisions.
+    """
+
+    def __init__(self, url: str):
+        self.statuses, self.refusals, self.acknowledged = Counter[int](), set[str](), set[str]()
+        self._url, self._stop = url, threading.Event()
+        self._threads = [threading.Thread(target=self._send) for _ in range(3)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as http:
+            while not self._stop.is_set():
                 answer = http.post(INSPECT, content=GOOD)
-                statuses[answer.status_code] += 1
+                self.statuses[answer.status_code] += 1
                 if answer.status_code == 200:
-                    acknowledged.add(answer.json()["id"])
+                    self.acknowledged.add(answer.json()["id"])
                 elif answer.status_code == 507:
-                    assert "make room" in answer.json()["detail"]
+                    self.refusals.add(answer.json()["detail"])
 
-    def until(condition) -> None:
+    def until(self, condition) -> None:
         began = time.monotonic()
         while not condition():
-            assert time.monotonic() - began < 30, statuses
+            assert time.monotonic() - began < 60, (self.statuses, self.refusals)
             time.sleep(0.02)
 
-    with served(station, threads=2) as url:
-        threads = [threading.Thread(target=load, args=(url,)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        until(lambda: statuses[200] > 5)
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def check(self, station: Station) -> None:
+        """Every answer is a decision or a refusal; every decision is in the record, and nothing else is."""
+        with station.record.read() as connection:
+            kept = set(connection.execute(select(table.c.id)).scalars())
+        assert set(self.statuses) == {200, 507}
+        assert all("make room" in refusal for refusal in self.refusals)
+        assert self.acknowledged == kept
+        audit.verify(station.record)
+
+
+def test_a_full_disk_is_told_and_got_over(model, small_disk):
+    station = make_station(small_disk / "line", model)
+    with served(station, threads=2) as url, Load(url) as load:
+        load.until(lambda: load.statuses[200] > 5)
         with (small_disk / "filler").open("wb", buffering=0) as filler:
             try:
                 while True:
                     filler.write(b"x" * 4096)
             except OSError:
                 pass
-        until(lambda: statuses[507] > 5)
+        load.until(lambda: load.statuses[507] > 5)
         assert httpx.get(f"{url}/livez").status_code == 200
-        before = len(acknowledged)
+        before = len(load.acknowledged)
         (small_disk / "filler").unlink()
-        until(lambda: len(acknowledged) > before + 5)
-        stop.set()
-        for thread in threads:
-            thread.join()
-    with station.record.read() as connection:
-        kept = set(connection.execute(select(table.c.id)).scalars())
-    assert set(statuses) == {200, 507}
-    assert acknowledged == kept
-    audit.verify(station.record)
+        load.until(lambda: len(load.acknowledged) > before + 5)
+    load.check(station)
     station.close()
     assert not list((small_disk / "line").rglob("*.partial"))
 
@@ -94,3 +117,48 @@ def test_a_read_only_disk_is_told(model, small_disk, capsys):
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     Station(small_disk / "line").close()
+
+
+@pytest.fixture
+def failing_disk(tmp_path):
+    """A file system of its own on a disk, which can fail; gives its folder and the file of the disk."""
+    folder, disk = tmp_path / "disk", tmp_path / "disk.img"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("only root can mount a file system, and mkfs.ext4 is needed")
+    with disk.open("wb") as file:
+        file.truncate(64 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(disk)], check=True)
+    if mount(disk, folder) != 0:
+        pytest.skip("this machine does not let a file system be mounted")
+    yield folder, disk
+    subprocess.run(["umount", "-l", str(folder)], stderr=subprocess.DEVNULL, check=True)
+
+
+def mount(disk, folder) -> int:
+    return subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(disk), str(folder)], stderr=subprocess.DEVNULL).returncode
+
+
+def test_a_disk_that_becomes_read_only_is_told_and_got_over(model, failing_disk):
+    """As after an error of the disk: files that are open cannot be written any more either, until it is checked and mounted anew."""
+    folder, disk = failing_disk
+    station = make_station(folder / "line", model)
+    with served(station, threads=2) as url, Load(url) as load:
+        load.until(lambda: load.statuses[200] > 5)
+        subprocess.run(["mount", "-o", "remount,abort", str(folder)], check=True)
+        load.until(lambda: load.statuses[507] > 5)
+        assert any("Read-only" in refusal or "readonly" in refusal for refusal in load.refusals)
+        assert httpx.get(f"{url}/livez").status_code == 200
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        before = load.statuses[507]
+        load.until(lambda: load.statuses[507] > before + 5)  # there is no disk at all
+        load.until(
+            lambda: not subprocess.run(["losetup", "-j", str(disk)], capture_output=True, check=True).stdout
+        )  # all files were let go
+        assert not list(folder.iterdir())
+        assert subprocess.run(["fsck.ext4", "-fy", str(disk)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode <= 1
+        assert mount(disk, folder) == 0
+        before = len(load.acknowledged)
+        load.until(lambda: len(load.acknowledged) > before + 5)
+    load.check(station)
+    station.close()

@@ -11,6 +11,7 @@ from gladad.core.records import Sample
 from gladad.core.storage import atomic_file, printable
 from gladad.data.checks import check_dataset
 from gladad.data.layouts import Dataset, read_dataset
+from gladad.service.pictures import check_there
 from gladad.service.record import translated
 from gladad.service.station import Station, UnknownError, check_name
 
@@ -60,6 +61,7 @@ def add(station: Station, folder: str, name: str, content: bytes) -> None:
     path = _place(station, folder) / check_name(name, "file")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{name}: give the name an ending of an image, such as .png")
+    check_there(station.folder)
     with translated(), atomic_file(path) as temporary:
         temporary.write_bytes(content)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gladad.core.storage import WriteError, atomic_file
-from gladad.service.record import FULL, StorageError
+from gladad.service.record import FULL, REMEDY, StorageError
 
 DAY, GIB = 86_400.0, 2**30
 
@@ -33,6 +33,7 @@ class PictureStore:
         Raises:
             StorageError: The disk refuses.
         """
+        check_there(self.folder.parent)
         try:
             if path.is_file():
                 path.touch()
@@ -42,7 +43,7 @@ class PictureStore:
         except (OSError, WriteError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(cause, OSError) and cause.errno in FULL:
-                raise StorageError(f"{path}: cannot be written ({cause.strerror}); make room, then send it again") from error
+                raise StorageError(f"{path}: cannot be written ({cause.strerror}); {REMEDY}") from error
             raise
 
     def clean(self, days: float, gib: float) -> tuple[int, int]:
@@ -68,6 +69,16 @@ class PictureStore:
             except OSError:  # gone meanwhile
                 continue
             yield status.st_mtime, status.st_size, path
+
+
+def check_there(station: Path) -> None:
+    """Refuse to write below a station whose disk has gone: folders would be made where it belongs.
+
+    Raises:
+        StorageError: There is no such folder.
+    """
+    if not station.is_dir():
+        raise StorageError(f"{station}: is not there any more; {REMEDY}")
 
 
 def sha256(content: bytes) -> str:

@@ -31,6 +31,7 @@ FILE = "record.sqlite"
 LOCK = 7_137_041  # of PostgreSQL's advisory locks
 BUSY_SECONDS = 60
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+REMEDY = "make room, or have the disk written to again, then send it again"
 _FULL_SQLITE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _FULL_POSTGRESQL = ("53100", "25006")  # disk full; read-only
 
@@ -79,7 +80,7 @@ class Record:
         Raises:
             StorageError: It could not be kept; nothing was changed.
         """
-        with translated(), self.engine.connect().execution_options(gladad_write=True) as connection, connection.begin():
+        with self._fresh(), self.engine.connect().execution_options(gladad_write=True) as connection, connection.begin():
             if not self.sqlite:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
             yield connection
@@ -87,11 +88,24 @@ class Record:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that sees the record as it was when it began."""
-        with translated(), self.engine.connect() as connection, connection.begin():
+        with self._fresh(), self.engine.connect() as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def _fresh(self) -> Iterator[None]:
+        try:
+            with translated():
+                yield
+        except StorageError:
+            self.renew()
+            raise
 
     def close(self) -> None:
         """Give the connections back."""
+        self.engine.dispose()
+
+    def renew(self) -> None:
+        """Connect anew from now on: a disk that is mounted again is another one, and open files keep it from being checked."""
         self.engine.dispose()
 
     def _upgrade(self) -> None:
@@ -141,13 +155,11 @@ def translated() -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise StorageError(
-            f"{error.filename or 'the station'}: cannot be written ({error.strerror}); make room, then send it again"
-        ) from error
+        raise StorageError(f"{error.filename or 'the station'}: cannot be written ({error.strerror}); {REMEDY}") from error
     except DBAPIError as error:
         if not _refused(error):
             raise
-        raise StorageError(f"the record cannot be written ({error.orig}); make room or bring it back, then send it again") from error
+        raise StorageError(f"the record cannot be written ({error.orig}); {REMEDY}") from error
     except TimeoutError as error:  # none of its connections is free
         raise StorageError(f"the record cannot be reached ({error})") from error
 

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from gladad.service import decisions
 from gladad.service.decisions import Row
 from gladad.service.pictures import sha256
+from gladad.service.record import StorageError
 from gladad.service.station import Station
 
 GROUP = 64  # most decisions of a transaction
@@ -105,6 +106,8 @@ class Recorder:
                 store.add(store.image_path(row["image_sha256"], row["image_type"]), pending.content)
                 store.add(store.map_path(row["id"]), pending.map_png)
         except Exception as error:
+            if isinstance(error, StorageError):
+                self._station.record.renew()
             pending.tell(error)
             return False
         return True
