@@ -1,6 +1,6 @@
-"""Measure the inspection service on this machine: throughput against ``gladad predict``, overload, and kills.
+"""Measure the inspection service on this machine: the same scores by every way, throughput against ``gladad predict``, overload, and kills.
 
-    python scripts/bench_service.py MODEL IMAGES [--seconds 120] [--kills 20] [--only throughput,load,kills]
+    python scripts/bench_service.py MODEL IMAGES [--images 200] [--seconds 120] [--kills 20] [--only same,throughput,load,kills]
 
 MODEL is a folder that ``gladad fit`` or ``gladad export`` wrote, IMAGES a folder. Everything runs on loopback in a temporary station; the
 tables go to standard output. `docs/service.md` says what they should show.
@@ -9,6 +9,7 @@ tables go to standard output. `docs/service.md` says what they should show.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import shutil
@@ -30,7 +31,9 @@ import httpx
 import psutil
 from sqlalchemy import select
 
+from gladad.client import Client
 from gladad.core.images import list_images
+from gladad.detector.glad import Glad
 from gladad.service.audit import verify
 from gladad.service.station import Station
 from gladad.service.tables import decisions
@@ -44,16 +47,24 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
-    parser.add_argument("images", type=Path)
+    parser.add_argument("folder", metavar="images", type=Path)
+    parser.add_argument("--images", type=int, help="of the folder, evenly spread; all, if it is left out")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the overload")
     parser.add_argument("--kills", type=int, default=20, help="of the server, and as many of the worker")
-    parser.add_argument("--only", default="throughput,load,kills")
+    parser.add_argument("--only", default="same,throughput,load,kills")
     chosen = parser.parse_args()
-    paths = list_images(chosen.images)
+    paths = list_images(chosen.folder)
+    if chosen.images is not None:
+        paths = [paths[number * len(paths) // chosen.images] for number in range(min(chosen.images, len(paths)))]
     with tempfile.TemporaryDirectory(prefix="gladad-bench-") as name:
         bench = Bench(Path(name), chosen.model, paths)
         for part in chosen.only.split(","):
-            {"throughput": bench.throughput, "load": lambda: bench.load(chosen.seconds), "kills": lambda: bench.kills(chosen.kills)}[part]()
+            {
+                "same": bench.same,
+                "throughput": bench.throughput,
+                "load": lambda: bench.load(chosen.seconds),
+                "kills": lambda: bench.kills(chosen.kills),
+            }[part]()
 
 
 class Bench:
@@ -62,6 +73,41 @@ class Bench:
     def __init__(self, folder: Path, model: Path, paths: list[Path]):
         self.folder, self.model, self.paths = folder, model, paths
         self.contents = [path.read_bytes() for path in paths]
+
+    def same(self) -> None:
+        """Scores and decisions of every image by five ways; they must be equal to the last bit."""
+        inbox, out = self.folder / "inbox", self.folder / "same-predicted"
+        inbox.mkdir()
+        names = [f"{number:04}{path.suffix}" for number, path in enumerate(self.paths)]
+        for path, name in zip(self.paths, names, strict=True):
+            shutil.copyfile(path, inbox / name)
+        copies = [inbox / name for name in names]
+        found: dict[str, list[tuple[float, str]]] = {}
+        detector = Glad.from_pretrained(self.model)
+        predictions = detector.predict(copies, reconstruct=False)
+        found["Python"] = [(each.pred_score, "reject" if each.pred_label else "accept") for each in predictions]
+        subprocess.run([*GLADAD, "predict", self.model, inbox, "-o", out, "--no-pictures", "-q"], check=True)
+        records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+        found["gladad predict"] = [(each["pred_score"], "reject" if each["pred_label"] else "accept") for each in records]
+        with self.server("same") as url:
+            with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(4) as pool:
+                answers = [answer.json() for answer in pool.map(lambda path: http.post(INSPECT, content=path.read_bytes()), copies)]
+            found["HTTP"] = [(answer["score"], answer["decision"]) for answer in answers]
+            with Client(url) as client:
+                made = [client.inspect(PRODUCT, path) for path in copies]
+            found["gladad.client"] = [(each.score, each.decision) for each in made]
+        watched = [*GLADAD, "watch", inbox, "--station", self.folder / "same", "--product", PRODUCT, "--once", "--settle", "0"]
+        subprocess.run(watched, check=True, stdout=subprocess.DEVNULL)
+        with self.station("same").record.read() as connection:
+            query = select(decisions.c.image_name, decisions.c.score, decisions.c.decision).where(decisions.c.source == "watch")
+            kept = {name: (score, decision) for name, score, decision in connection.execute(query)}
+        found["gladad watch"] = [kept[name] for name in names]
+        rejected = sum(decision == "reject" for _, decision in found["Python"])
+        rows = [
+            (way, str(len(own)), str(sum(one == other for one, other in zip(own, found["Python"], strict=True))))
+            for way, own in found.items()
+        ]
+        table(f"the same scores ({len(set(found['Python']))} different ones, {rejected} rejected)", ("way", "images", "equal"), rows)
 
     def throughput(self, rounds: int = 3) -> None:
         """Images per second of the server and of the command, in turn, on the same images; without start-up."""
