@@ -37,6 +37,7 @@ demo: setup
 
 test: setup
 	@scripts/install_chromium.sh
+	@scripts/install_node_modules.sh
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: setup
