@@ -97,11 +97,16 @@ def train_models(
             if number == 0:
                 _train_decoder(model, part, generator, progress, Losses(watch))
             _measure(model, number, [part.images[place] for place in part.measured.tolist()], part.owner[part.measured])
-            if config.settings.training.keep_latents:
-                model.keep([*model.past(), Past.of(part)])
+            _keep(model, part)
         if number == 0 and watch is not None:
             show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
     return {product: model.requires_grad_(False) for product, model in models.items()}
+
+
+def _keep(model: FeatureDiffusion, part: Part) -> None:
+    """Keep latents of a scale, where that is wanted."""
+    if model.config.settings.training.keep_latents:
+        model.keep([*model.past(), Past.of(part)])
 
 
 def _untrained(config: FeatureDiffusionConfig, extractor: Extractor, device: torch.device) -> FeatureDiffusion:
