@@ -580,6 +580,12 @@ def test_teach_then_restart_and_find_everything(browser, tmp_path):
         with served(station, threads=1) as url, opened(browser, url) as page:
             page.get_by_role("button", name="Teach a product").click()
             page.get_by_label("Name of the product").fill("gear")
+            for number, place in enumerate(("train/good", "test/hole", "ground_truth/hole")):  # as data sets lie
+                (tmp_path / "set" / place).mkdir(parents=True)
+                draw_part(900 + number)[0].save(tmp_path / "set" / place / f"{number}.png")
+            page.get_by_label("Folder of pictures").set_input_files(tmp_path / "set")
+            page.get_by_text("2 pictures in folders called “ground_truth”, “test” were left out").wait_for()
+            page.get_by_role("button", name="Remove 0.png").click()
             parts = [file(f"good part {number}.png", number) for number in range(24)]
             page.get_by_label("Pictures", exact=True).set_input_files([*parts, file("twice.png", 3)])
             page.get_by_text("25 pictures").first.wait_for()

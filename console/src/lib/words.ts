@@ -5,7 +5,7 @@ export const DECIDED: Decided[] = ['accept', 'warn', 'reject'];
 export const NAMES: Record<Decided, string> = { accept: 'Accept', warn: 'Warning', reject: 'Reject' };
 
 export const count = (number: number, one: string, many = `${one}s`) => `${number.toLocaleString('en')} ${number === 1 ? one : many}`;
-export const percent = (share: number) => `${Number((100 * share).toPrecision(2))} %`;
+export const percent = (share: number) => `${Number((100 * share).toPrecision(2))}\u00a0%`;
 export const number = (value: number, digits = 2) => value.toFixed(digits);
 
 /** A score, with as many digits as it takes to see on which side of a limit it lies. */
@@ -115,6 +115,19 @@ const EXAMPLES: [RegExp, string][] = [
 
 /** What an example picture of a training shows. */
 export const example = (name: string) => EXAMPLES.find(([pattern]) => pattern.test(name))?.[1] ?? name.replaceAll('-', ' ');
+
+/** The note of a version without the number of the job that made it. */
+export const noteOf = (note: string) => note.replace(/(; )?\w+ by job [0-9a-f]{32}$/, '');
+
+const USUAL_STEPS = 500; // of a training of lite
+
+/** What is to be known of a training that had little time; empty where it had enough. */
+export function hurried(job: Job): string {
+  const minutes = (job.request.settings as Record<string, number> | undefined)?.['training.minutes'];
+  const steps = job.progress?.losses['scale 1: denoiser']?.at(-1)?.[0];
+  if (!minutes || !steps || steps >= USUAL_STEPS / 2) return '';
+  return `In ${count(minutes, 'minute')} there was time for ${count(steps, 'step')} only; ${USUAL_STEPS} are usual. Defects may be passed: let it learn longer, or on a faster machine.`;
+}
 
 export const KINDS: Record<string, string> = {
   fit: 'Learn a product',
