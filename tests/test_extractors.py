@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -131,12 +132,24 @@ def test_the_fast_copy_is_the_one_of_inspection() -> None:
     assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(
+    ("machine", "possible", "avx512_bf16", "amx", "dtype"),
+    [
+        ("x86_64", True, True, False, torch.bfloat16),
+        ("x86_64", True, False, True, torch.bfloat16),
+        ("x86_64", True, False, False, torch.float32),  # oneDNN would emulate it
+        ("x86_64", False, False, False, torch.float32),
+        ("aarch64", True, False, False, torch.bfloat16),
+    ],
+)
 @torch.no_grad()
 def test_copies_are_in_bfloat16_only_where_the_processor_computes_in_it(
-    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    machine: str, possible: bool, avx512_bf16: bool, amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: possible)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     extractor, image = load_extractor(), images(1, (64, 64))
     for exact, maps in zip(extractor(image), extractor.fast()(image), strict=True):
         assert maps.dtype == dtype
