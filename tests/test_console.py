@@ -384,6 +384,9 @@ def test_a_corner_that_does_not_count(browser, url, station):
         page.get_by_role("button", name="Make a version without these").click()
         page.locator("[data-state=done]").wait_for(timeout=60_000)
         page.get_by_text("and inspects now").wait_for()
+        page.get_by_role("button", name="Inspect this part again").click()
+        page.get_by_text("Hatched places do not count.").wait_for()
+        assert "corner.png" in page.get_by_role("heading", level=1).inner_text()
     version = httpx.get(f"{url}/v1/products/{PRODUCT}/versions").json()[-1]
     assert version["active"]
     found = httpx.get(f"{url}/v1/products/{PRODUCT}/versions/{version['number']}/calibration").json()

@@ -308,6 +308,12 @@ export async function inspect(product: string, file: File): Promise<Decision> {
   }
 }
 
+/** Inspect the picture of a part again, with the version that is active now. */
+export async function again(part: Decision): Promise<Decision> {
+  const content = await (await ask(pictures.image(part.id))).blob();
+  return inspect(part.product, new File([content], part.image_name));
+}
+
 /** Do something with each of many files, a few at a time. */
 export async function each<T>(items: T[], work: (item: T, index: number) => Promise<void>, width = 2): Promise<void> {
   let next = 0;
