@@ -28,7 +28,7 @@ from gladad.detector.glad import Glad
 from gladad.models.exported import conversion, engines
 from gladad.models.exported.conversion import to_openvino
 from gladad.models.exported.model import Exported
-from gladad.models.feature_diffusion.graphs import Detector, Encoder, Smaller, _in_float32
+from gladad.models.feature_diffusion.graphs import Denoiser, Encoder, Scorer, Smaller, _in_float32
 
 SMALL = TINY | {"training.steps": 8, "false_reject_rate": 0.2, "calibration": "held-out", "widths": [32, 64], "memory": 3000}
 SEARCHING = {"reconstruction.timesteps": [400, 200], "reconstruction.adaptive": True, "reconstruction.noise": "drawn"}
@@ -115,9 +115,11 @@ def test_graphs_take_any_batch(folder, category):
     alone = [model._encoder([each[None]]) for each in pixels]
     for scale, latents in enumerate(together):
         np.testing.assert_allclose(latents, np.concatenate([each[scale] for each in alone]), atol=1e-4)
-    maps, score, step, rebuilt = model._detector([*together, *together])
-    assert maps.shape == (3, *model.image_size) and score.shape == step.shape == (3,)
-    assert model._decoder([rebuilt])[0].shape == (3, *model.image_size, 3)
+    step, *rebuilt = model._denoiser([*together, *together])
+    assert step.shape == (3,) and [each.shape for each in rebuilt] == [each.shape for each in together]
+    maps, score = model._scorer([np.abs(each[:, :1]) for each in together])
+    assert maps.shape == (3, *model.image_size) and score.shape == (3,)
+    assert model._decoder([rebuilt[0]])[0].shape == (3, *model.image_size, 3)
 
 
 def test_inspection_needs_no_torch(folder, category, tmp_path):
@@ -200,7 +202,9 @@ def judged(original: Glad, path: Path) -> float:
     with torch.no_grad():
         latents = Encoder(copy)(pixels)
         nearest = [scale.memory(latent) for scale, latent in zip(copy.all_scales(), latents, strict=True) if scale.memory.rows.numel()]
-        return float(Detector(copy)(latents, nearest)[1])
+        _, *rebuilt = Denoiser(copy)(latents, nearest)
+        magnitudes = [scale.magnitude(*pair) for scale, *pair in zip(copy.all_scales(), latents, rebuilt, strict=True)]
+        return float(Scorer(copy)(magnitudes)[1])
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)

@@ -1,12 +1,14 @@
-"""The memory of normal latents: its search, what it leaves out, and how it is chosen."""
+"""What is kept of normal latents: the memory, its search, what it leaves out and how it is chosen; and the Gaussians of residuals."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from gladad.features import gaussians
 from gladad.features.index import CLUSTERED
-from gladad.features.memory import Index, Memory, covering
+from gladad.features.memory import ClusterGaussians, Index, Memory, covering
 
 
 def vectors(count: int, dimensions: int = 16, seed: int = 0) -> torch.Tensor:
@@ -66,3 +68,45 @@ def test_an_index_leaves_the_number_of_threads_as_it_was() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_of_one_cluster_the_distance_is_that_of_mahalanobis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussians, "RIDGE", 0.0)
+    made = vectors(70, 8).numpy() @ vectors(8, 8, seed=3).numpy() + 2
+    centres, means, whiteners = gaussians.fit_gaussians(vectors(70, 8, seed=1).numpy(), made, seed=0)
+    assert len(centres) == 1  # of 10 vectors for each of 8 dimensions
+    found = gaussians.Gaussians(centres, means, whiteners).distances(vectors(5, 8, seed=2).numpy(), made[:5])
+    scatter = (made - made.mean(0)).T @ (made - made.mean(0))
+    covariance = (scatter + 8 * scatter / 70) / (70 + 8) + gaussians.TINY * np.eye(8)
+    centred = made[:5] - made.mean(0)
+    np.testing.assert_allclose(found, np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.inv(covariance), centred) / 8), rtol=1e-3)
+
+
+def test_the_same_residual_counts_more_where_residuals_are_small() -> None:
+    sides, count = torch.tensor([-5.0, 5.0]), 4000
+    side = torch.arange(count) % 2
+    rebuilt = sides[side][:, None] + vectors(count, 4)
+    residual = vectors(count, 4, seed=1) * torch.tensor([0.1, 1.0])[side][:, None]
+    found = ClusterGaussians(4)
+    found.fit(*(rows.T.reshape(1, 4, 40, 100) for rows in (rebuilt, residual)), seed=0)
+    distance = found(sides.view(1, 1, 1, 2).expand(1, 4, 1, 2), torch.full((1, 4, 1, 2), 0.5))[0, 0, 0]
+    assert float(distance[0]) > 4 * float(distance[1])
+    usual = found(*(rows.T.reshape(1, 4, 40, 100) for rows in (rebuilt, residual)))
+    small, large = (float(usual.flatten()[side == number].square().mean()) for number in (0, 1))
+    assert small < large == pytest.approx(1, abs=0.05)  # the mean covariance of all clusters is part of that of each
+
+
+def test_residuals_without_any_variance_have_finite_distances() -> None:
+    flat = torch.zeros(2, 4, 3, 3)
+    found = ClusterGaussians(4)
+    found.fit(flat, flat, seed=0)
+    assert found(flat, flat).eq(0).all() and found(flat, flat + 1).isfinite().all()
+
+
+def test_distances_depend_on_the_image_alone() -> None:
+    rebuilt, residual = (vectors(3 * 200, 6, seed=seed).reshape(3, 20, 10, 6).permute(0, 3, 1, 2) for seed in (0, 1))
+    found = ClusterGaussians(6)
+    found.fit(rebuilt, residual, seed=0)
+    together = found(rebuilt, residual)
+    assert len(found.centres) > 1
+    assert all(torch.equal(found(rebuilt[i : i + 1], residual[i : i + 1])[0], together[i]) for i in range(3))

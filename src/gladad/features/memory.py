@@ -1,4 +1,4 @@
-"""A memory of normal latent vectors, and the nearest of them to others."""
+"""What is kept of normal latents: some of their vectors, to find the nearest to others, and how their residuals vary."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gladad.core.threads import one_thread
+from gladad.features.gaussians import Gaussians, fit_gaussians
 from gladad.features.index import VectorIndex
 
 
@@ -56,6 +57,41 @@ class Memory(nn.Module):
             found.append(self.rows[index.nearest(own, barred)[1].to(self.rows.device)].to(latent.dtype))
         nearest: Tensor = torch.stack(found).unflatten(1, latent.shape[2:]).permute(0, 3, 1, 2)
         return nearest
+
+
+class ClusterGaussians(nn.Module):
+    """`Gaussians` of the residuals of normal latents. Distances are computed on the CPU."""
+
+    centres: Tensor  # [K, D] float32
+    means: Tensor  # [K, D] float32
+    whiteners: Tensor  # [K, D, D] float16
+
+    def __init__(self, dimensions: int):
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(0, dimensions))
+        self.register_buffer("means", torch.zeros(0, dimensions))
+        self.register_buffer("whiteners", torch.zeros(0, dimensions, dimensions, dtype=torch.float16))
+        self._gaussians: list[Gaussians] = []  # in a list so that it is no part of the saved state
+
+    def fit(self, rebuilt: Tensor, residual: Tensor, seed: int) -> None:
+        """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``."""
+        vectors, residuals = (_array(each.permute(0, 2, 3, 1).flatten(0, 2)) for each in (rebuilt, residual))
+        found = fit_gaussians(vectors, residuals, seed)
+        self.hold(*(torch.from_numpy(each).to(self.centres.device) for each in found))
+
+    def hold(self, centres: Tensor, means: Tensor, whiteners: Tensor) -> None:
+        """Hold these ``[K, D]``, ``[K, D]`` and ``[K, D, D]`` and no others."""
+        self.centres, self.means, self.whiteners, self._gaussians = centres, means, whiteners.half(), []
+
+    def forward(self, rebuilt: Tensor, residual: Tensor) -> Tensor:
+        """Distance ``[B, 1, h, w]`` of every cell's residual, both ``[B, D, h, w]``; about 1 where images are as those learnt."""
+        if not self._gaussians:
+            self._gaussians = [Gaussians(*(each.cpu().numpy() for each in (self.centres, self.means, self.whiteners)))]
+        threads, found = torch.get_num_threads(), []  # one at inspection, see `gladad.core.threads.one_thread`
+        for one, other in zip(rebuilt, residual, strict=True):
+            found.append(self._gaussians[0].distances(_array(one.flatten(1).T), _array(other.flatten(1).T), threads))
+        distances: Tensor = torch.from_numpy(np.stack(found)).to(rebuilt).unflatten(1, rebuilt.shape[2:])[:, None]
+        return distances
 
 
 class Index:

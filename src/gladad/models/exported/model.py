@@ -1,7 +1,7 @@
-"""A ``lite`` model as three graphs and a memory.
+"""A ``lite`` model as four graphs, a memory and Gaussians.
 
-``encoder`` makes latents of pixels; the memory finds the nearest normal latent of every cell; ``detector`` makes map, score and rebuilt
-latent of both; ``decoder`` draws it for people.
+``encoder`` makes latents of pixels; the memory finds the nearest normal latent of every cell; ``denoiser`` rebuilds them; the Gaussians say
+how large the residuals are; ``scorer`` makes map and score of that; ``decoder`` draws what is rebuilt for people.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import content_digest, load_arrays
+from gladad.features.gaussians import Gaussians
 from gladad.features.index import VectorIndex
 from gladad.models.exported.engines import SUFFIXES, ExportPrecision, Format, cores, open_graph
 from gladad.models.pictures import where_anomalous
 
 Pixels = NDArray[np.uint8]
 MEMORY_FILE = "memory.safetensors"
-GRAPHS = ("encoder", "detector", "decoder")
+GRAPHS = ("encoder", "denoiser", "scorer", "decoder")
 
 
 @validated
@@ -47,15 +48,20 @@ class Exported:
 
     def __init__(self, folder: Path, config: ExportedConfig):
         self.folder, self.config = folder, config
-        self._encoder, self._detector, self._decoder = (open_graph(folder, name, config.form, config.precision) for name in GRAPHS)
+        self._encoder, self._denoiser, self._scorer, self._decoder = (
+            open_graph(folder, name, config.form, config.precision) for name in GRAPHS
+        )
         arrays = load_arrays(folder / MEMORY_FILE)
         self._rows: list[NDArray[np.float32]] = []  # of the memory of each scale; none where there is no memory
         self._indices = []
-        if arrays:
-            for scale in range(config.scales):
+        self._gaussians = []
+        for scale in range(config.scales):
+            if f"rows.{scale}" in arrays:
                 rows, centres = (arrays[f"{name}.{scale}"].astype(np.float32) for name in ("rows", "centres"))
                 self._rows.append(rows)
                 self._indices.append(VectorIndex(rows, centres))
+            if f"gaussians.{scale}.centres" in arrays:
+                self._gaussians.append(Gaussians(*(arrays[f"gaussians.{scale}.{name}"] for name in ("centres", "means", "whiteners"))))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -70,13 +76,22 @@ class Exported:
     def inspect(self, pixels: Pixels) -> Inspection:
         """Map and score of one image ``[H, W, 3]`` uint8 of any size, in the model's own units."""
         latents = self._encoder([resize_pixels(pixels, self.image_size)[None]])
-        maps, score, step, rebuilt = self._detector([*latents, *map(self._nearest, range(len(self._rows)), latents)])
-        return Inspection(map=maps[0], score=float(score[0]), step=int(step[0]), latent=rebuilt)
+        step, *rebuilt = self._denoiser([*latents, *map(self._nearest, range(len(self._rows)), latents)])
+        maps, score = self._scorer(list(map(self._magnitude, range(self.config.scales), latents, rebuilt)))
+        return Inspection(map=maps[0], score=float(score[0]), step=int(step[0]), latent=rebuilt[0])
+
+    def _magnitude(self, scale: int, latent: NDArray[np.float32], rebuilt: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of the residual in every cell, ``[1, D, h, w] -> [1, 1, h, w]``."""
+        residual = latent - rebuilt
+        if self._gaussians:
+            size = self._gaussians[scale].distances(_cells(rebuilt), _cells(residual))
+        else:
+            size = np.sqrt(np.square(residual).mean(1))
+        return size.reshape(1, 1, *latent.shape[2:])
 
     def _nearest(self, scale: int, latent: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the memory of a scale holds nearest to every cell of ``[1, D, h, w]``."""
-        cells = np.ascontiguousarray(latent[0].reshape(latent.shape[1], -1).T)
-        found = self._rows[scale][self._indices[scale].nearest(cells)[1]]
+        found = self._rows[scale][self._indices[scale].nearest(_cells(latent))[1]]
         return np.ascontiguousarray(found.T).reshape(latent.shape)
 
     def picture(self, inspection: Inspection, pixels: Pixels, threshold: float) -> Pixels:
@@ -118,3 +133,8 @@ class Exported:
             return cls(folder, parsed)
         except (KeyError, AssertionError) as error:
             raise ModelFormatError(f"{folder}: its files and its description do not fit together ({error})") from error
+
+
+def _cells(latent: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``[1, D, h, w] -> [h w, D]``."""
+    return np.ascontiguousarray(latent[0].reshape(latent.shape[1], -1).T)

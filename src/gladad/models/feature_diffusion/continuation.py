@@ -96,8 +96,9 @@ def extended(model: FeatureDiffusion, new: Sequence[Pixels], old: Sequence[Pixel
         _remember(scale, fresh[number], settings.seed)
         part = _part(scale, joined[number], len(past[number].normal), told)
         _train_denoiser([part], planned.until(number, settings.scales), generator, started, told, Losses(None))
-        usual = joined[number].usual.float().to(made.device)
-        _measure_by(made, number, usual, joined[number].usual_owner)
+        own = joined[number]
+        usual, normal = (each.float().to(made.device) for each in (own.usual, own.normal))
+        _measure_by(made, number, usual, own.usual_owner, normal, own.owner)
         told("usual residuals", 1, 1)
     made.keep([each.thinned() for each in joined])
     return made.requires_grad_(False).eval()
@@ -180,4 +181,4 @@ def _part(scale: Scale, past: Past, old: int, progress: Progress) -> Part:
     new = torch.arange(old, len(past.normal))
     trained = torch.cat([torch.arange(old), new.repeat(max(1, old // max(1, len(new))))])
     measured = torch.empty(0, dtype=torch.int64)
-    return Part(scale, [], past.owner, past.normal, shown, trained, measured, past.anomalous, anomalous_shown, past.source)
+    return Part(scale, [], past.owner, 0, past.normal, shown, trained, measured, past.anomalous, anomalous_shown, past.source)

@@ -26,7 +26,7 @@ EXAMPLES = 2  # images that graphs are traced with
 
 
 def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
-    """Write ``encoder.onnx``, ``detector.onnx``, ``decoder.onnx`` and ``memory.safetensors``.
+    """Write ``encoder.onnx``, ``denoiser.onnx``, ``scorer.onnx``, ``decoder.onnx`` and ``memory.safetensors``.
 
     Raises:
         MissingExtraError: The package that writes ONNX is not installed.
@@ -47,16 +47,21 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
     remembers = model.config.settings.memory > 0
     nearest = [latent.clone() for latent in latents] if remembers else []  # the tracer would take the same tensors for one input
     shown = [f"nearest_{number}" for number, _ in enumerate(nearest)]
-    found = ["map", "score", "step", "rebuilt"]
+    found = ["step", *(f"rebuilt_{number}" for number in range(len(scales)))]
     write_graph(Encoder(model), (pixels,), (many,), ["pixels"], names, folder / "encoder.onnx")
     dynamic = ([many] * len(latents), [many] * len(nearest))
-    write_graph(Detector(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "detector.onnx")
+    write_graph(Denoiser(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "denoiser.onnx")
+    magnitudes = [latent[:, :1].clone() for latent in latents]
+    sizes = [f"magnitude_{number}" for number in range(len(scales))]
+    write_graph(Scorer(model), (magnitudes,), ([many] * len(scales),), sizes, ["map", "score"], folder / "scorer.onnx")
     write_graph(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
     memory = {}
-    if remembers:
-        for number, own in enumerate(memories):
+    for number, (own, scale) in enumerate(zip(memories, scales, strict=True)):
+        if remembers:
             memory[f"rows.{number}"] = own.rows.cpu()
             memory[f"centres.{number}"] = torch.from_numpy(own.index.vectors.centres)
+        if model.config.settings.gaussians:
+            memory |= {f"gaussians.{number}.{name}": value for name, value in scale.gaussians.state_dict().items()}
     save_tensors(folder / "memory.safetensors", memory)
 
 
@@ -96,19 +101,31 @@ class Smaller(nn.Module):
         return self._sum(image) / self.total
 
 
-class Detector(nn.Module):
-    """Latents to map and score."""
+class Denoiser(nn.Module):
+    """Latents to what is rebuilt of them."""
 
     def __init__(self, model: FeatureDiffusion):
         super().__init__()
         self.model = model
 
-    def forward(self, latents: Sequence[Tensor], nearest: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, and what the memory holds nearest to them -> map ``[B, H, W]``, score and step ``[B]``, and what is rebuilt."""
-        found = iter(nearest)
-        evidence, rebuilt = self.model.judge(latents, [next(found, None) for _ in latents])
-        maps, score = self.model.summary(evidence)
-        return maps[:, 0], score, rebuilt[0].step, rebuilt[0].latent
+    def forward(self, latents: Sequence[Tensor], nearest: Sequence[Tensor]) -> list[Tensor]:
+        """Latents, and what the memory holds nearest to them -> step ``[B]``, and what is rebuilt at each scale ``[B, D, h, w]``."""
+        rebuilt = self.model.rebuild(latents, nearest)
+        return [rebuilt[0].step, *(each.latent for each in rebuilt)]
+
+
+class Scorer(nn.Module):
+    """How large residuals are, to map and score."""
+
+    def __init__(self, model: FeatureDiffusion):
+        super().__init__()
+        self.model = model
+
+    def forward(self, magnitudes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``[B, 1, h, w]`` of each scale -> map ``[B, H, W]`` and score ``[B]``."""
+        scales = self.model.all_scales()
+        maps, score = self.model.summary([scale.evidence(own) for scale, own in zip(scales, magnitudes, strict=True)])
+        return maps[:, 0], score
 
 
 class Decoder(nn.Module):
@@ -128,6 +145,7 @@ def _in_float32(model: FeatureDiffusion) -> FeatureDiffusion:
     copy = FeatureDiffusion(model.config, load_extractor(model.config.settings.features))
     for own, scale in zip(copy.all_scales(), model.all_scales(), strict=True):
         own.memory.remember(scale.memory.rows.cpu(), scale.memory.owner.cpu())
+        own.gaussians.hold(*(buffer.cpu() for buffer in scale.gaussians.buffers()))
     copy.load_state_dict(model.state_dict())
     for scale in copy.all_scales():
         scale.in_full()

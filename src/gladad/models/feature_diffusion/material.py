@@ -53,7 +53,7 @@ class Part:
 
     Attributes:
         scale: The product's own.
-        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` likewise.
+        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` and ``originals`` likewise.
         latents: ``[N, D, h, w]`` float16 of the normal images.
         shown: What the memory shows for them.
         trained: Numbers of those that the denoiser is shown.
@@ -66,6 +66,7 @@ class Part:
     scale: Scale
     images: list[Pixels]
     owner: Tensor
+    originals: int
     latents: Tensor
     shown: Tensor
     trained: Tensor
@@ -170,7 +171,8 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
         synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)
     trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.originals)
     return Part(
-        scale, material.images, material.owner, latents, shown, trained, measured, synthetic, synthetic_shown, material.source
+        scale, material.images, material.owner, material.originals, latents, shown, trained, measured,
+        synthetic, synthetic_shown, material.source,
     )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ What diffuses here is not an autoencoder's latent but the standardised, partly w
 latent is already what one wants to compare, so no pixels are generated. The denoiser is shown, beside the noisy latent, the nearest normal
 latent that a memory of the good images holds: the memory knows rare normal detail, the denoiser knows what belongs where.
 
+What a residual counts depends on what it is a residual of: a smooth surface is rebuilt better than an edge. How those of similar normal
+latents vary is what it is measured by.
+
 All this is done at several scales, the image itself and its halves. How far a scale's score lies above those of normal images, in their
 standard deviations, is what scales are compared by: where a texture's grain makes the scores of the fine scale vary, it silences itself.
 The decoder serves people only: it shows what the model thinks the part should look like.
@@ -12,6 +15,7 @@ The decoder serves people only: it shows what the model thinks the part should l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,7 @@ class FeatureDiffusion(nn.Module):
         for scale in self.all_scales():
             scale.refresh()
             scale.memory.remember(scale.memory.rows, scale.memory.owner)
+            scale.gaussians.hold(*scale.gaussians.buffers())
         return self.to(device)
 
     # -- inspection ---------------------------------------------------------------------------------------------
@@ -131,18 +136,20 @@ class FeatureDiffusion(nn.Module):
         power = spread / peaks[:, 1]
         return ((scores.clamp_min(1e-12).log() - peaks[:, :1]) * power[:, None]).amax(0).exp()
 
-    def judge(self, latents: Sequence[Tensor], nearest: Sequence[Tensor | None] | None = None) -> tuple[list[Tensor], list[Reconstruction]]:
-        """Evidence and reconstruction of each scale for its latents ``[B, D, h, w]``.
+    def rebuild(self, latents: Sequence[Tensor], nearest: Sequence[Tensor] = ()) -> list[Reconstruction]:
+        """Anomaly-free latents at each scale.
 
         Args:
-            latents: One of each scale.
+            latents: ``[B, D, h, w]`` of each scale.
             nearest: What the memory holds nearest to them, where it has been asked before.
         """
-        evidence, rebuilt = [], []
-        for scale, latent, shown in zip(self.all_scales(), latents, nearest or [None] * len(latents), strict=True):
-            rebuilt.append(scale.rebuild(latent, nearest=shown))
-            evidence.append(scale.evidence(latent - rebuilt[-1].latent))
-        return evidence, rebuilt
+        scales = self.all_scales()
+        return [scale.rebuild(latent, nearest=shown) for scale, latent, shown in zip_longest(scales, latents, nearest)]
+
+    def evidence(self, latents: Sequence[Tensor], rebuilt: Sequence[Reconstruction]) -> list[Tensor]:
+        """That of each scale ``[B, 1, h, w]``."""
+        pairs = zip(self.all_scales(), latents, rebuilt, strict=True)
+        return [scale.evidence(scale.magnitude(latent, found.latent)) for scale, latent, found in pairs]
 
     def summary(self, evidence: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales."""
@@ -171,7 +178,8 @@ class FeatureDiffusion(nn.Module):
         with one_thread():
             image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
             latents = [scale.encode(image) for scale in self.all_scales()]
-            evidence, rebuilt = self.judge(latents)
+            rebuilt = self.rebuild(latents)
+            evidence = self.evidence(latents, rebuilt)
             if counted is not None:
                 where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
                 evidence = [cells * self._far_enough(where, cells) for cells in evidence]
@@ -249,8 +257,9 @@ class FeatureDiffusion(nn.Module):
                 extractor.identity.check(parsed.extractor, folder)
             model = cls(parsed, extractor.fast())
             tensors = load_tensors(folder / WEIGHTS_FILE)
-            for number, scale in enumerate(model.all_scales()):  # its size is what it is
+            for number, scale in enumerate(model.all_scales()):  # their sizes are what they are
                 scale.memory.remember(*(tensors[f"scales.{number}.memory.{name}"] for name in ("rows", "owner")))
+                scale.gaussians.hold(*(tensors[f"scales.{number}.gaussians.{name}"] for name in ("centres", "means", "whiteners")))
             model.load_state_dict(tensors)
             model._past = folder / PAST_FILE if (folder / PAST_FILE).is_file() else None
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
 from gladad.core.inference import inference_copy
 from gladad.features.extractor import Extractor
-from gladad.features.memory import Memory
+from gladad.features.memory import ClusterGaussians, Memory
 from gladad.features.space import FeatureSpace
 from gladad.features.stack import FeatureStack
 from gladad.models.feature_diffusion.methods import Method, method_of
@@ -28,7 +28,7 @@ class Scale(nn.Module):
 
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual.
-        usual_energy: Scalar, mean squared residual.
+        usual_energy: Scalar, mean squared magnitude.
         peak: ``[2]`` mean and standard deviation of the logarithm of the scores.
 
     Raises:
@@ -48,6 +48,7 @@ class Scale(nn.Module):
         self.configure(config)
         self.space = FeatureSpace(self.stack.channels, self.dimensions, latent.whitening)
         self.memory = Memory(self.dimensions)
+        self.gaussians = ClusterGaussians(self.dimensions)
         self.denoiser = self._empty_denoiser()
         self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
@@ -107,11 +108,18 @@ class Scale(nn.Module):
         retrieve = (lambda z: self.memory(z, owners) if nearest is None else nearest) if settings.memory else None
         return self.method.reconstruct(self, latent, noises, self.residual_scale, retrieve)
 
-    def evidence(self, residual: Tensor) -> Tensor:
-        """Residuals ``[B, D, h, w]`` as magnitude per cell relative to what is usual on normal images, blurred: ``[B, 1, h, w]`` >= 0."""
+    def magnitude(self, latent: Tensor, rebuilt: Tensor) -> Tensor:
+        """Of the residual per cell, ``[B, D, h, w] -> [B, 1, h, w]`` >= 0: its length, or its distance by the Gaussians."""
+        residual = latent - rebuilt
+        if not self.config.settings.gaussians:
+            return residual.square().mean(1, keepdim=True).sqrt()
+        distance: Tensor = self.gaussians(rebuilt, residual)
+        return distance
+
+    def evidence(self, magnitude: Tensor) -> Tensor:
+        """The magnitude relative to what is usual on normal images, blurred, ``[B, 1, h, w]``."""
         sigma = self.config.settings.scoring.blur_sigma
-        magnitude = (residual.square().mean(1, keepdim=True) / self.usual_energy).sqrt()
-        return gaussian_blur(magnitude, sigma, 2 * math.ceil(4 * sigma) + 1)
+        return gaussian_blur(magnitude / self.usual_energy.sqrt(), sigma, 2 * math.ceil(4 * sigma) + 1)
 
     def score(self, evidence: Tensor) -> Tensor:
         """Mean of the largest cells, ``[B, 1, h, w] -> [B]``."""

@@ -79,6 +79,7 @@ class FeatureDiffusionSettings(DenoisingSettings):
     scales: Annotated[int, Field(ge=1, le=4)] = 2  # the image itself, at half its size, at a quarter, ...
     latent: LatentSettings = field(default_factory=LatentSettings)
     memory: Annotated[int, Field(ge=0)] = 30_000  # normal latent vectors kept of a scale, more of one above 1024 cells; 0 = none are shown
+    gaussians: bool = True  # residuals are measured by how those of similar normal latents vary, not by their length alone
     widths: tuple[int, ...] = (64, 96, 128)  # channels of the denoiser's levels
     training: FeatureTrainingSettings = field(default_factory=FeatureTrainingSettings)
     reconstruction: Annotated[OneCallConfig | DeviationConfig, Field(discriminator="method")] = field(

@@ -20,9 +20,11 @@ from gladad.core.records import Progress, Watch, no_progress, prefixed
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
 from gladad.features.extractor import Extractor, load_extractor
+from gladad.features.memory import ClusterGaussians
 from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.past import Past
+from gladad.models.feature_diffusion.past import Past, evenly
+from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
     FeatureDiffusionConfig,
@@ -37,6 +39,8 @@ TIMING_STEPS = 10
 MIN_STEPS = 20
 BATCH_CELLS = 1536
 """Of latents that are larger, fewer make a batch, so that a step takes little longer."""
+FITTED = 100
+"""Images at most by which the Gaussians are fitted."""
 SMALLEST_SPREAD = 0.01
 """Of the logarithm of scores: images that are all but alike must not make a scale infinitely sure."""
 
@@ -96,7 +100,7 @@ def train_models(
         for model, part in zip(models.values(), learnt, strict=True):
             if number == 0:
                 _train_decoder(model, part, generator, progress, Losses(watch))
-            _measure(model, number, [part.images[place] for place in part.measured.tolist()], part.owner[part.measured])
+            _measure(model, number, part.images, part.owner, part.measured, part.trained[part.trained < part.originals])
             _keep(model, part)
         if number == 0 and watch is not None:
             show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
@@ -159,9 +163,9 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
     other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
-    measured = measured_of(apart_of(len(images), settings.training.apart), len(images))
+    apart, owner = apart_of(len(images), settings.training.apart), torch.arange(len(images))
     for number in range(settings.scales):
-        _measure(other, number, [images[place] for place in measured.tolist()], measured)
+        _measure(other, number, images, owner, measured_of(apart, len(images)), torch.nonzero(~apart).flatten())
         progress("usual residuals", number + 1, settings.scales)
     return other
 
@@ -282,49 +286,79 @@ def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generat
 
 
 @torch.no_grad()
-def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor) -> None:
-    """Measure at one scale what is usual on normal images, as if the memory did not know them.
+def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor, measured: Tensor, trained: Tensor) -> None:
+    """Measure at one scale how residuals vary and what is usual on normal images, as if the memory did not know them.
 
     The images held out for the decision threshold are not among them: its guarantee needs that.
+
+    Args:
+        model: Whose scale it is.
+        number: Of the scale.
+        images: ``[H, W, 3]`` uint8 normal images.
+        owner: ``[N]`` the photograph that each is of.
+        measured: Numbers of the images by which is measured what is usual.
+        trained: Numbers of the images by which the Gaussians are fitted, if they are not too many.
 
     Raises:
         TrainingError: A statistic is not finite.
     """
     scale = model.all_scales()[number]
-    latents = torch.cat([scale.encode(to_tensor(pixels)[None].to(model.device)) for pixels in images])  # one by one, as in inspection
-    _measure_by(model, number, latents, owner)
+    sides = []
+    for places in (measured, evenly(trained, FITTED)):  # one by one, as in inspection
+        chosen = (to_tensor(images[place])[None].to(model.device) for place in places.tolist())
+        sides += [torch.cat([scale.encode(image) for image in chosen]), owner[places]]
+    _measure_by(model, number, *sides)
 
 
 @torch.no_grad()
-def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Tensor) -> None:
-    """`_measure` by latents ``[N, D, h, w]`` float32 of the images."""
+def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Tensor, trained: Tensor, trained_owner: Tensor) -> None:
+    """`_measure` by latents ``[N, D, h, w]`` float32 of the two sorts of images and their owners ``[N]``."""
     scale, settings = model.all_scales()[number], model.config.settings
-    owner = owner.to(model.device)
-
-    def residuals() -> tuple[Tensor, Tensor]:
-        rebuilt = [scale.rebuild(latents[i : i + 1], owner[i : i + 1]) for i in range(len(latents))]
-        return latents - torch.cat([found.latent for found in rebuilt]), torch.cat([found.trace for found in rebuilt])
-
     plain = replace(settings, reconstruction=scale.method.plain())
     _inspect_by(model, plain)
     scale.residual_scale.fill_(1.0)
-    residual, _ = residuals()
-    scale.residual_scale.copy_(residual.square().mean((0, 2, 3), keepdim=True).sqrt())
-    scale.usual_energy.copy_(residual.square().mean())
+    clean, _ = _rebuilt(scale, latents, owner)
+    scale.residual_scale.copy_((latents - clean).square().mean((0, 2, 3), keepdim=True).sqrt())
+    if settings.gaussians:
+        shown, _ = _rebuilt(scale, trained, trained_owner)
+        scale.gaussians.fit(shown, trained - shown, settings.seed)
+    learnt = bool(torch.isin(owner, trained_owner).any())
+    magnitude = _magnitude(scale, latents, clean, owner, learnt)
+    scale.usual_energy.copy_(magnitude.square().mean())
     if number == 0 and settings != plain:  # the step search and the fusion mask, now that the scale is known
-        deltas = residuals()[1].quantile(settings.training.step_quantile, dim=0).tolist()
-        gap = (residual / scale.residual_scale).square().mean(1).flatten()
+        deltas = _rebuilt(scale, latents, owner)[1].quantile(settings.training.step_quantile, dim=0).tolist()
+        gap = ((latents - clean) / scale.residual_scale).square().mean(1).flatten()
         centre = float(gap.kthvalue(max(1, int(0.99 * gap.numel()))).values)
         _inspect_by(model, settings)
         settings = replace(settings, reconstruction=scale.method.settled(deltas, centre))
     _inspect_by(model, settings)
     if settings != plain:
-        residual, _ = residuals()
-    scores = scale.score(scale.evidence(residual)).log()
+        magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
+    scores = scale.score(scale.evidence(magnitude)).log()
     scale.peak.copy_(torch.stack([scores.mean(), scores.std(correction=0).clamp_min(SMALLEST_SPREAD)]))
     for name in ("residual_scale", "usual_energy", "peak"):
         if not getattr(scale, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
+
+
+def _rebuilt(scale: Scale, latents: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal latents ``[N, D, h, w]`` rebuilt as if the memory did not know the images ``[N]``, and the traces of that."""
+    own = owner.to(latents.device)
+    found = [scale.rebuild(latents[i : i + 1], own[i : i + 1]) for i in range(len(latents))]
+    return torch.cat([each.latent for each in found]), torch.cat([each.trace for each in found])
+
+
+def _magnitude(scale: Scale, latents: Tensor, rebuilt: Tensor, owner: Tensor, learnt: bool) -> Tensor:
+    """That of normal latents as if the Gaussians had not learnt them: where they have, by others fitted to half of the images."""
+    half = owner.unique(return_inverse=True)[1] % 2
+    if not (learnt and scale.config.settings.gaussians and half.any()):
+        return scale.magnitude(latents, rebuilt)
+    found = torch.empty_like(latents[:, :1])
+    for side in (0, 1):
+        own, others = half == side, ClusterGaussians(scale.dimensions)
+        others.fit(rebuilt[~own], (latents - rebuilt)[~own], scale.config.settings.seed)
+        found[own] = others(rebuilt[own], (latents - rebuilt)[own])
+    return found
 
 
 def _inspect_by(model: FeatureDiffusion, settings: FeatureDiffusionSettings) -> None:

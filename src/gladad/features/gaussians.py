@@ -1,0 +1,85 @@
+"""How unusual a residual is where it is found. Without torch, for exported models.
+
+What a residual means depends on what it is a residual of: a smooth surface is rebuilt almost exactly, an edge or a grain never is. Normal
+vectors are divided into clusters, and each cluster has a Gaussian of the residuals of its vectors. PaDiM (Defard et al., ICPR 2021) has a
+Gaussian of the features for each place of the image, which needs parts that lie still.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss  # type: ignore[import-untyped, unused-ignore]
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+CLUSTERS = 256
+PER_DIMENSION = 10
+"""Vectors of a cluster for each dimension, on average, at least: where there are fewer, there are fewer clusters."""
+SAMPLED = 64
+"""Vectors per cluster that the clusters are found with."""
+RIDGE, TINY = 0.01, 1e-6
+"""Of the mean variance within clusters, and at least: added to all, because directions without any variance must not decide."""
+
+
+class Gaussians:
+    """A Gaussian of residuals for each cluster of vectors.
+
+    Args:
+        centres: ``[K, D]`` float32, of the clusters.
+        means: ``[K, D]`` of the residuals in each.
+        whiteners: ``[K, D, D]``, the inverse of the Cholesky factor of their covariance.
+    """
+
+    def __init__(self, centres: Array, means: Array, whiteners: NDArray[np.floating[Any]]):
+        dimensions = centres.shape[1]
+        self._coarse = faiss.IndexFlatL2(dimensions)
+        self._coarse.add(np.ascontiguousarray(centres, np.float32))
+        self._maps = []
+        for mean, whitener in zip(means.astype(np.float32), whiteners.astype(np.float32), strict=True):
+            whitening = faiss.LinearTransform(dimensions, dimensions, True)
+            faiss.copy_array_to_vector(whitener.ravel(), whitening.A)
+            faiss.copy_array_to_vector(-whitener @ mean, whitening.b)
+            whitening.is_trained = True
+            self._maps.append(whitening)
+
+    def distances(self, vectors: Array, residuals: Array, threads: int = 1) -> Array:
+        """Mahalanobis distance ``[Q]`` over the root of D, of residuals ``[Q, D]`` in the clusters of the vectors ``[Q, D]``."""
+        faiss.omp_set_num_threads(threads)
+        cluster = self._coarse.search(vectors, 1)[1][:, 0]
+        found = np.empty(len(vectors), np.float32)
+        for number in np.unique(cluster):
+            own = np.flatnonzero(cluster == number)
+            found[own] = np.square(self._maps[number].apply(np.ascontiguousarray(residuals[own]))).mean(1)
+        return np.sqrt(found)
+
+
+def fit_gaussians(vectors: Array, residuals: Array, seed: int) -> tuple[Array, Array, Array]:
+    """Centres ``[K, D]``, means ``[K, D]`` and whiteners ``[K, D, D]`` for `Gaussians`, from normal images.
+
+    Covariances are drawn towards the mean one within clusters, which counts as much as one vector for each dimension.
+
+    Args:
+        vectors: ``[N, D]`` float32, N >= 1.
+        residuals: Those of these vectors, likewise.
+        seed: Of the clusters.
+    """
+    faiss.omp_set_num_threads(1)
+    count, dimensions = vectors.shape
+    clusters = max(1, min(CLUSTERS, count // (PER_DIMENSION * dimensions)))
+    search = faiss.Kmeans(dimensions, clusters, niter=10, seed=1 + seed % 2**30, max_points_per_centroid=SAMPLED, min_points_per_centroid=1)
+    search.train(vectors)
+    cluster = search.index.search(vectors, 1)[1][:, 0]
+    means, scatters = np.zeros((clusters, dimensions), np.float32), np.zeros((clusters, dimensions, dimensions))
+    for number in range(clusters):
+        own = residuals[cluster == number]
+        if len(own):
+            means[number] = own.mean(0)
+            scatters[number] = (own - means[number]).T @ (own - means[number])
+    within = scatters.sum(0) / count
+    ridge = max(RIDGE * within.diagonal().mean(), TINY) * np.eye(dimensions)
+    sizes = np.bincount(cluster, minlength=clusters)[:, None, None]
+    covariances = (scatters + dimensions * within) / (sizes + dimensions) + ridge
+    return np.array(search.centroids, np.float32), means, np.linalg.inv(np.linalg.cholesky(covariances)).astype(np.float32)
