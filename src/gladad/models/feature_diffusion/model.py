@@ -263,5 +263,6 @@ class FeatureDiffusion(nn.Module):
             model.load_state_dict(tensors)
             model._past = folder / PAST_FILE if (folder / PAST_FILE).is_file() else None
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
-            raise ModelFormatError(f"{folder}: its weights and its description do not fit together ({error})") from error
+            reason = f"its weights and its description do not fit together ({error}); fit it anew if an earlier version wrote it"
+            raise ModelFormatError(f"{folder}: {reason}") from error
         return model.eval().requires_grad_(False)
