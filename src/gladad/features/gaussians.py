@@ -49,10 +49,12 @@ class Gaussians:
         """Mahalanobis distance ``[Q]`` over the root of D, of residuals ``[Q, D]`` in the clusters of the vectors ``[Q, D]``."""
         faiss.omp_set_num_threads(threads)
         cluster = self._coarse.search(vectors, 1)[1][:, 0]
-        found = np.empty(len(vectors), np.float32)
-        for number in np.unique(cluster):
-            own = np.flatnonzero(cluster == number)
-            found[own] = np.square(self._maps[number].apply(np.ascontiguousarray(residuals[own]))).mean(1)
+        order = cluster.argsort(kind="stable")  # those of a cluster lie together
+        ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1))
+        sorted_residuals, found = residuals[order], np.empty(len(vectors), np.float32)
+        for number in np.flatnonzero(np.diff(ends)):
+            own = slice(ends[number], ends[number + 1])
+            found[order[own]] = np.square(self._maps[number].apply(sorted_residuals[own])).mean(1)
         return np.sqrt(found)
 
 
