@@ -13,6 +13,7 @@ from gladad.algorithm import OneCallConfig, Schedule, add_noise, image_noise, re
 from gladad.core.errors import ConfigError, DataError, ModelFormatError, TrainingError
 from gladad.core.records import no_progress
 from gladad.core.settings import with_values
+from gladad.core.tensors import to_tensor
 from gladad.features.efficientnet import BATCH_NORM_EPS, TAPS, from_reference_state, pretrained, stages_of
 from gladad.features.extractor import DEFAULT_EXTRACTOR
 from gladad.features.space import FeatureSpace
@@ -341,6 +342,14 @@ def test_training_lowers_the_residual_of_normal_images() -> None:
     )
     energies = [float(model.all_scales()[0].residual_scale.square().mean()) for model in (untrained, trained)]
     assert energies[1] < 0.6 * energies[0]
+
+
+def test_what_is_usual_is_measured_as_if_the_gaussians_had_not_learnt_it() -> None:
+    images = parts(6)  # too few to set some apart
+    scale = fit(images).all_scales()[0]
+    latents = torch.cat([scale.encode(to_tensor(pixels)[None]) for pixels in images])
+    learnt = scale.magnitude(latents, scale.rebuild(latents, torch.arange(6)).latent)
+    assert float(learnt.square().mean()) < 0.95 * float(scale.usual_energy)
 
 
 def test_training_without_anomalies_is_plain_diffusion() -> None:
