@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -58,13 +60,14 @@ def test_rare_vectors_are_not_lost_among_many_alike() -> None:
     assert covering(rows[:10], 400, torch.Generator()).sort().values.tolist() == list(range(10))
 
 
-def test_an_index_leaves_the_number_of_threads_as_it_was() -> None:
+def test_an_index_and_gaussians_leave_the_number_of_threads_as_it_was() -> None:
     """Faiss and torch may share one OpenMP: a training that follows must not be left with a single thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         index = Index(torch.randn(CLUSTERED + 10, 8))
         index.nearest(torch.randn(5, 8))
+        ClusterGaussians(8).fit(torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5), seed=0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -101,6 +104,31 @@ def test_residuals_without_any_variance_have_finite_distances() -> None:
     found = ClusterGaussians(4)
     found.fit(flat, flat, seed=0)
     assert found(flat, flat).eq(0).all() and found(flat, flat + 1).isfinite().all()
+
+
+def test_what_is_not_finite_has_no_distance() -> None:
+    """Any number would be taken for a judgement."""
+    rebuilt, residual = vectors(400, 4).T.reshape(1, 4, 20, 20), vectors(400, 4, seed=1).T.reshape(1, 4, 20, 20)
+    found = ClusterGaussians(4)
+    found.fit(rebuilt, residual, seed=0)
+    before = found(rebuilt, residual)
+    broken = rebuilt.clone()
+    broken[0, :, 3, 5] = torch.nan
+    after = found(broken, residual)
+    assert after.isnan().nonzero().tolist() == [[0, 0, 3, 5]]
+    rest = after.isfinite()
+    torch.testing.assert_close(after[rest], before[rest])
+
+
+def test_gaussians_in_use_can_be_copied() -> None:
+    rebuilt, residual = (vectors(400, 4, seed=seed).T.reshape(1, 4, 20, 20) for seed in (0, 1))
+    found = ClusterGaussians(4)
+    found.fit(rebuilt, residual, seed=0)
+    before = found(rebuilt, residual)
+    copy = deepcopy(found)
+    assert torch.equal(copy(rebuilt, residual), before)
+    copy.fit(rebuilt, 2 * residual, seed=0)
+    assert torch.equal(found(rebuilt, residual), before) and not torch.equal(copy(rebuilt, residual), before)
 
 
 def test_distances_depend_on_the_image_alone() -> None:

@@ -51,7 +51,7 @@ class Gaussians:
         cluster = self._coarse.search(vectors, 1)[1][:, 0]
         order = cluster.argsort(kind="stable")  # those of a cluster lie together
         ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1))
-        sorted_residuals, found = residuals[order], np.empty(len(vectors), np.float32)
+        sorted_residuals, found = residuals[order], np.full(len(vectors), np.nan, np.float32)  # what is not finite has no cluster
         for number in np.flatnonzero(np.diff(ends)):
             own = slice(ends[number], ends[number + 1])
             found[order[own]] = np.square(self._maps[number].apply(sorted_residuals[own])).mean(1)

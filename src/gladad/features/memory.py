@@ -73,10 +73,15 @@ class ClusterGaussians(nn.Module):
         self.register_buffer("whiteners", torch.zeros(0, dimensions, dimensions, dtype=torch.float16))
         self._gaussians: list[Gaussians] = []  # in a list so that it is no part of the saved state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of the buffers, because faiss's transforms cannot be copied."""
+        return self.__dict__ | {"_gaussians": []}
+
     def fit(self, rebuilt: Tensor, residual: Tensor, seed: int) -> None:
         """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``."""
         vectors, residuals = (_array(each.permute(0, 2, 3, 1).flatten(0, 2)) for each in (rebuilt, residual))
-        found = fit_gaussians(vectors, residuals, seed)
+        with one_thread():
+            found = fit_gaussians(vectors, residuals, seed)
         self.hold(*(torch.from_numpy(each).to(self.centres.device) for each in found))
 
     def hold(self, centres: Tensor, means: Tensor, whiteners: Tensor) -> None:
