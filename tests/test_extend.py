@@ -199,5 +199,6 @@ def test_the_command(folder, both, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["fit", str(both), "--continue", str(folder), "-o", str(out), "-q"]) == 0
     assert Glad.from_pretrained(out).provenance_["continued"] == [{"learnt": 10, "held_out": 2}]
-    assert main(["fit", str(both), "--continue", str(folder), "-o", str(out), "--set", "training.steps=3"]) == 1
-    assert "settings are the model's" in capsys.readouterr().err
+    for other in (["--set", "training.steps=3"], ["--checkpoint-every", "5"], ["--multi-class"], ["--base", "sd14"]):
+        assert main(["fit", str(both), "--continue", str(folder), "-o", str(tmp_path / "no"), *other]) == 1
+        assert "leave out all options" in capsys.readouterr().err

@@ -47,13 +47,13 @@ def fit(
     from gladad.core.settings import parse_assignments
     from gladad.core.storage import check_target
 
+    values |= parse_assignments(set or ())
+    if continued is not None and (values or run or multi_class or base != "lite"):
+        raise ConfigError("--continue: settings are the model's; leave out all options but --output, --category, --layout and --quiet")
     paths = _images(images, layout, category, multi_class)
     for product in paths:
         check_target(output / product)
-    values |= parse_assignments(set or ())
     if continued is not None:
-        if values or multi_class or base != "lite":
-            raise ConfigError("--continue: settings are the model's; leave out all others but --category and --layout")
         return _go_on(continued, paths[""], output, quiet)
     with alone(base, quiet) as (main, silent):
         with waiting("starting", silent):
