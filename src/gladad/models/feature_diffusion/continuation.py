@@ -28,8 +28,7 @@ from gladad.models.feature_diffusion.past import KEPT, Past, evenly
 from gladad.models.feature_diffusion.placement import pays, with_turned
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionSettings
-from gladad.models.feature_diffusion.training import MIN_STEPS, _measure_by, _train_denoiser, budget
-from gladad.models.feature_diffusion.watching import Losses
+from gladad.models.feature_diffusion.training import FITTED, MIN_STEPS, _measure_by, _train_denoiser, budget
 
 Pixels = NDArray[np.uint8]
 SHARE = 0.2
@@ -95,10 +94,11 @@ def extended(model: FeatureDiffusion, new: Sequence[Pixels], old: Sequence[Pixel
         told = prefixed(learning.progress, f"scale {number + 1}: ")
         _remember(scale, fresh[number], settings.seed)
         part = _part(scale, joined[number], len(past[number].normal), told)
-        _train_denoiser([part], planned.until(number, settings.scales), generator, started, told, Losses(None))
+        _train_denoiser([part], planned.until(number, settings.scales), generator, started, told)
         own = joined[number]
-        usual, normal = (each.float().to(made.device) for each in (own.usual, own.normal))
-        _measure_by(made, number, usual, own.usual_owner, normal, own.owner)
+        fitted = evenly(torch.arange(len(own.normal)), FITTED)
+        usual, normal = (each.float().to(made.device) for each in (own.usual, own.normal[fitted]))
+        _measure_by(made, number, usual, own.usual_owner, normal, own.owner[fitted])
         told("usual residuals", 1, 1)
     made.keep([each.thinned() for each in joined])
     return made.requires_grad_(False).eval()
@@ -157,7 +157,7 @@ def _check_owners(scale: Scale, past: Past) -> None:
         rows = scale.memory.rows[scale.memory.owner == int(owner)].float().cpu()
         cells = latent.float().flatten(1).T
         if len(rows) and float(torch.cdist(rows, cells).amin(1).median()) ** 2 > SAME * scale.dimensions:
-            raise DataError("the images that the model was trained on have other names or an other order now; give them as they were")
+            raise DataError("the images that the model was trained on have other names or another order now; give them as they were")
 
 
 def _remember(scale: Scale, new: Past, seed: int) -> None:
