@@ -49,9 +49,8 @@ def keep(model: Path, request: dict[str, Any]) -> None:
     folders = [request["images"], *([request["judged"]] if "judged" in request else [])]
     images = {file_digest(path): path for folder in folders for path in list_images(Path(folder))}
     trained, held_out = ([images[digest] for digest in seen.get(name, ()) if digest in images] for name in ("trained", "held_out"))
-    before = Path(request.get("model", "")) / FILE
-    if not trained and before.is_file():
-        shutil.copyfile(before, model / FILE)
+    if not trained and "model" in request and has(Path(request["model"])):
+        shutil.copyfile(Path(request["model"]) / FILE, model / FILE)
     elif trained or held_out:
         _write(model, sorted(trained or held_out))
 
