@@ -18,9 +18,9 @@ from gladad.models.tiled import Tiled
 def extend(fitter: Fitter, fitted: Fitted, images: Images, progress: Progress) -> Fitted:
     """Learn further good images, see `gladad.detector.glad.Glad.extend`.
 
-    An image that was held out stays held out for ever, and a fifth of the new ones, drawn at random, joins them before anything is looked
-    at. So whatever the training does, the networks have never seen the images that the thresholds are made from, and these are
-    exchangeable with parts to come from the same process: the promise is that of a fit.
+    An image that the present thresholds are made from stays held out, and a fifth of the new ones, drawn at random, joins them before
+    anything is looked at. So whatever the training does, the networks have never seen the images that the new thresholds are made from,
+    and these are exchangeable with parts to come from the same process: the promise is that of a fit.
     """
     go_on = getattr(fitter.family, "extend", None)
     if go_on is None or isinstance(fitted.model, Tiled):
