@@ -64,8 +64,7 @@ def test_a_calibrated_version_shows_good_parts_and_one_without_says_so(model, ca
             known = [httpx.get(f"{url}/v1/products/{PRODUCT}/versions/{number}/calibration").json()["good_parts"] for number in (1, 2)]
             assert known == [False, True]
             second = client.inspect(PRODUCT, category / "test/hole/000.png")
-            answer = httpx.get(f"{url}/v1/decisions/{second.id}/nearest-good.png")
-            shown = np.asarray(Image.open(io.BytesIO(answer.content)))
+            shown = np.asarray(Image.open(io.BytesIO(client.picture(second.id, "nearest-good.png"))))
             assert shown.shape == (72, 72, 3)
             hole = np.asarray(Image.open(category / "ground_truth/hole/000_mask.png")) > 0
             assert hole.any() and shown[hole].min() > 60  # where the part is dark

@@ -14,6 +14,7 @@ from test_service import free_port, start
 
 from gladad.cli.main import main
 from gladad.client import Client, ServiceError
+from gladad.core.errors import ConfigError
 
 HEAD = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
@@ -125,6 +126,14 @@ def test_tls(certificate, tmp_path):
         finally:
             server.terminate()
             server.wait()
+
+
+@pytest.mark.parametrize("content", [None, "nothing"])
+def test_an_authority_that_is_none_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "authority.pem").write_text(content)
+    with pytest.raises(ConfigError, match=r"authority\.pem: no certificate as PEM"):
+        Client("https://127.0.0.1:1", authority=tmp_path / "authority.pem")
 
 
 @pytest.mark.parametrize("case", ["key alone", "missing", "no key", "of another", "no certificate", "password"])

@@ -22,12 +22,12 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import httpx
 from pydantic import TypeAdapter
 
-from gladad.core.errors import GladError
+from gladad.core.errors import ConfigError, GladError
 from gladad.service.schemas import Batch, BatchItem, DecisionOut, GoldenOut, HeadOut, JobOut, Page, ProductOut, VersionOut
 
 T = TypeVar("T")
 Image = str | Path | bytes
-Picture = Literal["image", "map.png", "heatmap.png", "overlay.png", "reconstruction.png"]
+Picture = Literal["image", "map.png", "heatmap.png", "overlay.png", "reconstruction.png", "nearest-good.png"]
 AGAIN = (429, 503)  # statuses of requests that are sent again
 FINAL = ("done", "failed", "cancelled")
 
@@ -125,7 +125,10 @@ _calls = _Calls()
 
 
 def _settings(url: str, key: str | None, timeout: float, authority: str | Path | None) -> dict[str, Any]:
-    verify = True if authority is None else ssl.create_default_context(cafile=authority)
+    try:
+        verify = True if authority is None else ssl.create_default_context(cafile=authority)
+    except OSError as error:
+        raise ConfigError(f"{authority}: no certificate as PEM ({error}); give the file that the service's is checked by") from error
     return {"base_url": url, "timeout": timeout, "headers": {"X-API-Key": key} if key else {}, "verify": verify}
 
 
@@ -159,6 +162,9 @@ class Client:
         timeout: Seconds to wait for an answer.
         patience: Seconds in which refusals for lack of room are tried again.
         authority: PEM file by which the service's certificate is checked, such as the certificate itself; None: the usual authorities.
+
+    Raises:
+        ConfigError: The authority is no such file.
     """
 
     def __init__(
