@@ -180,9 +180,10 @@ class Jobs:
             UnknownError: There is none.
         """
         path = self.station.folder / "jobs" / str(self.one(identity)["id"]) / EXAMPLES / f"{check_name(name)}.png"
-        if not path.is_file():
-            raise UnknownError(f"job {identity!r} shows no picture {name!r}")
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise UnknownError(f"job {identity!r} shows no picture {name!r}") from None
 
     def _tell(self, job: Job, **told: Any) -> None:
         self._progress[job["id"]] = self._progress.get(job["id"], {}) | told
