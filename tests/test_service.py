@@ -23,7 +23,7 @@ import pytest
 from conftest import draw_part
 from PIL import Image
 from service_base import PRODUCT, make_station, served
-from sqlalchemy import func, select, update
+from sqlalchemy import func, insert, select, update
 from starlette.requests import Request
 
 from gladad.cli.main import main
@@ -33,8 +33,9 @@ from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
 from gladad.service import audit
 from gladad.service.inspector import BusyError, Inspector
+from gladad.service.record import new_id, now
 from gladad.service.tables import decisions as table
-from gladad.service.tables import goldens
+from gladad.service.tables import goldens, jobs
 
 INSPECT = f"/v1/products/{PRODUCT}/inspections"
 
@@ -510,6 +511,25 @@ def test_verdicts_make_a_better_version(model, category, tmp_path):
         assert done.result["offered"] and done.result["version"] == 2
         assert not client.versions(PRODUCT)[1].active  # offered, not forced
         client.activate(PRODUCT, 2)
+    station.close()
+
+
+def test_a_model_that_is_not_offered_leaves_nothing(model, tmp_path):
+    """As if its process had found that it is worse just before the service ended."""
+    station = make_station(tmp_path / "line", model)
+    (tmp_path / "line/data/parts").mkdir(parents=True)
+    job, folder = new_id(), tmp_path / "line/jobs"
+    request = {"images": "parts", "mode": "calibrate", "note": "", "activate": True}
+    row = {"id": job, "created": now(), "who": "tester", "state": "waiting", "kind": "feedback", "product": PRODUCT, "request": request}
+    with served(station) as url, Client(url) as client:
+        client.judge(client.inspect(PRODUCT, GOOD).id, "good")
+        shutil.copytree(model, folder / job / "model")
+        (folder / job / "result.json").write_text(json.dumps({"offered": False}))
+        with station.record.write() as connection:
+            connection.execute(insert(jobs), [row])
+        done = client.wait(job)
+        assert (done.state, done.result) == ("done", {"offered": False})
+        assert len(client.versions(PRODUCT)) == 1 and not list(folder.iterdir())
     station.close()
 
 

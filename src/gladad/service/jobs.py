@@ -213,13 +213,14 @@ class Jobs:
             write_json(folder / FILE, request)
             result = self._followed(job, folder)
             write_json(folder / RESULT, result)
-        if job["kind"] == "evaluate" or not result.get("offered", True):
+        if job["kind"] == "evaluate":  # whose report is for people
             return result
-        number = self._added(job, folder, str(request["note"]), limits)
-        if request["activate"]:
-            self.line.activate(job["product"], number, job["who"])
+        if result.get("offered", True):
+            result |= {"version": self._added(job, folder, str(request["note"]), limits)}
+            if request["activate"]:
+                self.line.activate(job["product"], result["version"], job["who"])
         shutil.rmtree(folder, ignore_errors=True)
-        return result | {"version": number}
+        return result
 
     def _added(self, job: Job, folder: Path, note: str, limits: dict[str, Any]) -> int:
         """Make what a job made a version, once, whatever happens in between; returns its number."""
