@@ -80,11 +80,21 @@ def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None
     def search() -> list[list[Any]]:
         return [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
 
+    def rebuild() -> list[list[Any]]:
+        return [model._denoiser([*own, *shown])[1:] for own, shown in zip(latents, nearest, strict=True)]
+
+    def measure() -> list[list[Any]]:
+        return [list(map(model._magnitude, range(len(own)), own, found)) for own, found in zip(latents, rebuilt, strict=True)]
+
     nearest = search()
+    rebuilt = rebuild()
+    magnitudes = measure()
     parts = {
         "encoder": lambda: [model._encoder([each]) for each in batches],
         "search": search,
-        "detector": lambda: [model._detector([*own, *shown]) for own, shown in zip(latents, nearest, strict=True)],
+        "denoiser": rebuild,
+        "residuals": measure,
+        "scorer": lambda: [model._scorer(own) for own in magnitudes],
         "all": lambda: [model.inspect(each) for each in pixels],
     }
     medians = {part: float(np.median(times)) / len(pixels) for part, times in zip(parts, rounds(list(parts.values()), turns), strict=True)}
