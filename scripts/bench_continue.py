@@ -1,6 +1,6 @@
 """Measure a training that goes on against what it replaces: new thresholds, and a fit from the start.
 
-    python scripts/bench_continue.py CATEGORY [--old 150] [--new 30] [--light 1.2] [--test 60]
+    python scripts/bench_continue.py CATEGORY [--old 150] [--new 30] [--light 1.2] [--test 60] [--no-anew]
 
 A detector learns so many good images; then the light changes, and people call some parts under the new light good. What each way makes of
 new good parts under the old and the new light, and of defects under both, goes to standard output as a table.

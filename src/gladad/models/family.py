@@ -69,7 +69,11 @@ class Training:
 
 
 class Family(Protocol):
-    """A module that trains and loads models of one family."""
+    """A module that trains and loads models of one family.
+
+    One whose trainings can go on has ``extend(model, images, old, training)``, too, which gives a copy of a model that has learnt further
+    images; ``old`` are those that it was trained on, or None where the model says by ``has_past`` that it does without.
+    """
 
     @property
     def LONG(self) -> bool:

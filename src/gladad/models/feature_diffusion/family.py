@@ -77,4 +77,4 @@ def extend(model: FeatureDiffusion, images: Sequence[Pixels], old: Sequence[Pixe
     if model.config.categories:
         raise ConfigError("a model whose denoiser several products share cannot learn on; fit them anew together")
     learning = Learning(training.settings, training.foregrounds[""], training.textures, training.progress)
-    return extended(model, images, None if model.has_past else old, learning)
+    return extended(model, images, old, learning)
