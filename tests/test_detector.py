@@ -368,6 +368,15 @@ def test_a_failed_adjustment_changes_nothing(quick: Glad, good: Path) -> None:
     assert (fitted.settings, fitted.calibration_) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is mapped")
+def test_a_loaded_detector_has_no_file_open(quick: Glad, tmp_path: Path) -> None:
+    """A disk with models could not be taken away, and reading from one that has gone ends the process."""
+    quick.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert loaded.model_id == quick.model_id
+
+
 def test_what_cannot_be_adjusted(quick: Glad, good: Path) -> None:
     fitted = deepcopy(quick)
     with pytest.raises(ConfigError, match="seed cannot be changed"):

@@ -85,8 +85,9 @@ class ClusterGaussians(nn.Module):
         self.hold(*(torch.from_numpy(each).to(self.centres.device) for each in found))
 
     def hold(self, centres: Tensor, means: Tensor, whiteners: Tensor) -> None:
-        """Hold these ``[K, D]``, ``[K, D]`` and ``[K, D, D]`` and no others."""
-        self.centres, self.means, self.whiteners, self._gaussians = centres, means, whiteners.half(), []
+        """Hold copies of these ``[K, D]``, ``[K, D]`` and ``[K, D, D]`` and no others: tensors that were read keep their file open."""
+        self.centres, self.means, self.whiteners = centres.clone(), means.clone(), whiteners.to(torch.float16, copy=True)
+        self._gaussians = []
 
     def forward(self, rebuilt: Tensor, residual: Tensor) -> Tensor:
         """Distance ``[B, 1, h, w]`` of every cell's residual, both ``[B, D, h, w]``; about 1 where images are as those learnt."""
