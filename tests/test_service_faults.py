@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -16,8 +18,9 @@ from sqlalchemy import select
 from test_service import GOOD, INSPECT
 
 from gladad.cli.main import main
+from gladad.core.storage import WriteError, atomic_file
 from gladad.service import audit
-from gladad.service.record import StorageError
+from gladad.service.record import StorageError, translated
 from gladad.service.station import Station
 from gladad.service.tables import decisions as table
 
@@ -104,6 +107,18 @@ def test_a_full_disk_is_told_and_got_over(model, small_disk):
     load.check(station)
     station.close()
     assert not list((small_disk / "line").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_disk_that_is_full_while_a_file_is_written_is_told_as_such(tmp_path, inside):
+    """Whether it is an image, a training image or a model; nothing is left of it."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    writing = atomic_file(tmp_path / "part.png") if inside else nullcontext()
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\).*make room"), translated(), writing:
+        raise full
+    with pytest.raises(WriteError, match="File too large"), translated(), atomic_file(tmp_path / "part.png"):
+        raise OSError(errno.EFBIG, "File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_read_only_disk_is_told(model, small_disk, capsys):

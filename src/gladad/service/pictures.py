@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gladad.core.storage import WriteError, atomic_file
-from gladad.service.record import FULL, REMEDY, StorageError
+from gladad.core.storage import atomic_file
+from gladad.service.record import REMEDY, StorageError, translated
 
 DAY, GIB = 86_400.0, 2**30
 
@@ -34,17 +34,12 @@ class PictureStore:
             StorageError: The disk refuses.
         """
         check_there(self.folder.parent)
-        try:
+        with translated():
             if path.is_file():
                 path.touch()
                 return
             with atomic_file(path) as temporary:
                 temporary.write_bytes(content)
-        except (OSError, WriteError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if isinstance(cause, OSError) and cause.errno in FULL:
-                raise StorageError(f"{path}: cannot be written ({cause.strerror}); {REMEDY}") from error
-            raise
 
     def clean(self, days: float, gib: float) -> tuple[int, int]:
         """Delete files that are older than so many days, then the oldest until the rest takes no more than so many GiB.

@@ -26,6 +26,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, TimeoutError
 
 from gladad.core.errors import ConfigError, GladError, ModelFormatError
+from gladad.core.storage import WriteError
 
 FILE = "record.sqlite"
 LOCK = 7_137_041  # of PostgreSQL's advisory locks
@@ -152,10 +153,12 @@ def translated() -> Iterator[None]:
     """Make what a disk or database refuses a `StorageError`; other mistakes stay what they are."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, WriteError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in FULL:
             raise
-        raise StorageError(f"{error.filename or 'the station'}: cannot be written ({error.strerror}); {REMEDY}") from error
+        told = f"{cause.filename or 'the station'}: cannot be written ({cause.strerror})" if cause is error else str(error)
+        raise StorageError(f"{told}; {REMEDY}") from error
     except DBAPIError as error:
         if not _refused(error):
             raise
