@@ -26,6 +26,7 @@ from gladad.core.errors import ConfigError, GladError
 from gladad.service.schemas import Batch, BatchItem, DecisionOut, GoldenOut, HeadOut, JobOut, Page, ProductOut, VersionOut
 
 T = TypeVar("T")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 Image = str | Path | bytes
 Picture = Literal["image", "map.png", "heatmap.png", "overlay.png", "reconstruction.png", "nearest-good.png"]
 AGAIN = (429, 503)  # statuses of requests that are sent again
@@ -150,7 +151,26 @@ def _checked(response: httpx.Response) -> httpx.Response:
         raise ServiceError(f"the service answered with status {response.status_code}", response.status_code) from None
 
 
-class Client:
+class _Connection(Generic[H]):
+    """What both clients are made of."""
+
+    _open: Callable[..., H]
+    _http: H
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        patience: float = 30.0,
+        authority: str | Path | None = None,
+    ):
+        self._http = self._open(**_settings(url, key, timeout, authority))
+        self._patience = patience
+
+
+class Client(_Connection[httpx.Client]):
     """A connection to a service.
 
     Every method raises `ServiceError` where the service refuses or cannot be reached. Requests that it has no room for are sent again
@@ -167,17 +187,7 @@ class Client:
         ConfigError: The authority is no such file.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        *,
-        timeout: float = 60.0,
-        patience: float = 30.0,
-        authority: str | Path | None = None,
-    ):
-        self._http = httpx.Client(**_settings(url, key, timeout, authority))
-        self._patience = patience
+    _open = httpx.Client
 
     def __enter__(self) -> Self:
         return self
@@ -270,20 +280,10 @@ class Client:
             time.sleep(pause)
 
 
-class AsyncClient:
+class AsyncClient(_Connection[httpx.AsyncClient]):
     """`Client` for asyncio: the same methods, to be awaited."""
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        *,
-        timeout: float = 60.0,
-        patience: float = 30.0,
-        authority: str | Path | None = None,
-    ):
-        self._http = httpx.AsyncClient(**_settings(url, key, timeout, authority))
-        self._patience = patience
+    _open = httpx.AsyncClient
 
     async def __aenter__(self) -> Self:
         return self
