@@ -15,7 +15,7 @@ from gladad.cli.main import main
 from gladad.core.errors import ConfigError, DataError
 from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
-from gladad.models.feature_diffusion.past import PAST_FILE, Past, evenly, load_past, save_past
+from gladad.models.feature_diffusion.past import PAST_FILE, Past, load_past, save_past, spread
 
 SETTINGS = TINY | {"training.steps": 40, "false_reject_rate": 0.2, "calibration": "held-out"}
 
@@ -177,7 +177,7 @@ def test_numbers_of_what_anomalies_are_of_survive_joining():
     joined = some(70, 0).joined(some(30, 70)).thinned()
     assert len(joined.normal) == 100 and len(joined.anomalous) == 64
     assert torch.equal(joined.normal[joined.source], joined.anomalous)
-    assert evenly(torch.arange(10), 3).tolist() == [0, 4, 9]
+    assert spread(torch.arange(10), 3).tolist() == [0, 4, 9]
 
 
 def test_a_model_of_others_is_refused(old, both, folder):

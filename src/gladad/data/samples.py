@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gladad.core.errors import DataError
 from gladad.core.images import is_image, list_images
@@ -311,3 +312,8 @@ def _masks_by_name(roots: Sequence[Path], kind: str) -> dict[str, Path]:
     folders = [folder for root in roots for folder in folders_named(root, {kind.lower()})]
     several = {_key(Path(inner.name + ".png")): inner for folder in folders for inner in subfolders(folder)}
     return several | {_key(p.relative_to(folder)): p for folder in folders for p in list_images(folder)}
+
+
+def evenly(total: int, most: int) -> NDArray[np.int64]:
+    """At most ``most`` numbers from 0 to below ``total``, evenly spread and rising."""
+    return np.linspace(0, total - 1, min(most, total)).round().astype(np.int64)

@@ -89,7 +89,7 @@ def load_model(folder: Path) -> Saved:
             peaks=[float(p) for p in calibration["map_peaks"]],
             provenance=model["provenance"],
             seen=SeenImages(frozenset(images["trained"]), frozenset(images["held_out"])) if images else None,
-            alignment=_alignment(folder / ALIGNMENT_FILE) if settings.align else None,
+            alignment=load_alignment(folder) if settings.align else None,
             scope=Scope.from_json(model["scope"], folder / MASK_FILE) if "scope" in model else None,
         )
         return Saved(name, settings, fitted, str(model["model_id"]))
@@ -115,7 +115,13 @@ def describe(saved: Saved) -> dict[str, Any]:
     }
 
 
-def _alignment(path: Path) -> Alignment:
+def load_alignment(folder: Path) -> Alignment:
+    """How a model with ``align`` locates parts.
+
+    Raises:
+        ModelFormatError: Its file is missing or damaged.
+    """
+    path = folder / ALIGNMENT_FILE
     from gladad.data.alignment import Alignment  # late, with its scipy: most models do without
 
     try:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gladad.core.records import Prediction
+from gladad.data.samples import evenly
 from gladad.report.pictures import Mask, Pixels, overlay, thumbnail
 
 FOLDER = "pictures"
@@ -145,7 +146,7 @@ def chosen(items: Iterable[GalleryItem]) -> list[GalleryItem]:
     ordered = sorted(items, key=key)
     wrong = [item for item in ordered if item.wrong][:MAX_PICTURES]
     rest = sorted((item for item in ordered if not item.wrong), key=lambda item: item.pred_score)
-    places = np.linspace(0, len(rest) - 1, min(MAX_PICTURES - len(wrong), len(rest))).round().astype(int)
+    places = evenly(len(rest), MAX_PICTURES - len(wrong))
     return [*wrong, *sorted((rest[place] for place in places), key=key)]
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.storage import load_arrays, read_json, save_arrays
-from gladad.data.samples import file_digest
-from gladad.detector.files import ALIGNMENT_FILE, SEEN_FILE
+from gladad.data.samples import evenly, file_digest
+from gladad.detector.files import ALIGNMENT_FILE, SEEN_FILE, load_alignment
 from gladad.detector.view import View
 from gladad.report.pictures import thumbnail
 
@@ -86,7 +86,7 @@ def has(folder: Path) -> bool:
 
 def _write(model: Path, paths: Sequence[Path]) -> None:
     alignment, arrays = _alignment(model), {}
-    for number, place in enumerate(np.linspace(0, len(paths) - 1, min(MOST, len(paths))).round().astype(int).tolist()):
+    for number, place in enumerate(evenly(len(paths), MOST).tolist()):
         buffer = io.BytesIO()
         Image.fromarray(thumbnail(View(load_image(paths[place]), alignment).pixels, SIDE)).save(buffer, "JPEG", quality=QUALITY)
         arrays[f"{number:02}"] = np.frombuffer(buffer.getvalue(), np.uint8)
@@ -105,8 +105,4 @@ def _decoded(jpeg: bytes) -> Pixels:
 
 
 def _alignment(folder: Path) -> Alignment | None:
-    if not (folder / ALIGNMENT_FILE).is_file():
-        return None
-    from gladad.data.alignment import Alignment  # late, with its scipy: most models do without
-
-    return Alignment.of_arrays(load_arrays(folder / ALIGNMENT_FILE))
+    return load_alignment(folder) if (folder / ALIGNMENT_FILE).is_file() else None

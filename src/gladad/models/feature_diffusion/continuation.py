@@ -19,13 +19,11 @@ from torch import Tensor
 from gladad.core.errors import DataError
 from gladad.core.records import Progress, prefixed
 from gladad.data.foreground import Foreground
-from gladad.data.synthesis import Draw, synthesise
-from gladad.data.tolerance import variants
+from gladad.data.synthesis import Draw
 from gladad.features.memory import covering
-from gladad.models.feature_diffusion.material import Part, _shown, apart_of, features_of, measured_of
+from gladad.models.feature_diffusion.material import Part, _shown, apart_of, features_of, measured_of, with_defects, with_variants
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.past import KEPT, Past, evenly
-from gladad.models.feature_diffusion.placement import pays, with_turned
+from gladad.models.feature_diffusion.past import KEPT, Past, spread
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionSettings
 from gladad.models.feature_diffusion.training import FITTED, MIN_STEPS, _measure_by, _train_denoiser, budget
@@ -96,7 +94,7 @@ def extended(model: FeatureDiffusion, new: Sequence[Pixels], old: Sequence[Pixel
         part = _part(scale, joined[number], len(past[number].normal), told)
         _train_denoiser([part], planned.until(number, settings.scales), generator, started, told)
         own = joined[number]
-        fitted = evenly(torch.arange(len(own.normal)), FITTED)
+        fitted = spread(torch.arange(len(own.normal)), FITTED)
         usual, normal = (each.float().to(made.device) for each in (own.usual, own.normal[fitted]))
         _measure_by(made, number, usual, own.usual_owner, normal, own.owner[fitted])
         told("usual residuals", 1, 1)
@@ -110,18 +108,13 @@ def _encoded(
     """Latents at every scale of images, of their copies as the model has learnt them, and of ``count`` synthetic anomalies."""
     trained = [pixels for pixels, out in zip(images, apart.tolist(), strict=True) if not out]
     measured = [pixels for pixels, out in zip(images, apart.tolist(), strict=True) if out]
-    ratio, settings = model.config.turned, learning.settings
-    shown, of = with_turned(trained) if ratio is not None and pays(ratio) else (list(trained), list(range(len(trained))))
-    for pixels, number in variants(trained, settings.tolerate, settings.seed) if settings.tolerate else ():
-        shown.append(pixels)
-        of.append(number)
-    synthetic, source = [], []
-    for index in range(count):
-        draw = Draw((settings.seed, int(owners[0]), index))
-        source.append(draw.integer(0, len(shown) - 1))
-        synthetic.append(synthesise(shown[source[-1]], draw, settings.training.synthesis, learning.textures, learning.place)[0])
-        learning.progress("synthetic anomalies", index + 1, count)
-    own, places, found = owners[~apart][torch.tensor(of)], torch.tensor(source, dtype=torch.int64), []
+    settings = learning.settings
+    shown, of = with_variants(trained, replace(model.config, settings=settings))
+    draws = [Draw((settings.seed, int(owners[0]), index)) for index in range(count)]
+    synthetic, places = with_defects(
+        shown, range(len(shown)), draws, settings.training.synthesis, learning.textures, learning.place, learning.progress
+    )
+    own, found = owners[~apart][torch.tensor(of)], []
     for number, scale in enumerate(model.all_scales()):
         normal, usual, anomalous = (_latents(scale, each) for each in (shown, measured, synthetic))
         found.append(Past(normal, own, usual, owners[apart], anomalous, places))
@@ -140,8 +133,8 @@ def _latents(scale: Scale, images: Sequence[Pixels]) -> Tensor:
 def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learning) -> list[Past]:
     """What a training would have kept of its images, made anew."""
     apart = apart_of(len(images), learning.settings.training.apart)
-    measured = evenly(measured_of(apart, len(images)), KEPT)
-    trained = evenly(torch.nonzero(~apart).flatten(), KEPT)
+    measured = spread(measured_of(apart, len(images)), KEPT)
+    trained = spread(torch.nonzero(~apart).flatten(), KEPT)
     chosen = torch.cat([trained, measured])  # where none is apart, they are the same
     out = torch.arange(len(chosen)) >= len(trained)
     count = KEPT if model.all_scales()[0].learns_repairs else 0

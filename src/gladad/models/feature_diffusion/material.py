@@ -13,12 +13,14 @@ from torch import Tensor
 from gladad.core.records import Progress
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
-from gladad.data.synthesis import Draw, synthesise
+from gladad.data.samples import evenly
+from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.data.tolerance import variants
 from gladad.features.memory import covering
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.placement import pays, try_turned, with_turned
 from gladad.models.feature_diffusion.scale import Scale
+from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
 
 Pixels = NDArray[np.uint8]
 ENCODE_BATCH = 16
@@ -81,7 +83,7 @@ def apart_of(count: int, share: float) -> Tensor:
     apart = torch.zeros(count, dtype=torch.bool)
     wanted = max(FEWEST_APART, round(share * count)) if share else 0
     if count >= 3 * wanted:
-        apart[np.linspace(0, count - 1, wanted).round().astype(int)] = True
+        apart[evenly(count, wanted)] = True
     return apart
 
 
@@ -99,7 +101,6 @@ def make_material(
     settings = model.config.settings
     owner = torch.arange(len(images)) if photographs is None else torch.tensor(photographs)
     apart = apart_of(int(owner.max()) + 1, settings.training.apart)[owner]
-    shown, of = list(images), list(range(len(images)))
     if settings.training.copies == "auto" and settings.memory and apart.any():
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
         coarse = model.all_scales()[-1]  # how a part is turned is seen best there, and soonest
@@ -110,22 +111,42 @@ def make_material(
         progress("trying turned copies", 1, 1)
         ratio = round(ratio, 4)  # what is stored is what was decided by
         model.config = replace(model.config, turned=ratio)
-        if pays(ratio):
-            shown, of = with_turned(images)
-    if settings.tolerate:
-        for pixels, number in variants(images, settings.tolerate, settings.seed):
-            shown.append(pixels)
-            of.append(number)
+    shown, of = with_variants(images, model.config)
     places = torch.tensor(of)
     owner, apart = owner[places], apart[places]
     usable = torch.nonzero(~apart).flatten().tolist()
+    draws = [Draw((settings.seed, index)) for index in range(count)]
+    synthetic, source = with_defects(shown, usable, draws, settings.training.synthesis, textures, foreground, progress)
+    return Material(shown, owner, apart, len(images) - copies, synthetic, source)
+
+
+def with_variants(images: Sequence[Pixels], config: FeatureDiffusionConfig) -> tuple[list[Pixels], list[int]]:
+    """Images, the copies and variants of them that a model learns, too, and the number of the image that each is of."""
+    turned = config.turned is not None and pays(config.turned)
+    shown, of = with_turned(images) if turned else (list(images), list(range(len(images))))
+    if config.settings.tolerate:
+        for pixels, number in variants(images, config.settings.tolerate, config.settings.seed):
+            shown.append(pixels)
+            of.append(number)
+    return shown, of
+
+
+def with_defects(
+    images: Sequence[Pixels],
+    usable: Sequence[int],
+    draws: Sequence[Draw],
+    synthesis: SynthesisConfig,
+    textures: Sequence[Pixels],
+    foreground: Foreground,
+    progress: Progress,
+) -> tuple[list[Pixels], Tensor]:
+    """A synthetic anomaly by each draw in one of the usable images, and the number of that image."""
     synthetic, source = [], []
-    for index in range(count):
-        draw = Draw((settings.seed, index))
+    for index, draw in enumerate(draws):
         source.append(usable[draw.integer(0, len(usable) - 1)])
-        synthetic.append(synthesise(shown[source[-1]], draw, settings.training.synthesis, textures, foreground)[0])
-        progress("synthetic anomalies", index + 1, count)
-    return Material(shown, owner, apart, len(images) - copies, synthetic, torch.tensor(source, dtype=torch.int64))
+        synthetic.append(synthesise(images[source[-1]], draw, synthesis, textures, foreground)[0])
+        progress("synthetic anomalies", index + 1, len(draws))
+    return synthetic, torch.tensor(source, dtype=torch.int64)
 
 
 def measured_of(apart: Tensor, originals: int) -> Tensor:

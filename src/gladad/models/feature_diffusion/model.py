@@ -106,7 +106,6 @@ class FeatureDiffusion(nn.Module):
         for scale in self.all_scales():
             scale.refresh()
             scale.memory.remember(scale.memory.rows, scale.memory.owner)
-            scale.gaussians.hold(*scale.gaussians.buffers())
         return self.to(device)
 
     # -- inspection ---------------------------------------------------------------------------------------------

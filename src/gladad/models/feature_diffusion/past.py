@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gladad.core.errors import ModelFormatError
 from gladad.core.tensors import load_tensors, save_tensors
+from gladad.data.samples import evenly
 
 if TYPE_CHECKING:
     from gladad.models.feature_diffusion.material import Part
@@ -45,9 +45,9 @@ class Past:
     @classmethod
     def of(cls, part: Part) -> Past:
         """A choice of what a training has learnt from, evenly spread."""
-        normal, usual = evenly(part.trained, KEPT), evenly(part.measured, KEPT)
+        normal, usual = spread(part.trained, KEPT), spread(part.measured, KEPT)
         known = torch.nonzero(torch.isin(part.source, normal)).flatten() if len(part.anomalous) else part.source[:0]
-        chosen = evenly(known, KEPT)
+        chosen = spread(known, KEPT)
         place = torch.searchsorted(normal, part.source[chosen])
         anomalous = part.anomalous[chosen] if len(chosen) else part.latents[:0]
         return cls(part.latents[normal], part.owner[normal], part.latents[usual], part.owner[usual], anomalous, place)
@@ -59,15 +59,13 @@ class Past:
 
     def thinned(self) -> Past:
         """Without the synthetic anomalies that are too many; normal latents all stay."""
-        chosen = evenly(torch.arange(len(self.source)), KEPT)
-        return Past(self.normal, self.owner, self.usual, self.usual_owner, self.anomalous[chosen], self.source[chosen])
+        chosen = torch.from_numpy(evenly(len(self.source), KEPT))
+        return replace(self, anomalous=self.anomalous[chosen], source=self.source[chosen])
 
 
-def evenly(numbers: Tensor, count: int) -> Tensor:
-    """At most ``count`` of ``[N]`` numbers, evenly spread, in their order."""
-    if len(numbers) <= count:
-        return numbers
-    return numbers[torch.from_numpy(np.linspace(0, len(numbers) - 1, count).round().astype(np.int64))]
+def spread(numbers: Tensor, most: int) -> Tensor:
+    """At most ``most`` of ``[N]`` numbers, evenly spread, in their order."""
+    return numbers[torch.from_numpy(evenly(len(numbers), most))]
 
 
 def save_past(path: Path, past: Sequence[Past]) -> None:

@@ -23,7 +23,7 @@ from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.memory import ClusterGaussians
 from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.past import Past, evenly
+from gladad.models.feature_diffusion.past import Past, spread
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
@@ -304,7 +304,7 @@ def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], own
     """
     scale = model.all_scales()[number]
     sides = []
-    for places in (measured, evenly(trained, FITTED)):  # one by one, as in inspection
+    for places in (measured, spread(trained, FITTED)):  # one by one, as in inspection
         chosen = (to_tensor(images[place])[None].to(model.device) for place in places.tolist())
         sides += [torch.cat([scale.encode(image) for image in chosen]), owner[places]]
     _measure_by(model, number, *sides)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gladad.core.records import Watch
 from gladad.core.tensors import to_pixels, to_tensor
+from gladad.data.samples import evenly
 from gladad.models.feature_diffusion.material import Material, Part
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 
@@ -46,9 +47,8 @@ def show_drawn(watch: Watch, step: int, model: FeatureDiffusion, part: Part) -> 
 def show_mended(watch: Watch, model: FeatureDiffusion, material: Material) -> None:
     """Show made-up defects, or good parts where there are none, beside what the first scale makes of them."""
     images = material.synthetic or material.images[: material.originals]
-    places = np.linspace(0, len(images) - 1, min(DEFECTS, len(images))).round().astype(int)
     scale, pictures = model.all_scales()[0], {}
-    for number, place in enumerate(places.tolist(), 1):
+    for number, place in enumerate(evenly(len(images), DEFECTS).tolist(), 1):
         latent = scale.encode(to_tensor(images[place])[None].to(model.device))
         pictures[f"input-and-reconstruction-{number}"] = _beside(images[place], model.decoded(scale.rebuild(latent).latent))
     watch.show("reconstruction", 1, pictures)
