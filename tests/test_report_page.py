@@ -21,9 +21,11 @@ from gladad.core.records import Prediction, Report
 from gladad.core.storage import WriteError
 from gladad.data.samples import category_samples
 from gladad.evaluation.run import evaluate
-from gladad.report.charts import bin_counts, bin_edges, charts
+from gladad.report.charts import charts
 from gladad.report.gallery import OUTCOMES, WRONG, GalleryItem, Picture, chosen, item_bytes, outcome_of, small_pictures
 from gladad.report.page import write_page
+from gladad.report.pictures import COLOURS
+from gladad.report.text import score_table
 
 # ------------------------------------------------------------------------------------------------------- in a browser
 
@@ -81,27 +83,32 @@ def test_the_page_shows_charts_and_pictures(browser, request, name, expected, wi
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.chart')].map(chart => { const svg = chart.querySelector('svg');"
         " const box = svg.getBoundingClientRect();"
-        " return [chart.id, box.width, box.height, svg.querySelectorAll('path').length, svg.getAttribute('aria-label')]; })"
+        " return [chart.id, box.width, box.height, svg.querySelectorAll('path, rect').length, svg.getAttribute('aria-label')]; })"
     )
     assert [chart[0] for chart in drawn] == [f"chart-{name}" for name in expected]
     for _, chart_width, height, paths, label in drawn:
         assert 250 < chart_width <= width and 150 < height < 600 and paths > 5 and len(label) > 20
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    images = browser.execute_script("return document.querySelectorAll('#items img').length")
+    images = browser.execute_script("return document.querySelectorAll('#images img').length")
     masks = 4 if name == "report_folder" else 0
     assert images == 3 * len(rows_of(report_folder)) + masks
     browser.execute_script("for (const image of document.images) image.loading = 'eager'")
-    until(browser, "[...document.querySelectorAll('#items img')].every(image => image.complete)")
-    sizes = browser.execute_script("return [...document.querySelectorAll('#items img')].map(i => [i.naturalWidth, i.naturalHeight])")
+    until(browser, "[...document.querySelectorAll('#images img')].every(image => image.complete)")
+    sizes = browser.execute_script("return [...document.querySelectorAll('#images img')].map(i => [i.naturalWidth, i.naturalHeight])")
     assert {tuple(size) for size in sizes} == {(72, 72)}
     assert browser.get_log("browser") == []
 
 
 def shown(browser: Any) -> list[tuple[str, str]]:
-    found = browser.execute_script(
-        "return [...document.querySelectorAll('.item')].filter(i => i.checkVisibility()).map(i => [i.dataset.outcome, i.dataset.type])"
-    )
-    return [tuple(pair) for pair in found]
+    """Name and outcome of the images that the gallery shows, in order."""
+    cells = "[...document.querySelectorAll('#images .words')]"
+    texts = browser.execute_script(f"return {cells}.map(cell => ['.title', '.verdict'].map(one => cell.querySelector(one).textContent))")
+    return [(name, outcome[2:]) for name, outcome in texts]
+
+
+def named(row: dict[str, Any]) -> tuple[str, str]:
+    """What the gallery shows of a record."""
+    return f"{row['defect_type']}/{Path(row['image_path']).name}", row["outcome"]
 
 
 def press(browser: Any, group: str, value: str) -> int:
@@ -109,28 +116,31 @@ def press(browser: Any, group: str, value: str) -> int:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    buttons = browser.find_elements(By.CSS_SELECTOR, f"button[data-group={group}]")
-    (button,) = [button for button in buttons if button.get_attribute("data-show") == value]
-    count = int(button.find_element(By.TAG_NAME, "span").text)
+    buttons = browser.find_elements(By.CSS_SELECTOR, f"[role=group][aria-label={group}] button")
+    (button,) = [button for button in buttons if re.fullmatch(rf"{re.escape(value or 'all')} \d+", button.text)]
     button.send_keys(Keys.ENTER)
     assert button.get_attribute("aria-pressed") == "true"
     assert sum(other.get_attribute("aria-pressed") == "true" for other in buttons) == 1
-    return count
+    return int(button.text.split()[-1])
+
+
+def said(browser: Any) -> str:
+    """How many images the page says that it shows."""
+    return str(browser.execute_script("return document.querySelector('#images [role=status]').textContent"))
 
 
 def test_filters(browser, report_folder):
     opened(browser, report_folder / "index.html")
     rows = rows_of(report_folder)
-    pairs = [(row["outcome"], row["defect_type"]) for row in rows]
-    assert {pair[0] for pair in pairs} == set(OUTCOMES)
-    assert sorted(shown(browser)) == sorted(pairs)
+    assert {row["outcome"] for row in rows} == set(OUTCOMES)
+    assert sorted(shown(browser)) == sorted(map(named, rows))
     for result in (*OUTCOMES, ""):
-        for kind in (*sorted({pair[1] for pair in pairs}), ""):
-            press(browser, "outcome", result)
-            announced = press(browser, "type", kind)
-            expected = sorted(pair for pair in pairs if result in ("", pair[0]) and kind in ("", pair[1]))
+        for kind in (*sorted({row["defect_type"] for row in rows}), ""):
+            press(browser, "Outcome", result)
+            announced = press(browser, "Type", kind)
+            expected = sorted(named(row) for row in rows if result in ("", row["outcome"]) and kind in ("", row["defect_type"]))
             assert sorted(shown(browser)) == expected and announced == len(expected)
-            assert browser.execute_script("return document.getElementById('shown').textContent") == f"{len(expected)} of {len(rows)} images"
+            assert said(browser) == f"{len(expected)} of {len(rows)} images"
     assert browser.get_log("browser") == []
 
 
@@ -140,20 +150,22 @@ def test_search_and_order(browser, report_folder):
 
     opened(browser, report_folder / "index.html")
     rows = rows_of(report_folder)
-    first = [pair[0] for pair in shown(browser)]
-    groups = [WRONG.index(result) if result in WRONG else len(WRONG) for result in first]
+    first = shown(browser)
+    groups = [WRONG.index(result) if result in WRONG else len(WRONG) for _, result in first]
     assert groups == sorted(groups) and set(groups) == {0, 1, 2}
-    order = Select(browser.find_element(By.ID, "order"))
+    order = Select(browser.find_element(By.CSS_SELECTOR, "#images select"))
     for value, sign in (("up", 1), ("down", -1)):
         order.select_by_value(value)
-        scores = browser.execute_script("return [...document.querySelectorAll('.item')].map(item => +item.dataset.score)")
-        assert scores == sorted((row["pred_score"] for row in rows), key=lambda score: sign * score)
+        texts = browser.execute_script("return [...document.querySelectorAll('#images .lines')].map(text => text.textContent)")
+        scores = [re.match(r"score (\S+)", text)[1] for text in texts]
+        assert scores == [f"{score:.3f}" for score in sorted((row["pred_score"] for row in rows), key=lambda score: sign * score)]
     order.select_by_value("")
-    assert [pair[0] for pair in shown(browser)] == first
-    browser.find_element(By.ID, "search").send_keys("HOLE/002")
-    assert shown(browser) == [("found", "hole")]
-    browser.find_element(By.ID, "search").send_keys("x")
-    assert shown(browser) == [] and browser.execute_script("return document.getElementById('shown').textContent").startswith("0 of")
+    assert shown(browser) == first
+    search = browser.find_element(By.CSS_SELECTOR, "#images input")
+    search.send_keys("HOLE/002")
+    assert shown(browser) == [("hole/002.png", "found")]
+    search.send_keys("x")
+    assert shown(browser) == [] and said(browser).startswith("0 of")
 
 
 def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, report_folder, tmp_path):
@@ -162,19 +174,52 @@ def test_a_click_shows_the_full_size_or_says_that_it_is_not_there(browser, repor
 
     opened(browser, report_folder / "index.html")
     for number in range(4):
-        link = browser.find_elements(By.CSS_SELECTOR, "#items .pictures a")[number]
+        link = browser.find_elements(By.CSS_SELECTOR, "#images a")[number]
         link.send_keys(Keys.ENTER)
-        until(browser, "document.querySelector('#large img').naturalWidth > 0 && document.getElementById('large').open")
-        assert browser.execute_script("return document.querySelector('#large img').src") == link.get_attribute("href")
-        assert "full size" not in browser.find_element(By.CSS_SELECTOR, "#large p").text
-        browser.find_element(By.CSS_SELECTOR, "#large button").send_keys(Keys.ESCAPE)
-        until(browser, "!document.getElementById('large').open")
+        until(browser, "document.querySelector('dialog[open] img')?.naturalWidth > 0")
+        assert browser.execute_script("return document.querySelector('dialog img').src") == link.get_attribute("href")
+        assert "full size" not in browser.find_element(By.TAG_NAME, "dialog").text
+        browser.find_element(By.CSS_SELECTOR, "dialog button").send_keys(Keys.ESCAPE)
+        until(browser, "!document.querySelector('dialog')")
     assert browser.get_log("browser") == []
     alone = shutil.copy(report_folder / "index.html", tmp_path)
     opened(browser, Path(alone))
-    browser.find_element(By.CSS_SELECTOR, "#items .pictures a").send_keys(Keys.ENTER)
-    until(browser, "document.querySelector('#large img').src.startsWith('data:')")
-    assert "the full size is not beside this page" in browser.find_element(By.CSS_SELECTOR, "#large p").text
+    browser.find_element(By.CSS_SELECTOR, "#images a").send_keys(Keys.ENTER)
+    until(browser, "document.querySelector('dialog img')?.src.startsWith('data:')")
+    assert "The full size is not beside this page" in browser.find_element(By.TAG_NAME, "dialog").text
+
+
+def test_the_histogram_and_the_colour_scale_are_the_consoles(browser, report_folder):
+    """The histogram counts all parts of both groups; the scale has the colours of the pictures."""
+    opened(browser, report_folder / "index.html")
+    bars, names, scale = browser.execute_script(
+        "const all = (selector, read) => [...document.querySelectorAll(selector)].map(read);"
+        "const canvas = document.querySelector('#images canvas');"
+        "return [all('#scores .bars', bars => [bars.classList[1], [...bars.querySelectorAll('title')].map(t => parseInt(t.textContent))]),"
+        " all('#scores .name', name => name.textContent), [...canvas.getContext('2d').getImageData(0, 0, canvas.width, 1).data]]"
+    )
+    found = [rejected_of(report_folder, label) for label in (0, 1)]
+    # each zone draws the columns of all parts, and shows those inside it
+    assert [(zone, sum(counts)) for zone, counts in bars] == [(zone, size) for _, size in found for zone in ("accept", "warn", "reject")]
+    labels = [f"{name} · {size} parts · {bad} rejected" for name, (bad, size) in zip(("Good", "Bad"), found, strict=True)]
+    assert names == labels
+    assert (np.array(scale).reshape(-1, 4)[:, :3] == COLOURS).all()
+
+
+def test_without_a_script_the_page_has_all_scores_and_images(browser, report_folder):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        opened(browser, report_folder / "index.html")
+        text = browser.find_element("tag name", "body").text
+        images = browser.find_elements("css selector", "#images li img")
+        shown = all(image.is_displayed() for image in images)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    rows = rows_of(report_folder)
+    assert all(f"{row['outcome']}: " in text and named(row)[0] in text and f"score {row['pred_score']:.3f}" in text for row in rows)
+    assert len(images) == 3 * len(rows) + 4 and shown
+    table = [line.split()[-2:] for line in text.splitlines() if re.match(r"(up to|above|[\d.]+ to) [\d.]+ \d+ \d+$", line)]
+    assert [sum(int(line[label]) for line in table) for label in (0, 1)] == [rejected_of(report_folder, label)[1] for label in (0, 1)]
 
 
 def test_charts_follow_the_colours_of_the_page(browser, report_folder):
@@ -203,16 +248,19 @@ def test_the_page_needs_nothing_but_itself_and_its_pictures(request, name):
     text = (report_folder / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
-    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    markup, script = re.fullmatch(r"(?s)(.*)<script>(.*)</script>\s*</body>\s*</html>\s*", text).groups()
+    assert not re.search(r"https?:|@import|url\((?!#)", markup) and not re.search(r"@import|url\((?!#)", script)
+    addresses = set(re.findall(r"https?://[^\s\"'`)<>]+", script))  # namespaces, and where an error is explained
+    assert all(address.startswith(("http://www.w3.org/", "https://svelte.dev/e/")) for address in addresses), addresses
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed"}
     assert all(re.match("data:image/jpeg;base64,", attrs["src"]) for attrs in page.all("img") if "src" in attrs)
     links = [attrs["href"] for attrs in page.all("a")]
-    assert len(links) == len(page.all("img")) - 1  # the large one
+    assert len(links) == len(page.all("img"))
     assert all((report_folder / link).is_file() for link in links)
     assert all(attrs["alt"] for attrs in page.all("img") if "src" in attrs)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', markup)) <= set(ids)
     shown = "".join(page.texts)
     (good, goods), (bad, bads) = rejected_of(report_folder, 0), rejected_of(report_folder, 1)
     headline = f"{bad} of {bads} bad parts found, {good} of {goods} good parts rejected"
@@ -225,7 +273,7 @@ def test_the_page_needs_nothing_but_itself_and_its_pictures(request, name):
 def test_the_same_report_is_the_same_page(report_folder, detector, category, tmp_path):
     report = evaluate(detector, mislabelled(detector, category))
     drawn = charts(report)
-    assert [chart.name for chart in drawn] == ["scores", "roc", "pr", "pro"]
+    assert [chart.name for chart in drawn] == ["roc", "pr", "pro"]
     assert charts(report) == drawn
     assert not any(re.search("(fill|stroke): #", chart.svg) for chart in drawn)  # every colour is one of the page
     before = {name: (report_folder / name).read_bytes() for name in FILES}
@@ -277,23 +325,22 @@ def test_a_failed_write_keeps_the_old_page(detector, category, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------------- charts and pictures
 
 
-@pytest.mark.parametrize("scores", [[1.0], [0.2], [7.0], [0.9, 1.1], [0.01, 30.0], [0.0, 2.0], list(np.linspace(0.5, 3, 5000))])
-def test_the_threshold_is_an_edge_of_the_histogram(scores):
-    edges, logarithmic = bin_edges(scores)
-    assert (np.diff(edges) > 0).all() and 10 <= len(edges) <= 45
-    assert edges[0] <= min(scores) and max(scores) <= edges[-1] + 1e-9
-    place = int(np.argmin(np.abs(edges - 1)))
-    assert edges[place] == 1 and 0 < place < len(edges) - 1
-    assert logarithmic == (min(scores) > 0 and max(scores) / min(scores) > 8)
-    counts = bin_counts(scores, edges)
-    assert counts.sum() == len(scores) and counts[:place].sum() == sum(score <= 1 for score in scores)
+def test_the_threshold_is_an_edge_of_the_table_of_scores(detector, category):
+    report = evaluate(detector, category_samples(category))
+    pairs = ((0, 0.0), (0, 1.0), (1, 1.0), (1, float(np.nextafter(1, 2))), (1, 99.0))
+    rows = [{"gt_label": label, "pred_score": score} for label, score in pairs]
+    head, table = score_table(replace(report, rows=[*rows, {"error": "unreadable"}]))
+    assert head == ("score", "good parts", "bad parts")
+    expected = [("up to 0.5", "1", "0"), ("0.8 to 1", "1", "1"), ("1 to 1.25", "0", "1"), ("above 2", "0", "1")]
+    assert [row for row in table if row[1:] != ("0", "0")] == expected
 
 
 def test_charts_say_what_they_show(report_folder):
     report = Report(**{key: value for key, value in json.loads((report_folder / "report.json").read_text()).items() if key in REPORT})
     labels = {chart.name: re.search('aria-label="([^"]*)"', chart.svg)[1] for chart in charts(report)}
+    (scores,) = [attrs for attrs in Page((report_folder / "index.html").read_text()).all("div") if attrs.get("id") == "scores"]
     (good, goods), (bad, bads) = rejected_of(report_folder, 0), rejected_of(report_folder, 1)
-    assert labels["scores"].endswith(f"good: {goods - good} accepted, {good} rejected; bad: {bads - bad} accepted, {bad} rejected.")
+    assert scores["data-label"].endswith(f"good: {goods - good} accepted, {good} rejected; bad: {bads - bad} accepted, {bad} rejected.")
     assert f"AUROC {report.metrics['image_auroc']:.3f}" in labels["roc"] and "AUPRO" in labels["pro"]
     assert labels["roc"].endswith(f"{good / goods:.1%}, {bad / bads:.1%}.")
     assert labels["pr"].endswith(f"{bad / bads:.1%}, {bad / (good + bad):.1%}.")

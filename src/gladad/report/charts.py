@@ -1,4 +1,4 @@
-"""The charts of a report as SVG for a page: scores, ROC, precision-recall and PRO, drawn by Matplotlib.
+"""The curves of a report as SVG for a page: ROC, precision-recall and PRO, drawn by Matplotlib.
 
 Text stays text, nothing refers to anything outside, and colours are CSS variables of the page, so that they follow its light or dark mode.
 The same report gives the same bytes.
@@ -8,40 +8,34 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from html import escape
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gladad.core.records import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, GOOD, BAD = "#010101", "#040404", "#050505"  # what Matplotlib draws in, beside the colours of its style
-CSS = {INK: "currentColor", "#020202": "var(--soft)", "#030303": "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+INK, BAD = "#010101", "#040404"  # what Matplotlib draws in, beside the colours of its style
+CSS = {INK: "currentColor", "#020202": "var(--soft)", "#030303": "var(--line)", BAD: "var(--reject)"}
 Points = dict[str, list[float]]
 SIZE = (5.2, 3.7)  # of a chart in inches of 72 units; the page scales it
-LOG_FROM = 8  # ratio of the largest to the smallest score from which on the axis is logarithmic
 
 
 class Chart(NamedTuple):
     """A drawing ready for a page."""
 
-    name: str  # "scores", "roc", "pr" or "pro"
+    name: str  # "roc", "pr" or "pro"
     title: str
     svg: str  # one <svg> element
 
 
 def charts(report: Report) -> list[Chart]:
-    """The charts that the report has numbers for; the scores always."""
-    found = [_drawn("scores", "Scores", partial(_draw_scores, report))]
+    """The curves that the report has numbers for."""
+    found: list[Chart] = []
     curves, metrics = report.details["curves"], report.metrics
     if "roc" in curves:
         label, point = f"AUROC {metrics['image_auroc']:.3f}", (metrics["false_reject_rate"], metrics["recall"])
@@ -56,57 +50,6 @@ def charts(report: Report) -> list[Chart]:
         title, label = f"PRO of pixels, up to {limit:g}", f"AUPRO {metrics['pixel_aupro']:.3f}"
         found.append(_curve("pro", title, curves["pro"], label, names, limit=limit))
     return found
-
-
-def bin_edges(scores: Sequence[float]) -> tuple[NDArray[np.float64], bool]:
-    """Edges of a histogram of scores, one of them the threshold 1, which has room on both sides; and whether they grow by factors."""
-    values = np.asarray(scores, np.float64)
-    logarithmic = bool(values.min() > 0 and values.max() / values.min() > LOG_FROM)
-    places = np.log(values) if logarithmic else values - 1
-    low, high = min(0.0, float(places.min())), max(0.0, float(places.max()))
-    span = max(high - low, 0.05)
-    low, high = min(low, -0.4 * span), max(high, 0.4 * span)
-    step = (high - low) / min(40, max(12, round(2 * math.sqrt(len(values)))))
-    places = step * np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-    edges = np.exp(places) if logarithmic else 1 + places
-    return edges.astype(np.float64), logarithmic
-
-
-def bin_counts(scores: Sequence[float], edges: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Scores above each edge and up to the next, as the decision has it: at the threshold is still accepted."""
-    places = np.searchsorted(edges, np.asarray(scores, np.float64), side="left") - 1
-    return np.bincount(places.clip(0, len(edges) - 2), minlength=len(edges) - 1)
-
-
-def _draw_scores(report: Report, figure: Figure) -> str:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    rows = [row for row in report.rows if "error" not in row]
-    edges, logarithmic = bin_edges([row["pred_score"] for row in rows])
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    labels = []
-    for axes, anomalous, name, colour in ((upper, 0, "good", GOOD), (lower, 1, "bad", BAD)):
-        members = [row for row in rows if row["gt_label"] == anomalous]
-        rejected = sum(row["pred_label"] for row in members)
-        counts = bin_counts([row["pred_score"] for row in members], edges)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
-        axes.axvline(1, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))
-        axes.set_ylim(0, max(1, int(counts.max())) * 1.35)
-        axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
-        axes.set_ylabel(f"{name} parts")
-        axes.grid(visible=False, axis="x")
-        texts = (f"{len(members) - rejected} accepted", f"{rejected} rejected")
-        labels.append(f"{name}: {', '.join(texts)}")
-        for text, offset, side in zip(texts, (-6, 6), ("right", "left"), strict=True):
-            axes.annotate(text, (1, 1), (offset, -4), ha=side, va="top", xycoords=("data", "axes fraction"), textcoords="offset points")
-    if logarithmic:
-        low, high = lower.dataLim.intervalx
-        lower.set_xscale("log")  # with 0.5 and 2 on the axis, not powers of ten
-        lower.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
-        lower.xaxis.set_minor_locator(NullLocator())
-        lower.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    lower.set(xlim=(edges[0], edges[-1]), xlabel="score; above 1 is rejected")
-    return f"Histogram of scores around the threshold 1. {'; '.join(labels)}."
 
 
 def _curve(

@@ -24,8 +24,7 @@ OUTLINE, BOX = (0, 230, 255), (255, 255, 255)
 _SCALE = json.loads(files("gladad.report").joinpath("colours.json").read_text(encoding="utf-8"))  # the console's, too
 VMAX = float(_SCALE["vmax"])  # map value at the top of the colour scale: twice the threshold
 # Red, green, blue: dark to light at an even pace, from black over violet and orange to pale yellow, so that it reads in grey as well.
-CHANNELS = tuple(tuple(channel) for channel in _SCALE["channels"])
-COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), channel) for channel in CHANNELS], axis=1).astype(np.uint8)
+COLOURS: Pixels = np.stack([np.interp(np.linspace(0, 8, 256), range(9), row) for row in _SCALE["channels"]], axis=1).astype(np.uint8)
 
 
 def heatmap(values: NDArray[np.floating]) -> Pixels:

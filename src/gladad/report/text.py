@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from gladad.core.records import Report
 
@@ -22,6 +25,7 @@ LABELS = {
     "false_reject_rate": "good parts rejected",
     "seconds_per_image": "time per image",
 }
+SCORES = (0.5, 0.8, 1.0, 1.25, 2.0)  # where the ranges of the table of scores end
 TYPE_HEAD = ("type", "rate", "95 % interval", "rejected", "images", "image AUROC", "AUPIMO")
 
 
@@ -59,6 +63,14 @@ def headline(report: Report) -> str:
         if rows:
             parts.append(f"{sum(row['rejected'] for row in rows)} of {sum(row['count'] for row in rows)} {text}")
     return ", ".join(parts)
+
+
+def score_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """How many parts have which score, as text: head, and a row for each range; 1, the threshold, still counts as accepted."""
+    names = [f"up to {SCORES[0]:g}", *(f"{low:g} to {high:g}" for low, high in pairwise(SCORES)), f"above {SCORES[-1]:g}"]
+    rows = [row for row in report.rows if "error" not in row]
+    counts = [Counter(bisect_left(SCORES, row["pred_score"]) for row in rows if row["gt_label"] == label) for label in (0, 1)]
+    return ("score", "good parts", "bad parts"), [(name, *(str(count[n]) for count in counts)) for n, name in enumerate(names)]
 
 
 def type_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
