@@ -18,7 +18,7 @@ SOURCE = Path(gladad.__file__).parent
 # From the bottom up: a package may import from those before it, and from itself.
 PACKAGES = (
     *("core", "algorithm", "data", "features", "decision", "metrics", "training"),
-    *("models", "detector", "report", "evaluation", "benchmark", "interop", "service", "cli"),
+    *("models", "detector", "report", "evaluation", "benchmark", "cluster", "interop", "service", "cli"),
 )
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".") for path in SOURCE.glob("*/**/*.py"))
 
@@ -44,6 +44,7 @@ ONLY_IN = {
     "openvino": {"models"},
     "aiomqtt": {"service"},
     "pymodbus": {"service"},
+    "ray": {"cluster"},
 }
 
 

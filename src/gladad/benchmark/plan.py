@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from gladad.benchmark.config import BenchmarkConfig, Configuration, ShiftEntry
 from gladad.benchmark.identity import SOURCE, content, digest, file_name, images_digest, samples_digest, source_fingerprint
-from gladad.benchmark.workers import Workers
+from gladad.benchmark.workers import Starter, Workers
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images
 from gladad.core.records import Sample
@@ -209,7 +209,9 @@ def runnable(cells: Iterable[Cell], installed: Callable[[str], object] = find_sp
     return [cell for cell in cells if cell.configuration not in absent], notes
 
 
-def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lambda line: None) -> list[tuple[Cell, str]]:
+def run(
+    cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lambda line: None, workers: Starter | None = None
+) -> list[tuple[Cell, str]]:
     """Run the cells that are not finished yet. Ctrl-C and SIGTERM stop what runs; what is finished stays.
 
     Args:
@@ -217,6 +219,7 @@ def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lamb
         folder: Where cells and models are kept.
         jobs: Cells that run at the same time; they share PyTorch's threads evenly. Times then are those of a part of the machine.
         tell: Called with a line on every cell.
+        workers: Where they run; None is here.
 
     Returns:
         ``(cell, reason)`` of those that failed, which the next call tries again.
@@ -224,15 +227,13 @@ def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, tell: Tell = lamb
     Raises:
         WriteError: Another benchmark is writing into the folder.
     """
-    import torch
-
     from gladad.benchmark.cell import run_cell
 
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    threads = max(1, torch.get_num_threads() // jobs)
+    workers = workers or Workers()
+    threads = max(1, min(workers.limit, workers.cores // jobs))
     failed: list[tuple[Cell, str]] = []
     count = itertools.count(1)
-    workers = Workers()
 
     def work(group: Sequence[Cell]) -> None:
         for cell in group:

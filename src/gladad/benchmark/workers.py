@@ -10,17 +10,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from gladad.core.errors import GladError
 
 KILLED = "its process was killed; most often memory ran out"
 
 
+class Starter(Protocol):
+    """Runs jobs somewhere: `Workers` on this machine, `gladad.cluster.tasks.RayTasks` on several."""
+
+    cores: int  # that the jobs share
+    limit: int  # that one may have at most
+    stopped: bool  # nothing more is started
+
+    def run(self, job: Callable[..., None], *arguments: Any, threads: int) -> str:
+        """See `Workers.run`."""
+
+    def stop(self) -> None:
+        """Kill what runs and start nothing more."""
+
+
 class Workers:
     """Starts jobs in processes of their own, and can stop all of them."""
 
     def __init__(self) -> None:
+        import torch
+
+        self.cores = self.limit = torch.get_num_threads()
         self._context = multiprocessing.get_context("spawn")
         self._lock = threading.Lock()
         self._running: set[Any] = set()
@@ -76,19 +93,24 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 def _child(sender: Connection, threads: int, job: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    sender.send(attempt(threads, job, *arguments))
+
+
+def attempt(threads: int, job: Callable[..., None], *arguments: Any) -> str:
+    """Do a job in this process, with so many threads of PyTorch; returns what went wrong, in a sentence, as `Workers.run` does."""
     os.environ["TQDM_DISABLE"] = "1"  # several bars at a time can be read by nobody
     import torch
 
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     # Two OpenMP programs that both take all cores wait for each other most of the time.
     torch.set_num_threads(threads)
     try:
         job(*arguments)
-        sender.send("")
     except GladError as error:
-        sender.send(str(error))
+        return str(error)
     except Exception as error:  # as a sentence: not every exception survives the way between processes
-        sender.send(f"{type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _die_with_parent() -> None:

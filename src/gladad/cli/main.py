@@ -18,6 +18,7 @@ import typer
 from rich.table import Column, Table
 
 from gladad import __version__
+from gladad.cli.cluster import fit_all, inspect
 from gladad.cli.common import Model, Quiet, Rate, duration, guarded, hush, load_model, show_report, tell_skipped
 from gladad.cli.console import bars, show, waiting
 from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
@@ -143,7 +144,23 @@ def _inspect(detector: Glad, images: Sequence[Path], writer: PredictionWriter, p
             progress("inspecting", min(number + processes.count, len(images)), len(images))
 
 
-for command in (evaluate, rescore, calibrate, export, data, benchmark, plan, tune_features, tune_vae, merge, convert, serve, watch):
+for command in (
+    fit_all,
+    inspect,
+    evaluate,
+    rescore,
+    calibrate,
+    export,
+    data,
+    benchmark,
+    plan,
+    tune_features,
+    tune_vae,
+    merge,
+    convert,
+    serve,
+    watch,
+):
     app.command()(command)
 app.add_typer(station, name="station")
 app.add_typer(audit, name="audit")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
+from gladad.cli.cluster import Address, OverRay, interruptible, starter
 from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report, tell_skipped, teller
 from gladad.cli.console import bars, show, waiting
-from gladad.core.errors import ConfigError, Interrupted
+from gladad.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from gladad.core.records import Sample
@@ -167,6 +167,8 @@ def benchmark(
     category: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.", show_default=False)] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Instead of the file's; may be repeated.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores.")] = 1,
+    ray: OverRay = False,
+    address: Address = None,
     tables: Annotated[bool, typer.Option("--tables", help="Run nothing, write the tables of what is finished.")] = False,
     list_shipped: Annotated[bool, typer.Option("--list", help="Print the names of those that are shipped.")] = False,
     quiet: Quiet = False,
@@ -196,11 +198,8 @@ def benchmark(
     cells, missing = runnable(cells)
     for note in (*notes, *missing):
         tell(f"note: {note}")
-    try:
-        failed = [] if tables else run(cells, output, jobs=jobs, tell=tell)
-    except KeyboardInterrupt:
-        message = "interrupted; finished cells are kept, and the same command goes on from there"
-        raise Interrupted(message, signal.SIGINT) from None
+    with interruptible("cells"), starter(ray and not tables, address) as workers:
+        failed = [] if tables else run(cells, output, jobs=jobs, tell=tell, workers=workers)
     # The tables are of everything that is finished, not only of what was chosen this time.
     page = write_tables(output, chosen.title, finished(everything, output), failed, notes)
     if not quiet:
