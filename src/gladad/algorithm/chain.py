@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from gladad.algorithm.distance import patch_distance, top_k_mean
+from gladad.algorithm.distance import latent_patches, patch_distance, top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, chain_timesteps, ddim_step, predict_x0
 from gladad.core.settings import validated
 
 FusionMode = Literal["sigmoid", "calibrated", "none"]
+Probe = Literal["features", "latent"]
 
 PENDING = -1
 
@@ -30,10 +31,12 @@ class ReconstructionConfig:
     noise_step: int | None = None  # timestep the input is noised at; None = max_step (VisA, PCB-Bank: max_step - 1)
     min_step: int = 350  # below this timestep a pending image stops searching and keeps its input
     num_steps: int = 25  # calls of the denoiser between max_step and 0
+    call_stride: Annotated[int, Field(ge=1)] = 1  # call the denoiser at every so many timesteps only; steps then are longer
     adaptive: bool = True  # search the denoising step per image; False = plain DDIM from max_step
     step_threshold: float = 0.35  # delta: gap above which generated and input content "differ"
     top_k: int = 10  # patches averaged into the gap score
-    search_stride: Annotated[int, Field(ge=1)] = 1  # compare at every so many steps only; where they differ, those between are bisected
+    search_stride: Annotated[int, Field(ge=1)] = 1  # compare at every so many calls only; where they differ, those between are bisected
+    probe: Probe = "features"  # what is compared: features of the decoded latents | neighbourhoods of the latents, of a delta of their own
     fusion: FusionMode = "sigmoid"  # SAFF mask: published | centred on calibrated normals | none (the input's content)
     fusion_center: float = 0.0  # "calibrated": gap at which the mask is one half
     fusion_width: float = 1.0  # "calibrated": gap over which it rises, > 0
@@ -70,7 +73,7 @@ def reconstruct(networks: Networks, latent: Tensor, noise: Tensor, schedule: Sch
     walked: list[_Step] = []  # since the last comparison
     traces: list[Tensor] = []
 
-    for place, (t, t_prev) in enumerate(chain_timesteps(config.max_step, config.num_steps)):
+    for place, (t, t_prev) in enumerate(chain_timesteps(config.max_step, config.num_steps, config.call_stride)):
         here = _Step.of(networks, x_t, t, t_prev, schedule)
         pending = (step == PENDING).nonzero().flatten()
         again: dict[int, Tensor] = {}  # image -> where it is after this step, walked again from an earlier one
@@ -121,6 +124,7 @@ class _Probe:
 
     def __init__(self, networks: Networks, latent: Tensor, noise: Tensor, schedule: Schedule, config: ReconstructionConfig):
         self.networks, self.latent, self.noise, self.schedule, self.config = networks, latent, noise, schedule, config
+        self.features = networks.latent_features if config.probe == "features" else latent_patches
         self.count = 0  # images compared
 
     def __call__(self, here: _Step, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,7 @@ class _Probe:
         alpha_bar, generated = self.schedule.alpha_bar(here.t), here.x0[images]
         noised = add_noise(self.latent[images], self.noise[images], alpha_bar)
         reference = predict_x0(noised, here.noise_pred[images], alpha_bar)  # the input under the same prediction
-        gap = patch_distance(self.networks.latent_features(reference), self.networks.latent_features(generated))
+        gap = patch_distance(self.features(reference), self.features(generated))
         score = top_k_mean(gap, self.config.top_k)
         differs = score > self.config.step_threshold
         mask = fusion_mask(gap, self.config) * differs.view(-1, 1, 1, 1)  # local: where to trust the model

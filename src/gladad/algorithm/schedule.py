@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,14 +63,15 @@ def velocity_to_noise(x_t: Tensor, velocity: Tensor, alpha_bar: Tensor) -> Tenso
     return alpha_bar.sqrt() * velocity + (1 - alpha_bar).sqrt() * x_t
 
 
-def chain_timesteps(max_step: int, num_steps: int) -> list[tuple[int, int]]:
+def chain_timesteps(max_step: int, num_steps: int, every: int = 1) -> list[tuple[int, int]]:
     """The published timestep grid as ``(timestep, previous timestep)``, from high to low.
 
     ``stride = max_step // num_steps``, timesteps ``i * stride + 1``: 750 in 25 steps is 721, 691, ... 1. The previous timestep of the
-    last is negative, which `Schedule.alpha_bar` reads as timestep 0.
+    last is negative, which `Schedule.alpha_bar` reads as timestep 0. Of the grid ``every`` so-many-th is kept, from the first on.
     """
     stride = max_step // num_steps
-    return [(i * stride + 1, i * stride + 1 - stride) for i in reversed(range(num_steps))]
+    kept = [i * stride + 1 for i in reversed(range(num_steps))][::every]
+    return list(pairwise([*kept, 1 - stride]))
 
 
 def image_noise(shape: Sequence[int], seed: int, count: int = 1) -> Tensor:

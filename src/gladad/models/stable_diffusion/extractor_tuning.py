@@ -160,7 +160,7 @@ class FeatureTask:
             "anchor_weight": config.anchor_weight,
             "feature_size": list(self.size),
             "reconstruction": [self.reconstruction.max_step, self.reconstruction.num_steps],
-            "inspection": [list(base.config.image_size), base.config.settings.guidance_scale, base.config.settings.seed],
+            "inspection": [list(base.config.image_size), base.config.settings.guidance, base.config.settings.seed],
             "images": sha256_of_images(self.images),
             "features": sha256_of_weights(self.frozen.state_dict()),
             "vae": sha256_of_weights(pipeline.vae.state_dict()),

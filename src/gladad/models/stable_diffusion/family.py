@@ -25,7 +25,14 @@ from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_trainin
 from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category_preset, load_preset
-from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, DenoiserSettings, StableDiffusionConfig, StableDiffusionSettings
+from gladad.models.stable_diffusion.settings import (
+    DEFAULT_STEPS,
+    SPEEDS,
+    DenoiserSettings,
+    StableDiffusionConfig,
+    StableDiffusionSettings,
+    with_delta,
+)
 from gladad.models.stable_diffusion.training import PAPER, FinetuneConfig, Trained, TrainedProduct, finetune_denoiser
 from gladad.models.stable_diffusion.training_inputs import sha256_of_weights
 from gladad.training.loop import DTYPES, divided
@@ -135,42 +142,47 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     for key, pipeline in pipelines.items():
         config = StableDiffusionConfig(settings=own[key], image_size=training.size, adapted=trained.adapter is not None)
         models[key] = StableDiffusion(config, pipeline, trained.adapter, trained.adapter_name)
-        if own[key].reconstruction.adaptive and own[key].calibrate_step:
-            _set_delta(models[key], images[key], f"{key}: step search" if key else "step search", training.progress)
+        if own[key].reconstruction.adaptive:
+            _set_deltas(models[key], images[key], f"{key}: step search" if key else "step search", training.progress)
     return models
 
 
-def _set_delta(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
-    """Set delta to the 90 % quantile of the largest gap of each image's whole search: a normal one then usually gets the least noise.
+def _set_deltas(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
+    """Set delta, unless it is given, and that of every speed that compares latents."""
+    settings, deltas = model.config.settings, {}
+    for speed in SPEEDS:
+        own = model.adjusted(replace(settings, speed=speed))  # type: ignore[arg-type]
+        if own.config.settings.chain.probe == "latent":
+            deltas[speed] = usual_gap(own, images, f"{stage} ({speed})", progress)
+        elif speed == "exact" and settings.calibrate_step:
+            settings = replace(settings, reconstruction=with_delta(settings.reconstruction, usual_gap(own, images, stage, progress)))
+    model.config = replace(model.config, settings=settings, latent_deltas=deltas)
 
-    A calibrated fusion mask is centred there too, unless its centre is given.
-    """
-    settings = model.config.settings
-    search = replace(settings.reconstruction, step_threshold=UNREACHABLE, search_stride=1)
+
+def usual_gap(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress, quantile: float = 0.9) -> float:
+    """The 90 % quantile of the largest gap of each image's whole search: with it as delta, a normal one usually gets the least noise."""
+    search = replace(model.config.settings.chain, step_threshold=UNREACHABLE, search_stride=1)
 
     def peak(number: int) -> float:
         trace = model.rebuild(to_tensor(images[number])[None].to(model.pipeline.device), search).trace.nan_to_num(0)
         return float(trace[0, :-1].max()) if trace.shape[1] > 1 else float(trace.max())
 
     peaks = divided(peak, min(len(images), STEP_SEARCH_IMAGES), lambda done, total: progress(stage, done, total))
-    delta = float(np.quantile(peaks, 0.9))
-    found = replace(settings.reconstruction, step_threshold=delta)
-    if found.fusion == "calibrated" and not found.fusion_center:  # where normal images differ no more than usual, the input is kept
-        found = replace(found, fusion_center=delta, fusion_width=max(delta / 4, 1e-6))
-    model.config = replace(model.config, settings=replace(settings, reconstruction=found))
+    return float(np.quantile(peaks, quantile))
 
 
 def training_values(settings: StableDiffusionSettings) -> dict[str, Any]:
     """All but the rate and how input and reconstruction are compared."""
-    apart = {"false_reject_rate", "reconstruction", "scoring", "scoring_foreground", "feature_size", "guidance_scale", "calibrate_step"}
+    compared = {"scoring", "scoring_foreground", "feature_size"}
+    apart = {"false_reject_rate", "reconstruction", "guidance_scale", "calibrate_step", "speed"} | compared
     return {name: value for name, value in to_json(settings).items() if name not in apart}
 
 
 def adjust(model: StableDiffusion, images: Sequence[Pixels], settings: StableDiffusionSettings, progress: Progress) -> Model:
-    """A copy over the same networks, its delta set anew."""
+    """A copy over the same networks, its deltas set anew."""
     other = model.adjusted(replace(settings, prompt=model.config.settings.prompt))  # several products have prompts of their own
-    if settings.reconstruction.adaptive and settings.calibrate_step:
-        _set_delta(other, images, "step search", progress)
+    if settings.reconstruction.adaptive:
+        _set_deltas(other, images, "step search", progress)
     return other
 
 

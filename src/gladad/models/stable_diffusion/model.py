@@ -60,14 +60,19 @@ class StableDiffusion:
     ):
         self.config, self.pipeline, self.image_size = config, pipeline, config.image_size
         self.adapter, self.adapter_name, self.networks = adapter, adapter_name, networks
-        pipeline.guidance_scale = config.settings.guidance_scale
+        pipeline.guidance_scale = config.settings.guidance
+
+    @property
+    def speed(self) -> str:
+        """Of its inspections."""
+        return self.config.settings.speed
 
     @torch.no_grad()
     def inspect(self, pixels: Pixels) -> Inspection:
         """Inspect one ``[H, W, 3]`` uint8 image of any size; see `gladad.core.records.Inspection`."""
         config, settings, pipeline = self.config, self.config.settings, self.pipeline
         image = to_tensor(resize_pixels(pixels, config.image_size))[None].to(pipeline.device)
-        rebuilt = self.rebuild(image, settings.reconstruction)
+        rebuilt = self.rebuild(image, config.chain)
         picture = pipeline.decode(rebuilt.latent)
         mask = foreground_mask(resize_pixels(pixels, config.feature_size), settings.scoring_foreground)
         weight = None
@@ -154,6 +159,16 @@ class StableDiffusion:
         pipeline.origin = old.origin
         pipeline.tune_scoring(old.tuned_weights())
         return StableDiffusion(replace(self.config, settings=settings), pipeline, self.adapter, self.adapter_name, self.networks)
+
+    def at_speed(self, speed: Any) -> StableDiffusion:
+        """A model over the same networks that inspects at another speed, with the delta that was calibrated for it.
+
+        Raises:
+            ConfigError: There is no such speed, or no delta for it.
+        """
+        other = self.adjusted(replace(self.config.settings, speed=speed))
+        other.config.chain  # noqa: B018 (refused now rather than at the first image)
+        return other
 
     def standalone(self) -> StableDiffusion:
         """This model with its adapter added to weights of its own, so that it needs its base no more.
