@@ -12,10 +12,11 @@ from conftest import TINY, draw_part
 from PIL import Image
 
 from gladad.cli.main import main
-from gladad.core.errors import ConfigError, DataError
+from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.data.samples import file_digest
+from gladad.detector.extend import _set_apart
 from gladad.detector.glad import Glad
-from gladad.models.feature_diffusion.past import PAST_FILE, Past, load_past, save_past, spread
+from gladad.models.feature_diffusion.past import MOST, PAST_FILE, Past, load_past, save_past, spread
 
 SETTINGS = TINY | {"training.steps": 40, "false_reject_rate": 0.2, "calibration": "held-out"}
 
@@ -177,6 +178,14 @@ def test_numbers_of_what_anomalies_are_of_survive_joining():
     joined = some(70, 0).joined(some(30, 70)).thinned()
     assert len(joined.normal) == 100 and len(joined.anomalous) == 64
     assert torch.equal(joined.normal[joined.source], joined.anomalous)
+    for turn in range(1, 30):  # however often it goes on
+        joined = joined.joined(some(50, 50 + 50 * turn)).thinned()
+        assert len(joined.normal) <= MOST and len(joined.anomalous) <= 64
+        assert torch.equal(joined.normal[joined.source], joined.anomalous)
+        assert torch.equal(joined.normal.flatten().long(), joined.owner)
+    assert len(joined.normal) == MOST
+    assert 3 <= (joined.owner < 155).sum() <= 30 and 3 <= (joined.owner >= 1395).sum() <= 30  # a tenth each of all
+    assert torch.equal(joined.thinned().owner, joined.owner)
     assert spread(torch.arange(10), 3).tolist() == [0, 4, 9]
 
 
@@ -193,6 +202,47 @@ def test_latents_of_another_model_are_refused(folder, tmp_path):
     save_past(tmp_path / PAST_FILE, load_past(folder / "base" / PAST_FILE, 1))
     with pytest.raises(Exception, match="of another model"):
         load_past(tmp_path / PAST_FILE, 2)
+
+
+def test_parts_that_come_one_at_a_time_are_held_out_as_often(tmp_path):
+    earlier, batches = [], [1] * 23 + [12, 2, 1, 4, 1, 1]
+    for turn, size in enumerate(batches):
+        new = [tmp_path / f"{turn}-{number}.png" for number in range(size)]
+        trained, apart = _set_apart(new, earlier, 0)
+        assert sorted([*trained, *apart]) == sorted(new)
+        earlier.append({"learnt": len(trained), "held_out": len(apart)})
+        assert sum(each["held_out"] for each in earlier) == sum(batches[: turn + 1]) // 5
+    assert _set_apart(new, [{"learnt": 1, "held_out": 9}], 0) == (new, [])  # enough already
+
+
+def test_one_part_that_is_held_out_makes_thresholds_only(folder, old, tmp_path):
+    shutil.copytree(old, tmp_path / "all")
+    stained(970).save(tmp_path / "all/one.png")
+    detector = Glad.from_pretrained(folder)
+    detector._set(replace(detector._fitted, provenance=detector.provenance_ | {"continued": [{"learnt": 4, "held_out": 0}]}))
+    before = detector.model_id, detector.calibration_.threshold.n
+    detector.extend(tmp_path / "all")
+    assert (detector.model_id, detector.calibration_.threshold.n) == (before[0], before[1] + 1)
+    assert file_digest(tmp_path / "all/one.png") in seen(detector).held_out
+    with pytest.raises(DataError, match=r"known to the model, 7 of them held out for its thresholds, which stay so; .* fit it anew"):
+        detector.extend(tmp_path / "all")
+
+
+def test_latents_that_were_replaced_or_removed_since_loading_are_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    detector = Glad.from_pretrained(tmp_path / "model")
+    assert detector.model_.past()[0].owner.tolist()
+    path = tmp_path / "model/base" / PAST_FILE
+    content = path.read_bytes()
+    path.unlink()
+    for _ in range(2):  # removed, then replaced
+        with pytest.raises(ModelFormatError, match=r"latents.safetensors: was replaced or removed since the model was loaded"):
+            detector.model_.past()
+        path.write_bytes(content)
+    Glad.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
+    detector = Glad.from_pretrained(tmp_path / "model")
+    detector.save_pretrained(tmp_path / "model")  # onto itself
+    assert detector.model_.past()[0].owner.tolist()
 
 
 def test_the_command(folder, both, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -49,6 +50,24 @@ def test_the_part_most_alike_is_found_though_it_has_a_defect(tmp_path, monkeypat
     monkeypatch.setattr(good_parts, "MOST", 2)
     good_parts.keep(tmp_path / "model", {"images": str(tmp_path / "good")})
     assert len(load_arrays(tmp_path / "model" / good_parts.FILE)) == 2
+
+
+def test_a_full_disk_or_a_damaged_picture_costs_the_pictures_only(tmp_path, monkeypatch, caplog):
+    (tmp_path / "good").mkdir()
+    shifted(0).save(tmp_path / "good/0.png")
+    (tmp_path / "images.json").write_text(json.dumps({"trained": [good_parts.file_digest(tmp_path / "good/0.png")], "held_out": []}))
+
+    def full(path, arrays):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(good_parts, "save_arrays", full)
+    good_parts.keep(tmp_path, {"images": str(tmp_path / "good")})
+    (tmp_path / "good/0.png").write_bytes(b"no picture")
+    (tmp_path / "images.json").write_text(json.dumps({"trained": [good_parts.file_digest(tmp_path / "good/0.png")], "held_out": []}))
+    good_parts.keep(tmp_path, {"images": str(tmp_path / "good")})
+    assert not good_parts.has(tmp_path) and good_parts.nearest(tmp_path, np.zeros((64, 64, 3), np.uint8)) is None
+    assert [text in caplog.text for text in ("No space left on device", "0.png")] == [True, True]
 
 
 def test_a_calibrated_version_shows_good_parts_and_one_without_says_so(model, category, tmp_path):

@@ -17,7 +17,7 @@ from test_training_loop import CONFIG, Regression
 
 from gladad.core.records import Watch
 from gladad.detector.glad import Glad
-from gladad.service.onlooker import POINTS, Curve
+from gladad.service.onlooker import POINTS, Curve, Onlooker
 from gladad.service.record import new_id, now
 from gladad.service.tables import jobs
 from gladad.training.loop import TrainingRun, train
@@ -49,6 +49,17 @@ def test_a_curve_is_bounded_and_keeps_means():
         assert mean == pytest.approx(values[start:end].mean(), rel=1e-3)
         start = end
     assert curve.width == 8
+
+
+def test_what_cannot_be_shown_fails_no_job_and_is_logged_once(tmp_path, caplog):
+    told = []
+    (tmp_path / "examples").write_text("in the way of the folder")
+    onlooker = Onlooker(tmp_path, lambda **line: told.append(line))
+    with caplog.at_level("WARNING", "gladad.service.jobs"):
+        for step in (1, 2):
+            onlooker.show("line", step, {"line": np.zeros((2, 2, 3), np.uint8)})
+    assert len(caplog.records) == 1 and "examples of the training are not shown" in caplog.text
+    assert told[-1] == {"examples": []}
 
 
 def test_looking_on_changes_nothing(tmp_path):

@@ -35,12 +35,14 @@ from gladad.core.settings import from_json
 from gladad.service.decisions import Row
 from gladad.service.line import Line, Origin
 from gladad.service.modbus import scaled
+from gladad.service.mqtt import Mqtt
 from gladad.service.outputs import Outbox, revealed
 from gladad.service.schemas import shown
 from gladad.service.settings import ModbusSettings, MqttSettings, Output, SecretSource, StationSettings, WebhookSettings
 from gladad.service.station import FILE, KEYS_FILE, Station
 from gladad.service.tables import decisions, outbox
 from gladad.service.watch import Watch
+from gladad.service.webhook import Webhook
 
 SECRET = "between us"
 
@@ -520,6 +522,14 @@ def test_files_with_secrets_are_for_their_user_only(tmp_path):
     station.remove_key("robot", "tester")
     assert stat.S_IMODE((tmp_path / "line" / KEYS_FILE).stat().st_mode) == 0o600
     station.close()
+
+
+def test_a_secret_is_never_sent_as_where_it_lies():
+    webhook = WebhookSettings(url="http://x", secret=SecretSource(env="NAME"))
+    with pytest.raises(TypeError, match="before it was read"):
+        asyncio.run(Webhook(webhook).send("key", "{}"))
+    with pytest.raises(TypeError, match="before it was read"):
+        asyncio.run(Mqtt(MqttSettings(host="127.0.0.1", password=SecretSource(file="f"))).send("key", '{"product": "gear"}'))
 
 
 def test_secrets_are_not_shown():

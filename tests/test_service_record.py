@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -16,12 +18,13 @@ from alembic.runtime.migration import MigrationContext
 from pyarrow import parquet
 from service_base import PRODUCT, a_row, make_station
 from sqlalchemy import create_engine, delete, insert, select, text, update
+from sqlalchemy.exc import OperationalError, TimeoutError
 
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.service import audit, decisions
 from gladad.service.export import COLUMNS, export
 from gladad.service.pictures import PictureStore
-from gladad.service.record import Record
+from gladad.service.record import Record, StorageError
 from gladad.service.station import Station, UnknownError
 from gladad.service.tables import audit as entries
 from gladad.service.tables import decisions as table
@@ -89,6 +92,35 @@ def test_the_chain_verifies(place):
     head = audit.verify(place.record)
     assert head.sequence == 6
     assert audit.verify(place.record, head.hash) == head
+
+
+class Busy(sqlite3.OperationalError):
+    sqlite_errorcode = sqlite3.SQLITE_BUSY
+
+
+class Failed(sqlite3.OperationalError):
+    sqlite_errorcode = sqlite3.SQLITE_IOERR | (1 << 8)
+
+
+@pytest.mark.parametrize(
+    ("cause", "sqlite", "server"),  # whether either database's connections are renewed
+    [
+        (TimeoutError("none is free"), False, False),
+        (OperationalError("BEGIN", {}, Busy("database is locked")), False, False),
+        (OperationalError("COMMIT", {}, Failed("disk I/O error")), True, False),
+        (OperationalError("SELECT", {}, Exception("lock timeout")), False, False),
+        (OperationalError("SELECT", {}, Exception("server closed the connection"), connection_invalidated=True), False, True),
+        (OSError(errno.EROFS, "Read-only file system"), True, False),
+    ],
+)
+def test_only_broken_connections_are_renewed(tmp_path, cause, sqlite, server):
+    station = make_station(tmp_path / "line")
+    for kind, renewed in ((True, sqlite), (False, server)):
+        station.record.sqlite, pool = kind, station.record.engine.pool
+        with pytest.raises(StorageError), station.record.read():
+            raise cause
+        assert (station.record.engine.pool is not pool) == renewed
+    station.close()
 
 
 CHANGES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from gladad.data.samples import evenly, file_digest
 from gladad.detector.files import ALIGNMENT_FILE, SEEN_FILE, load_alignment
 from gladad.detector.view import View
 from gladad.report.pictures import thumbnail
+from gladad.service.onlooker import UNIMPORTANT, log
 
 if TYPE_CHECKING:
     from gladad.data.alignment import Alignment
@@ -44,7 +46,17 @@ def keep(model: Path, request: dict[str, Any]) -> None:
     """Put pictures of the good parts of a job beside the model that it made, at most `MOST`, evenly chosen.
 
     They are of those that the model was trained on; where a job had none of these, those of the model before, or of the held-out ones.
+    Where they cannot be read or written, that is logged, and the model has none.
     """
+    try:
+        _keep(model, request)
+    except UNIMPORTANT as error:
+        with suppress(OSError):
+            (model / FILE).unlink(missing_ok=True)
+        log.warning("no good part will be shown beside a defect: %s", error)
+
+
+def _keep(model: Path, request: dict[str, Any]) -> None:
     seen = read_json(model / SEEN_FILE)
     folders = [request["images"], *([request["judged"]] if "judged" in request else [])]
     images = {file_digest(path): path for folder in folders for path in list_images(Path(folder))}

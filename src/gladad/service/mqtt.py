@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import aiomqtt
 
-from gladad.service.settings import MqttSettings
+from gladad.service.settings import MqttSettings, text_of
 
 LEAVE_SECONDS = 1.0
 quiet = logging.getLogger("gladad.service.mqtt")  # what goes wrong is an error, which the outputs log
@@ -53,7 +53,7 @@ class Mqtt:
                 settings.host,
                 settings.port,
                 username=settings.username or None,
-                password=str(settings.password) or None,
+                password=text_of(settings.password) or None,
                 logger=quiet,
                 timeout=settings.timeout,
                 tls_params=aiomqtt.TLSParameters() if settings.tls else None,

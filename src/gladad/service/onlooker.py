@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gladad.core.errors import GladError
 from gladad.core.storage import atomic_file
 from gladad.report.pictures import to_png
 
 EXAMPLES = "examples"
 POINTS = 120  # of a curve at most
 TELL_SECONDS = 0.5
+UNIMPORTANT = (OSError, GladError)
+"""What may go wrong with pictures that are only looked at; it is logged, and the job goes on."""
+log = logging.getLogger("gladad.service.jobs")
 
 
 class Tell(Protocol):
@@ -55,7 +60,7 @@ class Onlooker:
         self._folder, self._tell = folder / EXAMPLES, tell
         self._curves: dict[str, Curve] = {}
         self._shown: dict[str, dict[str, Any]] = {}
-        self._told = 0.0
+        self._told, self._failed = 0.0, False
 
     def loss(self, stage: str, step: int, value: float) -> None:
         """The loss of a step, counted from 1."""
@@ -69,9 +74,14 @@ class Onlooker:
         self._tell(losses={stage: curve.points() for stage, curve in self._curves.items()})
 
     def show(self, stage: str, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Keep pictures ``[H, W, 3]``; one of the same name is replaced."""
-        for name, pixels in pictures.items():
-            with atomic_file(self._folder / f"{name}.png") as temporary:
-                temporary.write_bytes(to_png(pixels))
-            self._shown[name] = {"name": name, "stage": stage, "step": step}
+        """Keep pictures ``[H, W, 3]``; one of the same name is replaced. Where they cannot be written, that is logged once."""
+        try:
+            for name, pixels in pictures.items():
+                with atomic_file(self._folder / f"{name}.png") as temporary:
+                    temporary.write_bytes(to_png(pixels))
+                self._shown[name] = {"name": name, "stage": stage, "step": step}
+        except UNIMPORTANT as error:
+            if not self._failed:
+                log.warning("examples of the training are not shown: %s", error)
+            self._failed = True
         self._tell(examples=list(self._shown.values()))

@@ -97,9 +97,16 @@ class Record:
         try:
             with translated():
                 yield
-        except StorageError:
-            self.renew()
+        except StorageError as error:
+            if self._broken(error.__cause__):
+                self.renew()
             raise
+
+    def _broken(self, cause: BaseException | None) -> bool:
+        """Whether the connections are of no use any more: not where all are in use, or somebody else holds the lock for too long."""
+        if isinstance(cause, DBAPIError):
+            return _disk_failed(cause.orig) if self.sqlite else cause.connection_invalidated
+        return self.sqlite and not isinstance(cause, TimeoutError)  # a file could not be written: the disk may be another one soon
 
     def close(self) -> None:
         """Give the connections back."""
@@ -170,6 +177,14 @@ def translated() -> Iterator[None]:
 def _refused(error: DBAPIError) -> bool:
     """Whether it is the database's state that is at fault, not the statement."""
     if isinstance(error.orig, sqlite3.Error):
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-        return code in (*_FULL_SQLITE, sqlite3.SQLITE_BUSY)
+        return _disk_failed(error.orig) or _code(error.orig) == sqlite3.SQLITE_BUSY
     return error.connection_invalidated or getattr(error.orig, "sqlstate", None) in (*_FULL_POSTGRESQL, None)
+
+
+def _disk_failed(error: BaseException | None) -> bool:
+    return _code(error) in _FULL_SQLITE
+
+
+def _code(error: BaseException | None) -> int:
+    """SQLite's primary result code; 0 of other errors."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF

@@ -53,6 +53,17 @@ class SecretSource:
 Secret = str | SecretSource
 
 
+def text_of(secret: Secret) -> str:
+    """A secret as text.
+
+    Raises:
+        TypeError: It is only known where it lies (`gladad.service.outputs.revealed` reads it).
+    """
+    if isinstance(secret, SecretSource):
+        raise TypeError("a secret was to be used before it was read from where it lies")
+    return secret
+
+
 @validated
 class OutputSettings:
     """What all outputs have; each is told every decision that it wants until it has taken it."""

@@ -9,7 +9,7 @@ import httpx
 
 from gladad import __version__
 from gladad.service.outputs import DeliveryError
-from gladad.service.settings import WebhookSettings
+from gladad.service.settings import WebhookSettings, text_of
 
 SIGNATURE = "X-Gladad-Signature"
 KEY = "Idempotency-Key"
@@ -31,8 +31,8 @@ class Webhook:
             httpx.HTTPError: It was not answered.
         """
         content, headers = body.encode(), {"content-type": "application/json", KEY: key}
-        if self._settings.secret:
-            headers[SIGNATURE] = f"sha256={signature(str(self._settings.secret), content)}"
+        if secret := text_of(self._settings.secret):
+            headers[SIGNATURE] = f"sha256={signature(secret, content)}"
         async with self._client.stream("POST", self._settings.url, content=content, headers=headers) as answer:
             read = 0
             async for chunk in answer.aiter_raw():

@@ -35,7 +35,7 @@ from gladad.core.threads import one_thread
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import size_multiple
 from gladad.models.feature_diffusion.networks import LatentDecoder
-from gladad.models.feature_diffusion.past import PAST_FILE, Past, load_past, save_past
+from gladad.models.feature_diffusion.past import PAST_FILE, Past, Stored, save_past
 from gladad.models.feature_diffusion.placement import reason
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig, FeatureDiffusionSettings
@@ -68,7 +68,7 @@ class FeatureDiffusion(nn.Module):
         self.scales = nn.ModuleList(Scale(config, number, extractor) for number in range(config.settings.scales))
         self.decoder = LatentDecoder(self.all_scales()[0].dimensions)
         self.config = config
-        self._past: list[Past] | Path | None = None  # or where it lies
+        self._past: list[Past] | Stored | None = None
 
     @property
     def config(self) -> FeatureDiffusionConfig:
@@ -221,7 +221,7 @@ class FeatureDiffusion(nn.Module):
 
     def past(self) -> list[Past]:
         """The latents that are kept, of each scale; none if there are none."""
-        return load_past(self._past, len(self.scales)) if isinstance(self._past, Path) else list(self._past or ())
+        return self._past.read(len(self.scales)) if isinstance(self._past, Stored) else list(self._past or ())
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -231,6 +231,7 @@ class FeatureDiffusion(nn.Module):
         compact = {name: value.bfloat16() if ".denoiser." in name else value for name, value in self.state_dict().items()}
         save_tensors(folder / WEIGHTS_FILE, compact)
         if self.has_past:
+            self.keep(self.past())  # the folder that it lies in may be the one that is replaced
             save_past(folder / PAST_FILE, self.past())
         return to_json(self.config)
 
@@ -260,7 +261,7 @@ class FeatureDiffusion(nn.Module):
                 scale.memory.remember(*(tensors[f"scales.{number}.memory.{name}"] for name in ("rows", "owner")))
                 scale.gaussians.hold(*(tensors[f"scales.{number}.gaussians.{name}"] for name in ("centres", "means", "whiteners")))
             model.load_state_dict(tensors)
-            model._past = folder / PAST_FILE if (folder / PAST_FILE).is_file() else None
+            model._past = Stored.at(folder / PAST_FILE) if (folder / PAST_FILE).is_file() else None
         except (TypeError, KeyError, RuntimeError, ConfigError) as error:
             reason = f"its weights and its description do not fit together ({error}); fit it anew if an earlier version wrote it"
             raise ModelFormatError(f"{folder}: {reason}") from error

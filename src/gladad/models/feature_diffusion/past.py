@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 PAST_FILE = "latents.safetensors"
 KEPT = 64
-"""Latents that are kept of each sort and scale: at 256x256 pixels 0.2 MB each."""
+"""Latents that a training keeps of each sort and scale: at 256x256 pixels 0.2 MB each."""
+MOST = 128
+"""Normal ones, and those by which is measured what is usual, that are kept of each scale however often the training goes on."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,7 @@ class Past:
     def of(cls, part: Part) -> Past:
         """A choice of what a training has learnt from, evenly spread."""
         normal, usual = spread(part.trained, KEPT), spread(part.measured, KEPT)
-        known = torch.nonzero(torch.isin(part.source, normal)).flatten() if len(part.anomalous) else part.source[:0]
-        chosen = spread(known, KEPT)
-        place = torch.searchsorted(normal, part.source[chosen])
+        chosen, place = _made_of(normal, part.source if len(part.anomalous) else part.source[:0])
         anomalous = part.anomalous[chosen] if len(chosen) else part.latents[:0]
         return cls(part.latents[normal], part.owner[normal], part.latents[usual], part.owner[usual], anomalous, place)
 
@@ -58,9 +59,58 @@ class Past:
         return Past(**{f.name: torch.cat([getattr(self, f.name), moved.get(f.name, getattr(new, f.name))]) for f in fields(Past)})
 
     def thinned(self) -> Past:
-        """Without the synthetic anomalies that are too many; normal latents all stay."""
-        chosen = torch.from_numpy(evenly(len(self.source), KEPT))
-        return replace(self, anomalous=self.anomalous[chosen], source=self.source[chosen])
+        """What is kept: at most `MOST` of either sort of normal ones, drawn at random, old and new alike, and `KEPT` anomalous ones."""
+        normal, usual = _drawn(self.normal), _drawn(self.usual)
+        chosen, place = _made_of(normal, self.source)
+        return Past(self.normal[normal], self.owner[normal], self.usual[usual], self.usual_owner[usual], self.anomalous[chosen], place)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Latents in the folder of a loaded model, which most have no use for, so that they are read when they are wanted."""
+
+    path: Path
+    identity: tuple[int, int, int]
+
+    @classmethod
+    def at(cls, path: Path) -> Stored:
+        """Those that lie there now."""
+        return cls(path, _identity(path))
+
+    def read(self, scales: int) -> list[Past]:
+        """All of them.
+
+        Raises:
+            ModelFormatError: They are not those any more that lay there when the model was loaded, or damaged.
+        """
+        try:
+            unchanged = _identity(self.path) == self.identity
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise ModelFormatError(f"{self.path}: was replaced or removed since the model was loaded; load the model again")
+        return load_past(self.path, scales)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _drawn(latents: Tensor) -> Tensor:
+    """Numbers of at most `MOST` of ``[N, ...]`` latents, rising.
+
+    They are those whose bytes have the smallest hashes. However often more join and it is drawn again, that is an even choice among all
+    that there ever were, so that the oldest do not vanish.
+    """
+    hashes = [hashlib.sha256(latent.numpy().tobytes()).digest() for latent in latents]
+    return torch.tensor(sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:MOST]), dtype=torch.int64)
+
+
+def _made_of(normal: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """At most `KEPT` anomalous latents that were made of these normal ones, and the places of the latter."""
+    chosen = spread(torch.nonzero(torch.isin(source, normal)).flatten(), KEPT)
+    return chosen, torch.searchsorted(normal, source[chosen])
 
 
 def spread(numbers: Tensor, most: int) -> Tensor:
