@@ -31,6 +31,10 @@ Model = Annotated[Path, typer.Argument(help="Folder that 'gladad fit' wrote.", s
 Images = Annotated[Path, typer.Argument(help="Folder of good images, or a category with train/good/.", show_default=False)]
 Rate = Annotated[float | None, typer.Option(min=0.0, max=0.5, help="Another false-reject rate than the model's.", show_default=False)]
 
+AnotherSpeed = Annotated[
+    str | None, typer.Option("--speed", help="Another speed than the model's, of Stable Diffusion.", show_default=False)
+]
+
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """Turn what goes wrong in a command into one line and an exit status."""
@@ -108,13 +112,22 @@ def hush(downloads: bool = False) -> None:
         hub.enable_progress_bars()
 
 
-def load_model(model: Path, false_reject_rate: float | None, quiet: bool) -> Glad:
-    """A saved model, at another false-reject rate if one is given."""
+def load_inspector(model: Path, false_reject_rate: float | None, speed: str | None, quiet: bool) -> Glad:
+    """`load_model`; tells people where the thresholds are of another speed."""
+    detector = load_model(model, false_reject_rate, quiet, speed)
+    caveat = detector.describe()["caveat"]
+    if caveat is not None and not quiet:
+        complain(f"{model}: {caveat}")
+    return detector
+
+
+def load_model(model: Path, false_reject_rate: float | None, quiet: bool, speed: str | None = None) -> Glad:
+    """A saved model, at another false-reject rate or speed if one is given."""
     with waiting("loading the model", quiet):
         from gladad.detector.glad import Glad
 
         hush()
-        detector = Glad.from_pretrained(model)
+        detector = Glad.from_pretrained(model, speed=speed)
     if false_reject_rate is not None:
         detector.set_false_reject_rate(false_reject_rate)
     return detector

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gladad.cli.common import Category, Images, Layout, Model, Quiet, Rate, duration, guarded, hush, load_model, teller
+from gladad.cli.common import AnotherSpeed, Category, Images, Layout, Model, Quiet, Rate, duration, guarded, hush, load_model, teller
 from gladad.cli.console import bars, waiting
 from gladad.cli.options import FIT, MEMORY, RUN, Set, collects
 from gladad.core.errors import ConfigError
@@ -178,6 +178,7 @@ def calibrate(
     ] = None,
     count_all: Annotated[bool, typer.Option("--count-all", help="Have everything count again.")] = False,
     false_reject_rate: Rate = None,
+    speed: AnotherSpeed = None,
     category: Category = None,
     layout: Layout = "auto",
     quiet: Quiet = False,
@@ -193,7 +194,7 @@ def calibrate(
         scope = Scope.read(ignore, min_area or 0.0)
     paths = training_images(images, layout, category)
     check_target(output or model)
-    detector = load_model(model, false_reject_rate, quiet)
+    detector = load_model(model, false_reject_rate, quiet, speed)
     before = detector.calibration_.threshold.value
     with bars(quiet) as progress:
         detector.calibrate(paths, scope=scope, progress=progress)

@@ -19,7 +19,19 @@ from rich.table import Column, Table
 
 from gladad import __version__
 from gladad.cli.cluster import fit_all, inspect
-from gladad.cli.common import Model, Quiet, Rate, duration, guarded, hush, load_model, show_report, tell_skipped
+from gladad.cli.common import (
+    AnotherSpeed,
+    Model,
+    Quiet,
+    Rate,
+    duration,
+    guarded,
+    hush,
+    load_inspector,
+    load_model,
+    show_report,
+    tell_skipped,
+)
 from gladad.cli.console import bars, show, waiting
 from gladad.cli.diffusion import convert, plan, tune_features, tune_vae
 from gladad.cli.fit import calibrate, export, fit, merge
@@ -79,6 +91,7 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", show_default=False)],
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Write overlays and masks.")] = True,
     false_reject_rate: Rate = None,
+    speed: AnotherSpeed = None,
     quiet: Quiet = False,
 ) -> None:
     """Inspect images: predictions.jsonl, predictions.csv, overlays/ and masks/."""
@@ -97,7 +110,7 @@ def predict(
     with started() as processes:
         silent = quiet or not processes.main
         images = processes.on_main(find)
-        detector = load_model(model, false_reject_rate, silent)
+        detector = load_inspector(model, false_reject_rate, speed, silent)
         with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
             writer = PredictionWriter(folder, pictures=pictures)
             _inspect(detector, images, writer, processes, progress)

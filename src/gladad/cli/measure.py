@@ -12,7 +12,20 @@ import typer
 from rich.table import Column, Table
 
 from gladad.cli.cluster import Address, OverRay, interruptible, starter
-from gladad.cli.common import Category, Layout, Model, Quiet, Rate, complain, guarded, load_model, show_report, tell_skipped, teller
+from gladad.cli.common import (
+    AnotherSpeed,
+    Category,
+    Layout,
+    Model,
+    Quiet,
+    Rate,
+    complain,
+    guarded,
+    load_inspector,
+    show_report,
+    tell_skipped,
+    teller,
+)
 from gladad.cli.console import bars, show, waiting
 from gladad.core.errors import ConfigError
 
@@ -32,6 +45,7 @@ def evaluate(
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Write full-size pictures beside the page.")] = True,
     keep_maps: Annotated[bool, typer.Option("--keep-maps", help="Keep the maps for 'gladad rescore', 0.3 MB per image.")] = False,
     false_reject_rate: Rate = None,
+    speed: AnotherSpeed = None,
     category: Category = None,
     layout: Layout = "auto",
     quiet: Quiet = False,
@@ -54,7 +68,7 @@ def evaluate(
     with started() as processes:
         silent = quiet or not processes.main
         samples = processes.on_main(find)
-        detector = load_model(model, false_reject_rate, silent)
+        detector = load_inspector(model, false_reject_rate, speed, silent)
         items: list[GalleryItem] = []
         with bars(silent) as progress, processes.one(lambda: output_folder(output)) as folder:
             folders = {"pictures": folder / PICTURES if pictures else None, "maps": folder / MAPS if keep_maps else None}

@@ -19,6 +19,7 @@ import typer
 DIFFUSION, RUNNING = "Stable Diffusion models", "Running long trainings"
 Calibration = Literal["auto", "held-out", "cross-fit"]
 Foreground = Literal["all", "bright", "dark", "auto"]
+Speed = Literal["exact", "balanced", "fast"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -127,6 +128,7 @@ FIT = (
     Option("--calibration", Calibration, "Images the threshold is made from (default: auto: cross-fit below 24)."),
     Option("--tolerate", list, TOLERATE_HELP, parser=_names, metavar="NAMES"),
     Option("--preset", str, "Published constants, such as mvtec_ad/bottle.", DIFFUSION),
+    Option("--speed", Speed, "Of inspections: exact, balanced or fast, see docs/speed.md (default: exact).", DIFFUSION),
     Option("--prompt", str, "What the denoiser is told (default: 'a photo of sks', and the product if several).", DIFFUSION),
     *WEIGHTS,
     *DENOISER,

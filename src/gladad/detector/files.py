@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +75,19 @@ def save_model(saved: Saved, folder: Path) -> None:
         write_json(temporary / MODEL_FILE, description)
 
 
-def load_model(folder: Path) -> Saved:
-    """Read a model, see `gladad.detector.glad.Glad.from_pretrained`."""
+def load_model(folder: Path, speed: str | None = None) -> Saved:
+    """Read a model, see `gladad.detector.glad.Glad.from_pretrained`; warns where thresholds are of another speed."""
+    saved = read_saved(folder)
+    if speed is not None:
+        fitted, changed = saved.fitted.at_speed(speed), {"speed": speed}
+        saved = replace(saved, settings=replace(saved.settings, **changed), fitted=fitted, model_id="")
+    if saved.fitted.caveat is not None:
+        warnings.warn(f"{folder}: {saved.fitted.caveat}", stacklevel=3)
+    return saved
+
+
+def read_saved(folder: Path) -> Saved:
+    """Read a model as it was saved."""
     model = read_model_file(folder)
     try:
         name = model["name"]
@@ -111,6 +123,7 @@ def describe(saved: Saved) -> dict[str, Any]:
         "calibration": calibration | {"held_out_median": float(np.median(scores))},
         "provenance": fitted.provenance,
         "scope": None if fitted.scope is None else fitted.scope.to_json(),
+        "caveat": fitted.caveat,
         **fitted.model.describe(),
     }
 

@@ -183,10 +183,13 @@ class Fitter:
         told = replace(fitted, provenance=fitted.provenance | {"left_out": left_out, "notes": notes})
         return self.recalibrated(told, kept, progress)
 
-    def tune_features(self, fitted: Fitted, images: Images, config: FeatureTuningConfig, run: TrainingRun, progress: Progress) -> Fitted:
+    def tune_features(
+        self, fitted: Fitted, images: Images, config: FeatureTuningConfig | None, run: TrainingRun | None, progress: Progress
+    ) -> Fitted:
         """Fine-tune the extractor that scores, see `gladad.detector.glad.Glad.tune_features`."""
-        from gladad.models.stable_diffusion.extractor_tuning import tune_features
+        from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig, tune_features
         from gladad.models.stable_diffusion.model import StableDiffusion
+        from gladad.training.loop import TrainingRun
 
         model = fitted.model
         if not isinstance(model, StableDiffusion):
@@ -195,7 +198,8 @@ class Fitter:
         train, held_out = self.split_of(fitted, images, "tuned")
         before = model.pipeline.tuned_weights()
         try:
-            tune_features(model, fitted.pixels(train, progress), config, run=run, progress=progress)
+            own = config or FeatureTuningConfig()
+            tune_features(model, fitted.pixels(train, progress), own, run=run or TrainingRun(), progress=progress)
             return self.recalibrated(fitted, held_out, progress)
         except BaseException:
             model.pipeline.tune_scoring(before)  # the thresholds are those of this extractor
@@ -205,7 +209,7 @@ class Fitter:
         """With thresholds from images that the model was not trained on."""
         scores, peaks = held_out_scores(fitted, fitted.pixels(held_out, progress), self.settings, progress)
         known = None if fitted.seen is None else replace(fitted.seen, held_out=seen([], held_out).held_out)
-        provenance = fitted.provenance | {"held_out": len(held_out)}
+        provenance = fitted.provenance | {"held_out": len(held_out)} | self.speed
         new = self.calibration(scores, peaks, len(scores))
         return replace(fitted, calibration=new, peaks=sorted(peaks), provenance=provenance, seen=known)
 
@@ -309,7 +313,12 @@ class Fitter:
             "foreground": {"foreground": foreground, "reason": reason},
             "seed": self.settings.seed,
             "versions": _versions(),
-        }
+        } | self.speed
+
+    @property
+    def speed(self) -> dict[str, str]:
+        """At what speed thresholds are made, where a model has several."""
+        return {"speed": self.settings.speed} if hasattr(self.settings, "speed") else {}
 
 
 def seen(trained: Sequence[Path], held_out: Sequence[Path]) -> SeenImages:

@@ -77,6 +77,24 @@ class Fitted:
             raise ConfigError(f"a {self.model.kind} model has no adapter to merge")
         return replace(self, model=standalone())
 
+    def at_speed(self, speed: str) -> Fitted:
+        """Inspecting at another speed, with the thresholds that are there; see `gladad.detector.glad.Glad.from_pretrained`."""
+        model = self.model.model if isinstance(self.model, Tiled) else self.model
+        at_speed = getattr(model, "at_speed", None)
+        if at_speed is None:
+            raise ConfigError(f"speed: a {model.kind} model has only one")
+        other = at_speed(speed)
+        return replace(self, model=replace(self.model, model=other) if isinstance(self.model, Tiled) else other)
+
+    @property
+    def caveat(self) -> str | None:
+        """What is to be told of the thresholds, if anything: they were made at another speed than the model inspects at."""
+        model = self.model.model if isinstance(self.model, Tiled) else self.model
+        now, then = getattr(model, "speed", None), self.provenance.get("speed", "exact")
+        if now in (None, then):
+            return None
+        return f"inspects at speed {now} by thresholds of speed {then}, which promise nothing; gladad calibrate --speed {now} makes others"
+
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that makes a score."""
         own = self.model.digest()

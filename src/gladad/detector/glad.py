@@ -231,11 +231,7 @@ class Glad:
             DataError: The images are not those of the fit.
             Interrupted: As for `fit`.
         """
-        from gladad.models.stable_diffusion.extractor_tuning import FeatureTuningConfig
-        from gladad.training.loop import TrainingRun
-
-        own = config or FeatureTuningConfig(), run or TrainingRun()
-        self._set(self._fitter.tune_features(self._require_fit(), images, *own, progress))
+        self._set(self._fitter.tune_features(self._require_fit(), images, config, run, progress))
         return self
 
     def merge(self) -> Glad:
@@ -375,13 +371,17 @@ class Glad:
         return export(self._saved, images, Path(folder), form, precision, progress)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Glad:
+    def from_pretrained(cls, folder: str | Path, *, speed: str | None = None) -> Glad:
         """Load a model: everything needed to inspect, nothing needed to train.
 
+        Args:
+            folder: Of the model.
+            speed: In the paper's form: inspect at another; the thresholds stay, with a warning, until `calibrate` makes others.
+
         Raises:
-            ModelFormatError: The folder is not a complete gladad model.
+            ConfigError, ModelFormatError: The model has no such speed, or is not complete.
         """
-        saved = load_model(Path(folder))
+        saved = load_model(Path(folder), speed)
         detector = cls(saved.name, saved.settings)
         detector._set(saved.fitted, saved.model_id)
         return detector
