@@ -14,22 +14,24 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from gladad.benchmark.config import BenchmarkConfig, ShiftEntry, read_config
-from gladad.benchmark.plan import Cell, finished, plan, run, select
+from gladad.benchmark.plan import Cell, finished, run, select
+from gladad.benchmark.plan import plan as planned
 from gladad.benchmark.tables import write_tables
 from gladad.core.errors import ConfigError, DataError, GladError
 from gladad.core.settings import parse_assignments
+from gladad.models.registry import make_settings
 from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
 from gladad.models.stable_diffusion.device import available_memory, bytes_text, choose_device
-from gladad.models.stable_diffusion.family import make_settings
-from gladad.models.stable_diffusion.memory import plan_training
-from gladad.models.stable_diffusion.settings import DEFAULT_STEPS
+from gladad.models.stable_diffusion.memory import check_fits, plan_training
+from gladad.models.stable_diffusion.settings import DEFAULT_STEPS, StableDiffusionSettings
 
 PUBLISHED = {  # image AUROC, pixel AUROC, AUPRO, per cent (paper; docs/reproduce.md has all)
     ("mvtec_ad", "GLAD, published constants"): (99.3, 98.6, 95.3),
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         config = chosen(arguments.benchmark, arguments.configuration, arguments.base, arguments.set, arguments.category)
-        everything, notes = plan(config, arguments.data)
+        everything, notes = planned(config, arguments.data)
         cells = select(everything)
         check(config, cells, notes, arguments.output)
         if arguments.check:
@@ -96,11 +98,13 @@ def check(config: BenchmarkConfig, cells: list[Cell], notes: list[str], output: 
     one, wanted = config.configuration[0], sum(len(entry.categories) for entry in config.dataset)
     if notes or (not one.multi_class and len(cells) < wanted):
         raise DataError("; ".join(notes) or f"{len(cells)} of {wanted} categories are there")
-    category = config.dataset[0].categories[0]
-    settings = make_settings(one.base, one.values(category))
+    settings = make_settings(one.base, one.values(config.dataset[0].categories[0]))
+    if not isinstance(settings, StableDiffusionSettings):
+        raise ConfigError(f"{one.base} has nothing to be checked beforehand; run gladad benchmark --configuration {one.name!r}")
     device, size = choose_device(), (settings.image_size or 512,) * 2
     configs = read_configs(locate_base(settings.sources(one.base)))
-    needed, available = plan_training(configs, settings.training, size, device_type=device.type), available_memory(device)
+    plan = partial(plan_training, configs, device_type=device.type)
+    needed, available = plan(settings.training, size), available_memory(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     trainings = 1 if one.multi_class else len(cells)
     steps = (DEFAULT_STEPS if settings.training.steps is None else settings.training.steps) * trainings
@@ -112,8 +116,7 @@ def check(config: BenchmarkConfig, cells: list[Cell], notes: list[str], output: 
     print(f"memory: {bytes_text(needed['total'])} of {bytes_text(available)} on {name}")
     print(f"disk: {bytes_text(disk)} of {bytes_text(free)} free in {output}")
     print(f"time: not known before the first steps; with a second per step {math.ceil(steps / 3600)} hours, and then the inspection")
-    if needed["total"] > available:
-        raise ConfigError(f"the training does not fit {name}; --set training.micro_batch=4 or --set training.method=lora needs less")
+    check_fits(plan, settings.training, size, available, device.type)
     if disk > free:
         raise ConfigError(f"{output}: too little room; choose another disk with -o")
 

@@ -59,7 +59,8 @@ def test_what_cannot_end_well_is_refused_before_anything_is_trained(tmp_path, ma
         "left out cable, capsule, carpet": [],
         "--configuration must be one of lite": ["--configuration", "x"],
         "--set takes NAME=VALUE": ["--set", "x"],
-        "the training does not fit": [*large, "--base", str(base)],
+        "training needs": [*large, "--base", str(base)],
+        "lite has nothing to be checked beforehand": ["--category", "bottle", "--configuration", "lite"],
         "nowhere": [*large, "--base", str(tmp_path / "nowhere")],
     }
     for message, flags in refused.items():
