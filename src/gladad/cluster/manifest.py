@@ -81,6 +81,8 @@ def _check_columns(manifest: Path, schema: Any) -> None:
         raise DataError(f"{manifest}: no column {' or '.join(missing)}; needed are {' and '.join(NEEDED)}, an integer and the image's path")
     if not pyarrow.types.is_integer(kind := schema.field("id").type):
         raise DataError(f"{manifest}: id is {kind}; make it an integer of its own for every image")
+    if pyarrow.types.is_primitive(kind := schema.field("path").type):
+        raise DataError(f"{manifest}: path is {kind}; make it text")
 
 
 def _check(manifest: Path, parts: list[Any]) -> None:
