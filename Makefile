@@ -36,7 +36,7 @@ demo: setup
 	$(BIN)/gladad demo -o demo
 
 test: setup
-	@scripts/install_test_tools.sh
+	@scripts/install_test_tools.sh $(BIN)/python
 	@scripts/install_node_modules.sh
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
