@@ -1,6 +1,6 @@
 # make setup | demo | test | check | bench | console | clean. Everything goes into .venv; PYTHON=... chooses the interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench console clean
+.PHONY: help setup demo test tools check bench console clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3
+# Nothing is compiled when it is installed, as most of it is never imported; Python compiles, and keeps, what is imported.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make setup  install into .venv (done by the others when needed)"
@@ -28,17 +31,20 @@ $(STAMP): pyproject.toml constraints.txt
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	    then echo "$$python -m venv $(VENV)"; $$python -m venv --clear $(VENV) && break; fi; done; \
 	test -x $(BIN)/python || { echo "error: no Python 3.11 or newer with venv found; install one or call make PYTHON=/path/to/python" >&2; exit 1; }
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[demo,dev]'
 	@touch $@
 
 demo: setup
 	$(BIN)/gladad demo -o demo
 
-test: setup
+test: setup tools
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# What tests use besides Python packages.
+tools:
 	@scripts/install_test_tools.sh $(BIN)/python
 	@scripts/install_node_modules.sh
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check
