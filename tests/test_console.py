@@ -22,9 +22,10 @@ from PIL import Image
 from service_base import PRODUCT, make_station, served
 from sqlalchemy import insert
 
+from gladad.detector.files import ALIGNMENT_FILE
 from gladad.service import good_parts
 from gladad.service.console import FOLDER
-from gladad.service.products import activate, add_version
+from gladad.service.products import activate, add_version, folder_of
 from gladad.service.record import new_id, now
 from gladad.service.tables import jobs
 
@@ -441,14 +442,14 @@ def test_verdicts_make_a_better_version_that_is_activated(browser, model, catego
     try:
         with served(station, threads=1) as url, opened(browser, url, "models") as page:
             section = page.get_by_role("region", name="Learn from verdicts")
-            section.get_by_text("0 were judged good").wait_for()
+            section.get_by_text("0 parts were judged good").wait_for()
             assert section.get_by_role("button", name="Make a better version").is_disabled()
             for seed in range(4):  # parts with a stain, which is not bad
                 stained = np.array(draw_part(700 + seed)[0])
                 stained[30:36, 30:36] = 200
                 made = httpx.post(f"{url}/v1/products/{PRODUCT}/inspections", content=png(Image.fromarray(stained)), timeout=60).json()
                 httpx.put(f"{url}/v1/decisions/{made['id']}/verdict", json={"verdict": "good"}).raise_for_status()
-            section.get_by_text("4 were judged good").wait_for()
+            section.get_by_text("4 parts were judged good").wait_for()
             section.get_by_role("radio", name="New limits").check()
             section.get_by_label("Note of the better version").fill("stains are harmless")
             section.get_by_role("button", name="Make a better version").click()
@@ -463,7 +464,7 @@ def test_verdicts_make_a_better_version_that_is_activated(browser, model, catego
             # one that is worse is not offered
             side = {"good": 8, "bad": 1, "found": 1}
             result = {"golden_changed": ["edge.png"], "confirmed_good": 4, "offered": False, "promise": ""}
-            result |= {"before": side | {"false_rejects": 1}, "after": side | {"false_rejects": 2}}
+            result |= {"before": side | {"false_rejects": 1}, "after": side | {"false_rejects": 2, "found": 0}}
             row = {"id": new_id(), "created": now(), "who": "tester", "kind": "feedback", "product": PRODUCT, "state": "done"}
             with station.record.write() as connection:
                 connection.execute(insert(jobs), [row | {"request": {"images": "x", "activate": False}, "result": result}])
@@ -471,7 +472,15 @@ def test_verdicts_make_a_better_version_that_is_activated(browser, model, catego
             worse.get_by_text(
                 "It is not offered: 1 golden part is decided otherwise (edge.png), and it would reject 2 good parts"
             ).wait_for()
+            worse.get_by_text("1 bad part fewer is rejected than before.").wait_for()
             assert worse.get_by_role("button").count() == 0
+            # of a model that aligns its parts no place can be painted over
+            page.goto(f"{url}/#/tune")
+            page.get_by_text("Paint over another part's picture").wait_for()
+            (folder_of(station, PRODUCT, 2) / ALIGNMENT_FILE).touch()
+            page.reload()
+            page.get_by_text("a painted place would be another one on every part").wait_for()
+            assert page.get_by_text("Paint over another part's picture").count() == 0
     finally:
         station.close()
 

@@ -52,6 +52,27 @@ def test_the_part_most_alike_is_found_though_it_has_a_defect(tmp_path, monkeypat
     assert len(load_arrays(tmp_path / "model" / good_parts.FILE)) == 2
 
 
+def test_around_a_place_other_places_do_not_count(tmp_path):
+    """Of parts whose halves differ independently, the half with the place decides; a box that leaves nothing around it does not."""
+    (tmp_path / "good").mkdir()
+    kinds = {(left, right): np.hstack([np.full((96, 48, 3), left, np.uint8), np.full((96, 48, 3), right, np.uint8)])
+             for left in (60, 120) for right in (90, 200)}  # fmt: skip
+    for number, pixels in enumerate(kinds.values()):
+        Image.fromarray(pixels).save(tmp_path / "good" / f"{number}.png")
+    digests = [good_parts.file_digest(path) for path in (tmp_path / "good").iterdir()]
+    (tmp_path / "images.json").write_text(json.dumps({"trained": digests, "held_out": []}))
+    good_parts.keep(tmp_path, {"images": str(tmp_path / "good")})
+    broken = kinds[60, 90].copy()
+    broken[:, 48:] = 200  # the right half is like another kind's, but for ...
+    broken[:, :20] = 120  # ... most of the left one
+    broken[40:56, 4:12] = 0
+    for box, left in (((4, 40, 12, 56), 120), ((30, 40, 38, 56), 60)):
+        found = good_parts.nearest(tmp_path, broken, box)
+        assert found is not None and abs(float(found[48, 24].mean()) - left) < 8
+    whole = good_parts.nearest(tmp_path, broken, (0, 0, 96, 96))
+    assert whole is not None and np.array_equal(whole, good_parts.nearest(tmp_path, broken))
+
+
 def test_a_full_disk_or_a_damaged_picture_costs_the_pictures_only(tmp_path, monkeypatch, caplog):
     (tmp_path / "good").mkdir()
     shifted(0).save(tmp_path / "good/0.png")
@@ -88,6 +109,9 @@ def test_a_calibrated_version_shows_good_parts_and_one_without_says_so(model, ca
             hole = np.asarray(Image.open(category / "ground_truth/hole/000_mask.png")) > 0
             assert hole.any() and shown[hole].min() > 60  # where the part is dark
             assert httpx.get(f"{url}/v1/decisions/{'0' * 32}/nearest-good.png").status_code == 404
+            address = f"{url}/v1/decisions/{second.id}/nearest-good.png"
+            statuses = [httpx.get(address, params={"place": place}).status_code for place in (1, 999, 0)]
+            assert second.regions and statuses == [200, 404, 422]
     finally:
         station.close()
 
@@ -103,7 +127,10 @@ def test_where_parts_are_aligned_the_good_one_lies_as_the_part_does(tmp_path):
     good_parts.keep(tmp_path, {"images": str(tmp_path / "good")})
     place = (200, 0.45, 0.5)
     broken, whole = draw(*place, hole=True), draw(*place)
-    shown = good_parts.nearest(tmp_path, broken)
-    assert shown is not None and shown.shape == broken.shape
     hole = np.abs(broken.astype(int) - whole).max(2) > 60
-    assert np.abs(shown.astype(int) - whole)[hole].mean() < 25 < np.abs(shown.astype(int) - broken)[hole].mean()
+    rows, columns = (np.flatnonzero(hole.any(axis)) for axis in (1, 0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    for around in (None, box):
+        shown = good_parts.nearest(tmp_path, broken, around)
+        assert shown is not None and shown.shape == broken.shape
+        assert np.abs(shown.astype(int) - whole)[hole].mean() < 25 < np.abs(shown.astype(int) - broken)[hole].mean()

@@ -86,6 +86,15 @@ def test_a_station_opened_again_is_the_same(place):
     assert found["regions"] == a_row()["regions"]
 
 
+def test_the_last_verdict_on_each_part_is_counted(place):
+    identities = fill(place.record, 4)
+    for place_of, verdict in ((0, "good"), (1, "good"), (0, "bad"), (2, "good"), (2, "good")):
+        decisions.add_verdict(place.record, identities[place_of], verdict, "ann")
+    with place.record.read() as connection:
+        assert decisions.judged(connection, PRODUCT) == {"good": 2, "bad": 1}
+        assert decisions.judged(connection, "another") == {"good": 0, "bad": 0}
+
+
 def test_the_chain_verifies(place):
     identities = fill(place.record, 5)
     decisions.add_verdict(place.record, identities[0], "bad", "ann", "a scratch")

@@ -53,6 +53,7 @@ export interface Product {
   suspended: string | null;
   drift: Record<string, Drift>;
   counts: Record<Decided, number>;
+  judged: Record<Judged, number>;
 }
 
 export interface Version {
@@ -80,6 +81,7 @@ export interface Calibration {
   statement: string;
   min_area: number;
   masked: boolean;
+  aligned: boolean; // parts are turned and moved before they are looked at
   good_parts: boolean; // small pictures of good parts are kept
 }
 
@@ -284,7 +286,7 @@ export const pictures = {
   small: (id: string, side = 160) => at(`v1/decisions/${part(id)}/small.png`, { side }),
   image: (id: string) => `v1/decisions/${part(id)}/image`,
   example: (job: string, name: string, step: number) => at(`v1/jobs/${part(job)}/examples/${part(name)}.png`, { step }),
-  nearestGood: (id: string) => `v1/decisions/${part(id)}/nearest-good.png`,
+  nearestGood: (id: string, place: number) => at(`v1/decisions/${part(id)}/nearest-good.png`, { place }),
   map: (id: string) => `v1/decisions/${part(id)}/map.png`,
   reconstruction: (id: string) => `v1/decisions/${part(id)}/reconstruction.png`,
   // the name is for this page's memory of pictures: numbers change when one is removed

@@ -116,6 +116,14 @@ def counts(connection: Connection, product: str) -> dict[str, int]:
     return {decision: found.get(decision, 0) for decision in (ACCEPT, WARN, REJECT)}
 
 
+def judged(connection: Connection, product: str) -> dict[str, int]:
+    """How many parts people called good and bad, by their last verdicts."""
+    last = select(func.max(verdicts.c.sequence)).group_by(verdicts.c.decision_id)
+    query = select(verdicts.c.verdict, func.count()).join(decisions, verdicts.c.decision_id == decisions.c.id)
+    query = query.where(decisions.c.product == product, verdicts.c.sequence.in_(last)).group_by(verdicts.c.verdict)
+    return {"good": 0, "bad": 0} | {verdict: count for verdict, count in connection.execute(query)}
+
+
 def periods(connection: Connection, product: str, since: datetime, until: datetime, count: int) -> list[Row]:
     """What was decided in so many equal periods."""
     bounds = [since + (until - since) * number / count for number in range(count + 1)]

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from gladad.data.alignment import Alignment
 
 Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Box = tuple[int, int, int, int]
 FILE = "good_parts.safetensors"
 MOST = 48  # pictures of a version, which bounds its file at about two megabytes
 SIDE = 384  # pixels of the longer side
 QUALITY = 88
 COARSE = 64  # pixels of a side at which parts are compared
+LARGEST = 1024  # pixels of the longer side of a part that is compared
+FEWEST = 20  # coarse places around a box; with fewer the whole parts are compared
 ALIKE = 0.8  # share of the places, the most alike ones, that are compared: a defect is none of them
 
 
@@ -67,12 +71,13 @@ def _keep(model: Path, request: dict[str, Any]) -> None:
         _write(model, sorted(trained or held_out))
 
 
-def nearest(folder: Path, image: Pixels) -> Pixels | None:
+def nearest(folder: Path, image: Pixels, box: Box | None = None) -> Pixels | None:
     """The kept good part that looks most like a part in most of its places, as it would lie in that picture.
 
     Args:
         folder: Of a version.
         image: ``[H, W, 3]`` uint8.
+        box: ``(left, top, right, bottom)`` in pixels: only what is around it is compared, not what is in it.
 
     Returns:
         ``[h, w, 3]`` uint8, which is to be stretched to the size of the image; None where no good part is kept.
@@ -80,15 +85,35 @@ def nearest(folder: Path, image: Pixels) -> Pixels | None:
     if not has(folder):
         return None
     known = _read(folder)
-    view = View(image, known.alignment)
+    small = thumbnail(image, LARGEST)
+    view = View(small, known.alignment)
     coarse = resize_pixels(view.pixels, (COARSE, COARSE)).astype(np.float32)
-    apart = np.square(known.coarse - coarse).sum(-1).reshape(len(known.coarse), -1)
+    apart = np.square(known.coarse - coarse).sum(-1)
+    around = None if box is None else _around(view, (small.shape[0], small.shape[1]), np.array(box) * len(small) / len(image))
+    apart = apart.reshape(len(apart), -1) if around is None or around.sum() < FEWEST else apart[:, around]
     apart.partition(round(ALIKE * apart.shape[1]), axis=1)
     found = _decoded(known.jpegs[int(apart[:, : round(ALIKE * apart.shape[1])].mean(1).argmin())])
     if known.alignment is None:
         return found
     whole = view.whole_picture(resize_pixels(found, (view.pixels.shape[0], view.pixels.shape[1])))
     return None if whole is None else thumbnail(whole, 2 * SIDE)
+
+
+def _around(view: View, size: tuple[int, int], box: NDArray[np.float64]) -> Mask:
+    """Which of the coarse places ``[64, 64]`` lie around a box in the image, within half its side, or a tenth of the image's."""
+    left, top, right, bottom = box
+    margin = max((right - left) / 2, (bottom - top) / 2, 0.1 * max(size))
+    rows, columns = (np.arange(length) + 0.5 for length in size)
+    outer, inner = (
+        ((rows > top - more) & (rows < bottom + more))[:, None] & ((columns > left - more) & (columns < right + more))
+        for more in (margin, 0)
+    )
+    places = np.repeat(np.arange(COARSE, dtype=np.float32)[:, None] + 0.5, COARSE, axis=1)
+    y, x = view.whole_map(places), view.whole_map(places.T.copy())  # 0 where the model does not look
+    ring = outer & ~inner & (y > 0)
+    around = np.zeros((COARSE, COARSE), bool)
+    around[y[ring].astype(int), x[ring].astype(int)] = True
+    return around
 
 
 def has(folder: Path) -> bool:

@@ -164,14 +164,21 @@ class Line:
         folder = str(folder_of(self.station, row["product"], row["version"]))
         return self.inspector.submit(Draw(folder, content), self.station.settings.deadline)
 
-    def nearest_good(self, row: Row) -> Future[bytes | None]:
+    def nearest_good(self, row: Row, place: int | None) -> Future[bytes | None]:
         """The kept good part that looks most like the part of a decision, a PNG; None where its version keeps none.
 
+        Args:
+            row: The decision.
+            place: Around which of its regions, from 1; None: everywhere.
+
         Raises:
-            UnknownError: The image is not kept any more.
+            UnknownError: The image is not kept any more, or there is no such region.
         """
+        if place is not None and place > len(row["regions"]):
+            raise UnknownError(f"decision {row['id']} has {len(row['regions'])} regions, not {place}")
+        box = None if place is None else tuple(row["regions"][place - 1]["box"])
         folder = str(folder_of(self.station, row["product"], row["version"]))
-        return self.inspector.submit(Nearest(folder, self.image(row)), self.station.settings.deadline)
+        return self.inspector.submit(Nearest(folder, self.image(row), box), self.station.settings.deadline)
 
     def image(self, row: Row) -> bytes:
         """The image of a decision as it was sent.

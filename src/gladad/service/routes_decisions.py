@@ -195,10 +195,16 @@ async def reconstruction(request: Request, identity: str, who: Who, line: Runnin
 
 
 @router.get("/decisions/{identity}/nearest-good.png", **PNG | {"responses": PNG["responses"] | problems(429, 503, 504)})
-async def nearest_good(request: Request, identity: str, who: Who, line: Running) -> Response:
+async def nearest_good(
+    request: Request,
+    identity: str,
+    who: Who,
+    line: Running,
+    place: Annotated[int | None, Query(ge=1, description="number of a region: alike around it, not everywhere")] = None,
+) -> Response:
     """Of the good parts that the version has learnt from and keeps, the one that looks most alike, as it would lie in this picture."""
     row = await asyncio.to_thread(_row, line, identity)
-    content = await unless_gone(request, await asyncio.to_thread(line.nearest_good, row), line.station.settings.deadline)
+    content = await unless_gone(request, await asyncio.to_thread(line.nearest_good, row, place), line.station.settings.deadline)
     if content is None:
         raise UnknownError("this version keeps no pictures of good parts")
     return _png_response(content)

@@ -7,16 +7,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
+from sqlalchemy import Connection
 
 from gladad.core.images import as_pixels
 from gladad.core.storage import read_model_file
-from gladad.detector.files import MASK_FILE
+from gladad.detector.files import ALIGNMENT_FILE, MASK_FILE
 from gladad.report.pictures import thumbnail, to_png
 from gladad.service import audit, decisions, golden, good_parts
 from gladad.service.access import Running, Who
 from gladad.service.intake import check_filename
 from gladad.service.line import Line
 from gladad.service.products import (
+    Product,
     Version,
     active_version,
     add_version,
@@ -52,15 +54,14 @@ Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 def products(who: Who, line: Running) -> list[ProductOut]:
     """All products."""
     with line.station.record.read() as connection:
-        return [ProductOut(**vars(each), counts=decisions.counts(connection, each.name)) for each in all_products(connection)]
+        return [_product(connection, each) for each in all_products(connection)]
 
 
 @router.get("/products/{product}", responses=problems(401, 404))
 def one_product(product: str, who: Who, line: Running) -> ProductOut:
     """One product."""
     with line.station.record.read() as connection:
-        found = product_of(connection, product)
-        return ProductOut(**vars(found), counts=decisions.counts(connection, product))
+        return _product(connection, product_of(connection, product))
 
 
 @router.get("/products/{product}/versions", responses=problems(401, 404))
@@ -98,6 +99,7 @@ def calibration(product: str, number: Number, who: Who, line: Running) -> Calibr
         statement=found.threshold.statement,
         min_area=scope.get("min_area", 0.0),
         masked=scope.get("mask", False),
+        aligned=(folder / ALIGNMENT_FILE).is_file(),
         good_parts=good_parts.has(folder),
     )
 
@@ -210,3 +212,7 @@ def _shown(line: Line, version: Version, active: int | None) -> VersionOut:
     if version.reject_limit < 1:
         promise = "none: the reject limit is below the model's threshold"
     return VersionOut(**version.to_json(), active=version.number == active, promise=promise)
+
+
+def _product(connection: Connection, found: Product) -> ProductOut:
+    return ProductOut(**vars(found), counts=decisions.counts(connection, found.name), judged=decisions.judged(connection, found.name))

@@ -130,6 +130,7 @@ class ProductOut(BaseModel):
     suspended: Annotated[str | None, Field(description="why the promise about false rejects does not hold")]
     drift: Annotated[dict[str, DriftOut], Field(description="of the scores, the brightness and the sharpness of accepted parts")]
     counts: dict[str, int]
+    judged: Annotated[dict[str, int], Field(description="how many parts people called good and bad, by their last verdicts")]
 
 
 class VersionOut(BaseModel):
@@ -313,6 +314,9 @@ class CalibrationOut(BaseModel):
     statement: str
     min_area: Annotated[float, Field(description="share of the image below which areas do not count")]
     masked: Annotated[bool, Field(description="some of the image does not count")]
+    aligned: Annotated[
+        bool, Field(description="parts are turned and moved first, so that no place or small area can be left out of account")
+    ]
     good_parts: Annotated[bool, Field(description="small pictures of good parts are kept, to be shown beside others")]
 
 

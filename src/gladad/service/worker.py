@@ -55,6 +55,7 @@ class Nearest:
 
     folder: str
     content: bytes
+    box: tuple[int, int, int, int] | None  # around which they are compared; None: everywhere
 
 
 Asked = Load | Inspect | Draw | Nearest
@@ -126,7 +127,7 @@ def _nearest(request: Nearest) -> bytes | None:
     from gladad.report.pictures import to_png
     from gladad.service.good_parts import nearest
 
-    found = nearest(Path(request.folder), as_pixels(request.content))
+    found = nearest(Path(request.folder), as_pixels(request.content), request.box)
     return None if found is None else to_png(found)
 
 
