@@ -43,7 +43,7 @@ def connected(address: str | None = None) -> Iterator[Any]:
         try:
             with _silent():
                 ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else here))
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones, too
             raise GladError(f"Ray at {address or 'this machine'}: {error}") from error
     try:
         yield ray

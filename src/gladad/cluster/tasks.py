@@ -29,7 +29,7 @@ class RayTasks:
     def run(self, job: Callable[..., None], *arguments: Any, threads: int) -> str:
         """As `gladad.benchmark.workers.Workers.run`."""
         # A process for every job: its peak memory is its own.
-        task = self._ray.remote(attempt).options(num_cpus=threads, max_calls=1, max_retries=RETRIES)
+        task = self._ray.remote(num_cpus=threads, max_calls=1, max_retries=RETRIES)(attempt)
         with self._lock:
             if self.stopped:
                 return KILLED
