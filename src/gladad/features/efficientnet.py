@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -125,9 +126,15 @@ def pretrained(name: str = DEFAULT_EXTRACTOR) -> EfficientNetLite:
         raise MissingExtraError(f"the features of {name}", package) from error
     file = getattr(module, name.title().replace("-", "") + "ModelFile")
     path = Path(file.get_model_file_path())
-    model = from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name, name=name)
+    model = copy.deepcopy(_read(path, path.stat().st_mtime_ns, name))
     model.identity = Identity(name=name, revision=version(package), sha256=files_sha256([path]))
     return model
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _: int, name: str) -> EfficientNetLite:
+    """The trunk of a file that was changed at that time; it is kept, as every model that is fitted or loaded has a copy of it."""
+    return from_reference_state(torch.load(path, map_location="cpu", weights_only=True), source=path.name, name=name)
 
 
 def from_reference_state(state: dict[str, Tensor], source: str, name: str = DEFAULT_EXTRACTOR) -> EfficientNetLite:
