@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import draw_part, write_category
 from filelock import FileLock
@@ -472,14 +473,11 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 
 def children(parent: int) -> list[int]:
-    """The workers of a benchmark."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone by now
-            mother = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if mother == parent and b"spawn_main" in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
+    """The workers of a benchmark: they are forked off a server process that it starts first."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # gone by now
+        below = psutil.Process(parent).children(recursive=True)
+        return [process.pid for process in below if process.ppid() != parent]
+    return []
 
 
 def alive(pid: int) -> bool:

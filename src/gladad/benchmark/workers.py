@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from gladad.core.errors import GladError
+from gladad.detector.process import process_context
 
 KILLED = "its process was killed; most often memory ran out"
 
@@ -38,7 +39,7 @@ class Workers:
         import torch
 
         self.cores = self.limit = torch.get_num_threads()
-        self._context = multiprocessing.get_context("spawn")
+        self._context = process_context()
         self._lock = threading.Lock()
         self._running: set[Any] = set()
         self.stopped = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import threading
 import time
 from collections import deque
@@ -14,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gladad.core.errors import GladError
+from gladad.detector.process import process_context
 from gladad.service.worker import READY, Asked, run
 
 ATTEMPTS = 2  # that the worker may die of one request before this is given up
@@ -187,7 +187,7 @@ class Inspector:
             failures = 0 if began else failures + 1
 
     def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         ours, theirs = context.Pipe()
         process = context.Process(target=run, args=(theirs, self.threads, self._loaded), daemon=True, name="gladad-worker")
         process.start()

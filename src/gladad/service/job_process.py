@@ -1,16 +1,16 @@
-"""The process of one long job: ``python -m gladad.service.job_process FOLDER``.
+"""The process of one long job: it reads ``job.json`` in the job's folder and tells its progress, and at last its result or its problem.
 
-It reads ``job.json`` there, tells its progress as JSON lines on standard output, and ends with a line that holds the result or the problem.
 It dies with its parent: nobody would read what it tells.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,14 @@ from gladad.core.errors import GladError
 from gladad.core.storage import read_json
 from gladad.service import good_parts
 from gladad.service.feedback import improve
-from gladad.service.onlooker import Onlooker
+from gladad.service.onlooker import Onlooker, Tell
 
-FILE, MODEL, REPORT = "job.json", "model", "report"
+FILE, LOG, MODEL, REPORT = "job.json", "log.txt", "model", "report"
 NICENESS = 10  # inspection comes first
 Progress = Callable[[str, int, int], None]
 
 
-def tell(**line: Any) -> None:
-    """One line to the parent."""
-    print(json.dumps(line), flush=True)
-
-
-def fit(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def fit(tell: Tell, folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Train a model; a Stable Diffusion goes on where it was stopped. ``lite`` keeps latents, so that it can learn on from verdicts."""
     from gladad.detector.glad import Glad
     from gladad.training.loop import TrainingRun
@@ -71,7 +66,7 @@ def evaluate(folder: Path, request: dict[str, Any], progress: Progress) -> dict[
     return {"metrics": report.metrics, "counts": report.counts}
 
 
-JOBS = {"fit": fit, "calibrate": calibrate, "evaluate": evaluate, "feedback": improve}
+JOBS = {"calibrate": calibrate, "evaluate": evaluate, "feedback": improve}
 
 
 def _saved(detector: Any, folder: Path) -> dict[str, Any]:
@@ -81,25 +76,31 @@ def _saved(detector: Any, folder: Path) -> dict[str, Any]:
 
 
 def _die_with_parent() -> None:
-    sys.stdin.read()  # ends when the parent does
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
-def main(folder: Path) -> int:
-    """Do the job; returns the exit status."""
+def run(folder: Path, connection: Connection) -> None:
+    """The process's main function: do the job, and tell of it in dictionaries; what it prints goes to a file in the folder."""
     os.nice(NICENESS)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    job = read_json(folder / FILE)
+    with (folder / LOG).open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+
+    sending, job = threading.Lock(), read_json(folder / FILE)
+
+    def tell(**line: Any) -> None:
+        with sending:
+            connection.send(line)
+
     try:
-        result = JOBS[job["kind"]](folder, job, lambda stage, done, total: tell(stage=stage, done=done, total=total))
+        do = partial(fit, tell) if job["kind"] == "fit" else JOBS[job["kind"]]
+        result = do(folder, job, lambda stage, done, total: tell(stage=stage, done=done, total=total))
         if (folder / MODEL).is_dir():
             good_parts.keep(folder / MODEL, job)
     except GladError as error:
         tell(problem=str(error))
-        return 1
-    tell(result=result)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))
+    else:
+        tell(result=result)

@@ -7,10 +7,7 @@ image that has no decision yet; a Stable Diffusion's fit with its last checkpoin
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -23,11 +20,12 @@ from sqlalchemy import insert, select, update
 from gladad.core.errors import DataError, GladError, NotFiniteError
 from gladad.core.images import list_images
 from gladad.core.storage import read_json, write_json
+from gladad.detector.process import process_context
 from gladad.service import audit, feedback
 from gladad.service.data_folders import DATA, path_of
 from gladad.service.decisions import Row
 from gladad.service.inspector import BusyError
-from gladad.service.job_process import FILE, MODEL
+from gladad.service.job_process import FILE, LOG, MODEL, run
 from gladad.service.line import Line, Origin
 from gladad.service.onlooker import EXAMPLES
 from gladad.service.products import StoppedError, Version, add_version, all_versions, folder_of, product_of, version_of
@@ -234,37 +232,29 @@ class Jobs:
 
     def _followed(self, job: Job, folder: Path) -> dict[str, Any]:
         """Run the process of a job and pass on its progress until the result."""
-        command = [sys.executable, "-m", "gladad.service.job_process", str(folder)]
-        log, last = folder / "log.txt", dict[str, Any]()
-
-        def read() -> None:
-            for line in process.stdout or ():
-                last.clear()
-                last.update(json.loads(line))
-                if not last.keys() & {"result", "problem"}:
-                    self._tell(job, **last)
-
-        with log.open("ab") as errors:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        reader = threading.Thread(target=read)
-        reader.start()
+        context, last = process_context(), dict[str, Any]()
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(folder, sender), name=f"gladad-{job['kind']}")
+        process.start()
+        sender.close()
         try:
-            while reader.is_alive():
-                self._check(job)
-                reader.join(POLL_SECONDS / 2)
+            with contextlib.suppress(EOFError):
+                while True:
+                    self._check(job)
+                    if receiver.poll(POLL_SECONDS / 2):
+                        last = receiver.recv()
+                        if not last.keys() & {"result", "problem"}:
+                            self._tell(job, **last)
+            process.join(KILL_SECONDS)
         finally:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_SECONDS)
+            process.join(KILL_SECONDS)
             process.kill()
-            process.wait()
-            reader.join()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
+            process.join()
+            receiver.close()
         if "result" in last:
             return dict(last["result"])
-        raise DataError(str(last.get("problem") or f"its process ended with status {process.returncode}; see {log}"))
+        raise DataError(str(last.get("problem") or f"its process ended with status {process.exitcode}; see {folder / LOG}"))
 
     # -- folders ------------------------------------------------------------------------------------------------
 
