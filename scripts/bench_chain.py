@@ -1,13 +1,13 @@
 """The published loop of Stable Diffusion against ours at each speed: work and time, side by side in one run.
 
-    python scripts/bench_chain.py --base shared/golden --size 64 --images 6 --rounds 5
-    python scripts/bench_chain.py --random sd14 --size 256 --images 1 --num-steps 3
+    python scripts/bench_chain.py --base shared/golden --size 64 --images 4 --rounds 3
+    python scripts/bench_chain.py --random sd14 --size 256 --images 1 --num-steps 1 --ways fast
 
 ``published`` is the loop as METHOD says the authors' program runs it: guidance on, the whole batch decoded and compared at every step while
 one image is undecided, two decodes and two feature passes each. All get the same weights, images and noise. Work is what the networks were
 asked for, counted by hooks: it is the same on every machine. ``--reached`` is the share of images whose gap reaches delta; 0 is the most
-work, that of parts without a defect. The last table is for 25 steps: work counted with networks of no size, times the seconds that each
-network took in this run.
+work, that of parts without a defect. With ``--random sd14`` a last table is for the paper's 25 steps: work counted with networks of no
+size, times the seconds or operations of one image.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from gladad.algorithm import ReconstructionConfig, image_noise
 from gladad.core.records import no_progress
 from gladad.core.tensors import to_tensor
 from gladad.features.vit import DinoFeatures
-from gladad.models.stable_diffusion.architectures import SD14, BaseConfigs
+from gladad.models.stable_diffusion.architectures import SD14, BaseConfigs, build_without_weights
 from gladad.models.stable_diffusion.components import Components
 from gladad.models.stable_diffusion.family import UNREACHABLE, usual_gap
 from gladad.models.stable_diffusion.model import StableDiffusion
@@ -39,7 +40,7 @@ from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.settings import SPEEDS, StableDiffusionConfig, StableDiffusionSettings
 
 NETWORKS = ("denoiser", "decoder", "encoder", "extractor")
-PAPER_STEPS = 25
+PAPER_STEPS, PAPER_SIZE = 25, 512
 HOLLOW = BaseConfigs(  # the same work as of any other size
     unet={
         "block_out_channels": [8],
@@ -69,6 +70,11 @@ HOLLOW = BaseConfigs(  # the same work as of any other size
 )
 
 
+def clock() -> float:
+    """Seconds: with one thread those of the processor, which others on the machine do not lengthen."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 @dataclass
 class Work:
     """What networks were asked for: calls, images in all of them, seconds."""
@@ -88,10 +94,10 @@ def counted(pipeline: GladPipeline) -> Iterator[Work]:
         def before(module: Any, given: Any, name: str = name) -> None:
             work.calls[name] += 1
             work.rows[name] += len(given[0])
-            begun[name] = time.perf_counter()
+            begun[name] = clock()
 
         def after(module: Any, given: Any, result: Any, name: str = name) -> None:
-            work.seconds[name] += time.perf_counter() - begun[name]
+            work.seconds[name] += clock() - begun[name]
 
         hooks += [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
     try:
@@ -245,10 +251,10 @@ def main() -> None:
     done: dict[str, tuple[Work, Outcome]] = {}
     for turn in range(chosen.rounds):
         for name, way in run.items():
-            begin = time.perf_counter()
+            begin = clock()
             with counted(pipeline) as work:
                 outcome = way()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
             done.setdefault(name, (work, outcome))
             if turn == 0:
                 unit |= {network: work.seconds[network] / work.rows[network] for network in NETWORKS if work.rows[network]}
@@ -270,22 +276,41 @@ def show(chosen: Any, times: Mapping[str, Sequence[float]], done: Mapping[str, t
     table(title, rows, [*NETWORKS, "s/image", "spread", "ratio", "same steps"])
     seconds = {network: f"{value:.3g} s" for network, value in unit.items()}
     print("\none image:", ", ".join(f"{network} {value}" for network, value in seconds.items()))
-    if chosen.base is None and chosen.num_steps != PAPER_STEPS:
-        hollow = random_pipeline(HOLLOW)
-        pixels = list(np.zeros((1, 64, 64, 3), dtype=np.uint8))
-        expected, cells = {}, {}
-        for name, way in ways(hollow, pixels, PAPER_STEPS, 0.0).items():
-            with counted(hollow) as work:
-                way()
-            expected[name] = sum(work.rows[network] * unit[network] for network in NETWORKS)
-            cells[name] = [*(str(work.rows[network]) for network in NETWORKS), f"{expected[name]:.1f}"]
-        for name, own in cells.items():
-            own.append(f"{expected['published'] / expected[name]:.2f}x")
-        table(
-            f"expected for {PAPER_STEPS} steps and parts without a defect, from work and these seconds",
-            cells,
-            [*NETWORKS, "s/image", "ratio"],
-        )
+    if chosen.random == "sd14":
+        expect(chosen.size, unit)
+
+
+def expect(size: int, unit: Mapping[str, float]) -> None:
+    """Print what an image without a defect takes on the paper's chain, by the seconds of one image and by operations."""
+    hollow, rows = random_pipeline(HOLLOW), {}
+    for name, way in ways(hollow, [np.zeros((64, 64, 3), dtype=np.uint8)], PAPER_STEPS, 0.0).items():
+        with counted(hollow) as work:
+            way()
+        rows[name] = work.rows
+    costs = [unit, operations(size), operations(PAPER_SIZE)]
+    cells = {}
+    for name, own in rows.items():
+        cells[name] = [str(own[network]) for network in NETWORKS]
+        for cost in costs:
+            total, theirs = (sum(each[network] * cost[network] for network in NETWORKS) for each in (own, rows["published"]))
+            cells[name] += [f"{total:.1f}", f"{theirs / total:.2f}x"]
+    title = f"expected of a part without a defect, {PAPER_STEPS} steps: images of each network, and these times what one takes"
+    columns = [f"s, {size} px", "ratio", f"TFLOP, {size} px", "ratio", f"TFLOP, {PAPER_SIZE} px", "ratio"]
+    table(title, cells, [*NETWORKS, *columns])
+
+
+def operations(size: int) -> dict[str, float]:
+    """10^12 floating-point operations of each network for one square image of so many pixels a side, counted without weights."""
+    unet, vae, features = build_without_weights(SD14, torch.float32, torch.float32)
+    image, latent = torch.empty(1, 3, size, size, device="meta"), torch.empty(1, 4, size // 8, size // 8, device="meta")
+    context, timestep = torch.empty(1, 77, SD14.unet["cross_attention_dim"], device="meta"), torch.empty(1, device="meta")
+    calls = (lambda: unet(latent, timestep, context), lambda: vae.decoder(latent), lambda: vae.encoder(image), lambda: features(image))
+    found = {}
+    for network, call in zip(NETWORKS, calls, strict=True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        found[network] = counter.get_total_flops() / 1e12
+    return found
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_what_each_speed_asks_for(hollow: GladPipeline) -> None:
             "published": tuple(2 * whole + 14 * probes + final),
             "exact, guided": tuple(2 * whole + 14 * probes + final),
             "exact": tuple(whole + 14 * probes + final),
-            "balanced": tuple(whole + 5 * probes + final),  # at 721, 601, 481, 361, and below min_step
+            "balanced": tuple(whole + 3 * probes + final),  # at 721, 511, and below min_step
             "fast": (7, *final[1:]),
         }
     )
@@ -102,7 +102,7 @@ def test_what_each_speed_asks_for(hollow: GladPipeline) -> None:
     [
         ("small", {"speed": "quick"}, "speed: input should be 'exact', 'balanced' or 'fast'"),
         ("lite", {"speed": "fast"}, "speed: unknown setting"),
-        ("sd14", {"speed": "balanced", "reconstruction.search_stride": 3}, r"reconstruction\.search_stride: speed balanced sets it to 4"),
+        ("sd14", {"speed": "balanced", "reconstruction.search_stride": 3}, r"reconstruction\.search_stride: speed balanced sets it to 7"),
         ("sd14", {"reconstruction.call_stride": 0}, r"reconstruction\.call_stride: "),
     ],
 )

@@ -22,7 +22,7 @@ DEFAULT_STEPS = 4000  # of the optimiser: the paper's for MVTec AD and MPDD
 Speed = Literal["exact", "balanced", "fast"]
 SPEEDS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "balanced": {"search_stride": 4},
+    "balanced": {"search_stride": 7},
     "fast": {"probe": "latent", "call_stride": 4},
 }
 """What each speed changes of the reconstruction; docs/speed.md has what that saves and costs. ``fast`` also leaves guidance out."""
