@@ -142,23 +142,32 @@ def test_cross_fitted_images_are_judged_by_models_that_did_not_see_them(good: Pa
     assert [fold.isdisjoint(judged) for fold, judged in zip(folds, (seen.judged[:half], seen.judged[half:]), strict=True)] == [True, True]
 
 
-def test_a_cross_fitted_threshold_is_called_an_approximation(good: Path) -> None:
-    fitted = Glad.from_base("lite", settings=quick_settings(false_reject_rate=0.2)).fit(sorted(good.iterdir())[:12])
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Glad, Seen]:
+    """Fitted on the first of such images as `good` has, too few to hold any out, and what it was shown; read only."""
+    few = sorted(draw_good(tmp_path_factory.mktemp("crossed") / "good").iterdir())[:12]
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        return Glad.from_base("lite", settings=quick_settings(false_reject_rate=0.2)).fit(few), seen
+
+
+def test_a_cross_fitted_threshold_is_called_an_approximation(crossed: tuple[Glad, Seen], good: Path) -> None:
+    fitted, _ = crossed
     assert fitted.calibration_.threshold.method == "cross-fitted"
     assert "approximation, no guarantee" in fitted.calibration_.threshold.statement
     with pytest.raises(DataError, match="holding out 4 good images needs 8, there are 7"):
         Glad.from_base("lite", settings=quick_settings(calibration="held-out")).fit(sorted(good.iterdir())[:7])
 
 
-def test_few_images_are_cross_fitted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Seen(monkeypatch)
-    detector = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
+def test_few_images_are_cross_fitted(crossed: tuple[Glad, Seen]) -> None:
+    detector, seen = crossed
     assert [len(part) for part in seen.trained] == [12, 6, 6]
     assert len(detector.calibration_.scores) == 12 and detector.calibration_.cross_fitted
 
 
-def test_another_false_reject_rate_moves_the_threshold_only(good: Path) -> None:
-    detector = Glad.from_base("lite", settings=quick_settings(false_reject_rate=0.5)).fit(good)
+def test_another_false_reject_rate_moves_the_threshold_only(quick: Glad) -> None:
+    detector = deepcopy(quick)
+    detector.set_false_reject_rate(0.5)
     loose = detector.inspect(draw_part(50)[0], reconstruct=False)
     detector.set_false_reject_rate(0.2)
     strict = detector.inspect(draw_part(50)[0], reconstruct=False)
@@ -377,15 +386,15 @@ def test_a_loaded_detector_has_no_file_open(quick: Glad, tmp_path: Path) -> None
     assert loaded.model_id == quick.model_id
 
 
-def test_what_cannot_be_adjusted(quick: Glad, good: Path) -> None:
+def test_what_cannot_be_adjusted(quick: Glad, crossed: tuple[Glad, Seen], good: Path) -> None:
     fitted = deepcopy(quick)
     with pytest.raises(ConfigError, match="seed cannot be changed"):
         fitted.adjust(good, quick_settings(seed=2))
     with pytest.raises(DataError, match="not the images"):
         fitted.adjust(sorted(good.iterdir())[1:], quick_settings(reconstruction__timesteps=(500,)))
-    few = Glad.from_base("lite", settings=quick_settings()).fit(sorted(good.iterdir())[:12])
+    wanted = quick_settings(reconstruction__timesteps=(500,), false_reject_rate=0.2)
     with pytest.raises(ConfigError, match="cross-fitted"):
-        few.adjust(sorted(good.iterdir())[:12], quick_settings(reconstruction__timesteps=(500,)))
+        crossed[0].adjust(sorted(good.iterdir())[:12], wanted)
 
 
 @pytest.mark.parametrize(
