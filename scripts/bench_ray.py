@@ -125,18 +125,19 @@ def over_ray(model: Path, manifest: Path, output: Path) -> None:
     run, memory = Run(model, manifest, output), []
     used, first, last = [], 0.0, 0.0
     for _ in run.watch(lambda: False):
-        actor, there = run.find(ACTOR), len(finished(output)) if output.is_dir() else 0
-        try:
-            times = actor.cpu_times() if actor else None
-            resident = [run.driver.memory_info().rss, actor.memory_info().rss if actor else 0]
-            everything = sum(process.memory_full_info().uss for process in run.all())
-        except psutil.Error:
+        there = len(finished(output)) if output.is_dir() else 0
+        if there == (used[-1][0] if used else 0):
             continue
-        if times and there and (not used or there > used[-1][0]):
-            last = time.perf_counter()
-            first = first or last
-            used.append((there, times.user + times.system))
-            memory.append((there, *(round(size / 2**20) for size in (*resident, everything))))
+        try:
+            actor = run.find(ACTOR)
+            times, resident = actor.cpu_times(), [process.memory_info().rss for process in (run.driver, actor)]
+            everything = sum(process.memory_full_info().uss for process in run.all())
+        except (psutil.Error, AttributeError):
+            continue
+        last = time.perf_counter()
+        first = first or last
+        used.append((there, times.user + times.system))
+        memory.append((there, *(round(size / 2**20) for size in (*resident, everything))))
     print(run.end())
     images = 256 * (used[-1][0] - used[0][0])
     clock, own = images / (last - first), images / (used[-1][1] - used[0][1])

@@ -247,6 +247,9 @@ with connected():
     (out / "part-00000000.parquet").unlink()
     found.append(main(inspect))
     found.append(main([*inspect[:-1], str(out) + "-gpu", "--gpus-per-actor", "1"]))
+    (out.parent / "out-tried/_run").mkdir(parents=True)
+    (out.parent / "out-tried/_run/part-00000001.tries").write_bytes(b"....")
+    found.append(main([*inspect[:-1], str(out) + "-tried"]))
     fit = ["fit-all", str(category), "-o", str(out.parent / "models"), "--base", "memory-bank", "--image-size", "64", "--ray"]
     found += [main(fit), main(fit)]
     found.append(main(["benchmark", str(config), "--data", str(data), "-o", str(out.parent / "bench"), "--ray"]))
@@ -281,7 +284,7 @@ def test_over_ray(tmp_path, model, category):
     process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert json.loads(lines[-1]) == [0, False, 0, 1, 0, 0, 0, 1], process.stderr
+    assert json.loads(lines[-1]) == [0, False, 0, 1, 1, 0, 0, 0, 1], process.stderr
     assert (
         f"{BLOCK} inspected" not in process.stdout and f"2 inspected, 1 rejected, 1 accepted, {BLOCK - 2} skipped; 9 were" in process.stdout
     )
@@ -290,6 +293,7 @@ def test_over_ray(tmp_path, model, category):
     assert table["error"].null_count == 4
     errors = process.stderr.splitlines()
     assert [line for line in errors if "no node has 1 CPUs and 1 GPUs" in line] and "1 of 1 products were fitted before" in errors
+    assert [line for line in errors if line.startswith("error: ") and f"the process died {TRIES} times" in line]
     assert [line for line in errors if line.startswith("[1/1] Widgets")] and not list(job.output.glob(".*"))
     assert (tmp_path / "models" / category.name / "model.json").is_file() and (tmp_path / "bench/results.csv").is_file()
     assert "Traceback" not in process.stderr and "Warning" not in process.stderr

@@ -130,6 +130,19 @@ def test_inspection_needs_no_torch(folder, category, tmp_path):
     assert len(rows) == 4 and {row["model_id"] for row in rows} == {Glad.from_pretrained(folder).model_id}
 
 
+def test_nor_does_an_actor_of_ray(folder, category, tmp_path):
+    manifest = tmp_path / "images.csv"
+    manifest.write_text("id,path\n" + "".join(f"{number},{path}\n" for number, path in enumerate(images(category))))
+    code = f"""
+import sys
+from pathlib import Path
+from gladad.cluster.inspection import Inspector, Job, _begun
+job = Job(model=Path({str(folder)!r}), manifest=Path({str(manifest)!r}), output=Path({str(tmp_path / "out")!r}))
+_begun(job)
+print(Inspector(job)({{"block": [0]}})["images"], Inspector(job)({{"block": [0]}})["skipped"], "torch" in sys.modules)"""
+    assert run(code).splitlines()[-1] == "[8] [0] False"
+
+
 def test_saved_again_it_is_the_same(folder, category, tmp_path):
     exported = Glad.from_pretrained(folder)
     exported.save_pretrained(tmp_path / "copy")

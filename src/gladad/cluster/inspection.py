@@ -159,6 +159,7 @@ def _results(ray: Any, job: Job, missing: Sequence[int], size: int) -> Iterator[
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     data = ray.data.from_items([{"block": block} for block in missing], override_num_blocks=min(len(missing), TASKS))
     inspected = data.map_batches(
         Inspector,

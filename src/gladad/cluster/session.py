@@ -36,7 +36,7 @@ def connected(address: str | None = None) -> Iterator[Any]:
         raise MissingExtraError("this command", "'gladad[ray]'") from error
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)  # what goes wrong is raised, and is in Ray's log files
     own = not ray.is_initialized()
     if own:
         here: dict[str, Any] = {"num_cpus": _cores(), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
