@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,7 +29,8 @@ from gladad.training.loop import LoopConfig, TrainingRun, divided, draw_generato
 from gladad.training.optimizers import make_optimizer
 from gladad.training.trackers import tracker_name
 
-WORKER = Path(__file__).with_name("train_worker.py")
+HERE = Path(__file__).parent
+SOURCE = str(Path(training_loop.__file__).parents[2])
 
 
 class Regression:
@@ -334,16 +338,18 @@ def test_the_optimizer_of_eight_bits_says_what_it_needs() -> None:
 # ----------------------------------------------------------------------------------------- processes of their own
 
 
-def start(arguments: Sequence[object], processes: int = 1) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    source = str(Path(training_loop.__file__).parents[2])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(WORKER.parent)])}
+def start(arguments: Sequence[object], processes: int) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([SOURCE, str(HERE)])}
     command = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def work(base: Path, folder: Path, output: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
-    return start([WORKER, base, folder, output, *options], processes)
+def wait_for_steps(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file() or path.read_text().count("step ") < count:
+        assert time.monotonic() < deadline, path.is_file() and path.read_text()
+        time.sleep(0.01)
 
 
 def result(output: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -391,23 +397,29 @@ def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -
     assert train_worker.main([*map(str, (tiny_base, tmp_path / "run", tmp_path / "whole")), *steps]) == 0
     losses, weights = result(tmp_path / "whole")
 
-    for number, seen in ((signal.SIGKILL, 4), (signal.SIGTERM, 2)):
-        worker = work(tiny_base, tmp_path / "killed-run", tmp_path / "killed", *steps)
-        assert worker.stdout is not None
-        for _ in range(seen):
-            worker.stdout.readline()
-        worker.send_signal(number)
-        out, _ = worker.communicate(timeout=60)
-        if number == signal.SIGTERM:
-            assert worker.returncode == 128 + signal.SIGTERM and "stopped after step" in out
-    assert not (tmp_path / "killed").exists()
-    assert train_worker.main([*map(str, (tiny_base, tmp_path / "killed-run", tmp_path / "killed")), *steps]) == 0
-    after, resumed = result(tmp_path / "killed")
-    assert after == losses
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    with Forks("train_worker", PYTHONPATH=os.pathsep.join([SOURCE, str(HERE)])) as forks:
+        arguments = [*map(str, (tiny_base, tmp_path / "killed-run", tmp_path / "killed")), *steps]
+        for number, seen in ((signal.SIGKILL, 4), (signal.SIGTERM, 2)):
+            said = tmp_path / f"said-{number}"
+            pid = forks.start(arguments, said)
+            wait_for_steps(said, seen)
+            os.kill(pid, number)
+            status = forks.wait(pid)
+            assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number], said.read_text()
+        assert "stopped after step" in said.read_text()
+        assert not (tmp_path / "killed").exists()
+        assert train_worker.main(arguments) == 0
+        after, resumed = result(tmp_path / "killed")
+        assert after == losses
+        assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
-    # The same batch of four, two by two: sums in another order, so equal but for rounding.
-    finish(work(tiny_base, tmp_path / "two-run", tmp_path / "two", *steps, processes=2))
+        # The same batch of four, two by two: sums in another order, so equal but for rounding.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        arguments = [*map(str, (tiny_base, tmp_path / "two-run", tmp_path / "two")), *steps]
+        pids = [forks.start(arguments, tmp_path / f"rank-{rank}", **world, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        assert [forks.wait(pid) for pid in pids] == [0, 0], [(tmp_path / f"rank-{rank}").read_text() for rank in "01"]
     both, divided_weights = result(tmp_path / "two")
     np.testing.assert_allclose(both, losses, rtol=1e-4)
     for name in weights:
