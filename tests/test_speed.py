@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_base import tiny_base  # noqa: F401 (a fixture)
+from torch import Tensor
 
 import gladad
 from gladad import Glad
-from gladad.algorithm import ReconstructionConfig, chain_timesteps
-from gladad.algorithm.distance import latent_patches
+from gladad.algorithm import ReconstructionConfig, Schedule, add_noise, chain_timesteps, image_noise, reconstruct
 from gladad.cli.main import main
 from gladad.core.errors import ConfigError
 from gladad.models.registry import make_settings
@@ -40,12 +40,18 @@ def test_longer_steps_are_on_the_published_grid() -> None:
         assert [t_prev for _, t_prev in found] == [*whole[::every][1:], -29]  # the last step ends where the whole chain does
 
 
-def test_neighbourhoods_of_a_latent() -> None:
-    latent = torch.arange(24.0).view(1, 2, 3, 4)
-    found = latent_patches(latent).view(2, 9, 3, 4)
-    assert torch.equal(found[:, 4], latent[0])  # the cell itself
-    assert torch.equal(found[:, 5, :, :-1], latent[0, :, :, 1:])  # its right neighbour
-    assert torch.equal(found[:, 1, 0], latent[0, :, 0])  # the upper one, repeated beyond the border
+def test_latents_are_compared_without_being_decoded() -> None:
+    class Blind:
+        def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
+            return torch.tanh(latent)
+
+    latent, eps, schedule = image_noise((4, 5, 6), 0), image_noise((4, 5, 6), 1), Schedule.scaled_linear()
+    config = ReconstructionConfig(probe="latent", step_threshold=0.0, top_k=3)
+    found = reconstruct(Blind(), latent, eps, schedule, config)  # type: ignore[arg-type]
+    before, after = (add_noise(latent, eps, schedule.alpha_bar(t)) for t in (750, 721))
+    difference = (before - after) / schedule.alpha_bar(721).sqrt()  # the prediction is the same for both
+    expected = difference.square().mean(1).sqrt().flatten().topk(3).values.mean()
+    assert found.step.tolist() == [721] and float(found.gap_score) == pytest.approx(float(expected), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------- work, counted
@@ -178,6 +184,17 @@ def test_another_speed_than_that_of_the_thresholds_is_told(saved: Path, category
     assert again.inspect(image).pred_score == other.inspect(image).pred_score
     with pytest.raises(ConfigError, match=r"^speed: input should be"):
         Glad.from_pretrained(saved, speed="quick")
+
+
+def test_a_given_delta_needs_no_search_of_other_speeds(tiny_base: Path, category: Path) -> None:  # noqa: F811
+    paths = sorted((category / "train" / "good").iterdir())[:8]
+    given = QUICK | {"calibrate_step": False, "reconstruction.step_threshold": 0.2}
+    exact = Glad.from_base(str(tiny_base), settings=given).fit(paths)
+    assert exact.model_.config.latent_deltas == {}
+    exact.adjust(paths, given | {"speed": "fast"})
+    config = exact.model_.config
+    assert set(config.latent_deltas) == {"fast"} and config.settings.reconstruction.step_threshold == 0.2
+    assert exact.provenance_["speed"] == "fast"
 
 
 def test_models_with_one_speed_say_so(model: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from gladad.algorithm.distance import latent_patches, patch_distance, top_k_mean
+from gladad.algorithm.distance import patch_distance, top_k_mean
 from gladad.algorithm.networks import Networks, Reconstruction
 from gladad.algorithm.schedule import Schedule, add_noise, chain_timesteps, ddim_step, predict_x0
 from gladad.core.settings import validated
@@ -36,7 +36,7 @@ class ReconstructionConfig:
     step_threshold: float = 0.35  # delta: gap above which generated and input content "differ"
     top_k: int = 10  # patches averaged into the gap score
     search_stride: Annotated[int, Field(ge=1)] = 1  # compare at every so many calls only; where they differ, those between are bisected
-    probe: Probe = "features"  # what is compared: features of the decoded latents | neighbourhoods of the latents, of a delta of their own
+    probe: Probe = "features"  # what is compared: features of the decoded latents | the latents themselves, with a delta of their own
     fusion: FusionMode = "sigmoid"  # SAFF mask: published | centred on calibrated normals | none (the input's content)
     fusion_center: float = 0.0  # "calibrated": gap at which the mask is one half
     fusion_width: float = 1.0  # "calibrated": gap over which it rises, > 0
@@ -124,7 +124,6 @@ class _Probe:
 
     def __init__(self, networks: Networks, latent: Tensor, noise: Tensor, schedule: Schedule, config: ReconstructionConfig):
         self.networks, self.latent, self.noise, self.schedule, self.config = networks, latent, noise, schedule, config
-        self.features = networks.latent_features if config.probe == "features" else latent_patches
         self.count = 0  # images compared
 
     def __call__(self, here: _Step, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,12 +132,18 @@ class _Probe:
         alpha_bar, generated = self.schedule.alpha_bar(here.t), here.x0[images]
         noised = add_noise(self.latent[images], self.noise[images], alpha_bar)
         reference = predict_x0(noised, here.noise_pred[images], alpha_bar)  # the input under the same prediction
-        gap = patch_distance(self.features(reference), self.features(generated))
+        gap = self.gap(reference, generated)
         score = top_k_mean(gap, self.config.top_k)
         differs = score > self.config.step_threshold
         mask = fusion_mask(gap, self.config) * differs.view(-1, 1, 1, 1)  # local: where to trust the model
         mask = F.interpolate(mask, self.latent.shape[-2:], mode="nearest")
         return score, mask * generated + (1 - mask) * reference
+
+    def gap(self, reference: Tensor, generated: Tensor) -> Tensor:
+        """How far latents differ at each place ``[N, 1, h, w]``: distance of features in [0, 2], or of the latents themselves, >= 0."""
+        if self.config.probe == "latent":
+            return (generated - reference).square().mean(dim=1, keepdim=True).sqrt()
+        return patch_distance(self.networks.latent_features(reference), self.networks.latent_features(generated))
 
     def bisect(self, walked: Sequence[_Step], image: int) -> tuple[int, Tensor, Tensor] | None:
         """The number of the first of some steps at which an image differs, if later ones do too, its gap score and what is kept."""

@@ -38,14 +38,6 @@ def patch_distance(features: Tensor, others: Tensor) -> Tensor:
     return (1 - nearest).view(len(features), 1, *features.shape[-2:])
 
 
-def latent_patches(latent: Tensor) -> Tensor:
-    """The 3x3 neighbourhood of every cell, repeated beyond the border: ``[B, C, h, w] -> [B, 9C, h, w]``.
-
-    In place of features of what a latent shows, which have to be decoded first.
-    """
-    return F.unfold(F.pad(latent, (1, 1, 1, 1), mode="replicate"), 3).view(len(latent), -1, *latent.shape[-2:])
-
-
 def gaussian_blur(x: Tensor, sigma: float, kernel: int) -> Tensor:
     """Separable Gaussian blur of ``[B, C, H, W]`` with reflected borders. The support shrinks where the image is smaller than it."""
     for dim in (3, 2):

@@ -148,13 +148,13 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
 
 
 def _set_deltas(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
-    """Set delta, unless it is given, and that of every speed that compares latents."""
+    """Set delta, and that of every speed that compares latents; where delta is given, that of the model's own speed alone."""
     settings, deltas = model.config.settings, {}
-    for speed in SPEEDS:
+    for speed in SPEEDS if settings.calibrate_step else (settings.speed,):
         own = model.adjusted(replace(settings, speed=speed))  # type: ignore[arg-type]
         if own.config.settings.chain.probe == "latent":
             deltas[speed] = usual_gap(own, images, f"{stage} ({speed})", progress)
-        elif speed == "exact" and settings.calibrate_step:
+        elif speed == "exact" and settings.calibrate_step:  # that of every speed that compares features
             settings = replace(settings, reconstruction=with_delta(settings.reconstruction, usual_gap(own, images, stage, progress)))
     model.config = replace(model.config, settings=settings, latent_deltas=deltas)
 

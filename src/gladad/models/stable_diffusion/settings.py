@@ -54,7 +54,7 @@ class StableDiffusionSettings(DenoisingSettings):
     feature_size: Annotated[int, Field(ge=32)] | None = None  # side at which input and reconstruction are compared; None = image_size
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     speed: Speed = "exact"  # of an inspection, see `SPEEDS`
-    calibrate_step: bool = True  # set reconstruction.step_threshold by the good images; deltas of latents are always set so
+    calibrate_step: bool = True  # set reconstruction.step_threshold by the good images; that of latents always is
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     scoring_foreground: Foreground = "all"  # where the map counts
 
