@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gladad.core.errors import ConfigError, ModelFormatError
-from gladad.core.settings import to_json
+from gladad.core.settings import to_json, with_values
 from gladad.core.storage import (
     FORMAT,
     FORMAT_VERSION,
@@ -79,8 +79,8 @@ def load_model(folder: Path, speed: str | None = None) -> Saved:
     """Read a model, see `gladad.detector.glad.Glad.from_pretrained`; warns where thresholds are of another speed."""
     saved = read_saved(folder)
     if speed is not None:
-        fitted, changed = saved.fitted.at_speed(speed), {"speed": speed}
-        saved = replace(saved, settings=replace(saved.settings, **changed), fitted=fitted, model_id="")
+        fitted = saved.fitted.at_speed(speed)  # first: a model that has only one says so
+        saved = replace(saved, settings=with_values(saved.settings, {"speed": speed}), fitted=fitted, model_id="")
     if saved.fitted.caveat is not None:
         warnings.warn(f"{folder}: {saved.fitted.caveat}", stacklevel=3)
     return saved
