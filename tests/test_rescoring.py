@@ -148,7 +148,7 @@ def test_a_report_that_is_written_elsewhere_links_back(copy, tmp_path):
     shutil.rmtree(copy / "pictures")
     write_report(*rescore(copy)[:2], copy)
     page = Page((copy / "index.html").read_text())
-    assert page.all("a") == [] and len(page.all("img")) == 35 and "There are no full-size pictures" in "".join(page.texts)
+    assert page.all("a") == [] and len(page.all("img")) == 34 and "There are no full-size pictures" in "".join(page.texts)
 
 
 def test_what_cannot_be_scored_again(copy, tmp_path):
