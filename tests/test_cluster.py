@@ -281,7 +281,7 @@ def test_over_ray(tmp_path, model, category):
     places = [model, job.manifest, job.output, pipe, category, tmp_path / "config.toml", category.parent]
     environment = os.environ | {"RAY_worker_niceness": "0"}  # other tests run beside it
     command = [sys.executable, "-c", SESSION, *map(str, places)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert json.loads(lines[-1]) == [0, False, 0, 1, 1, 0, 0, 0, 1], process.stderr
