@@ -549,14 +549,14 @@ def test_verdicts_are_trained_on(category, tmp_path):
         for path in (data / "good").iterdir():
             if file_digest(path) in held_out:
                 shutil.copyfile(path, data / "held" / path.name)
-        for seed in range(4):
+        for seed in range(5):
             stained = np.array(draw_part(700 + seed)[0])
             stained[30:36, 30:36] = 200
             client.judge(client.inspect(PRODUCT, png(stained)).id, "good")
         done = client.wait(client.add_job("feedback", PRODUCT, "held", mode="continue").id)
         assert done.state == "done", done
         before, after = done.result["before"], done.result["after"]
-        assert before["good"] == after["good"] == len(held_out) + 1  # three of the confirmed ones were trained on
+        assert before["good"] == after["good"] == len(held_out) + 1  # four of the confirmed ones were trained on
         assert after["model_id"] != before["model_id"]
         assert done.result["offered"] is (not done.result["golden_changed"] and after["false_rejects"] <= before["false_rejects"])
         assert len(client.versions(PRODUCT)) == 1 + done.result["offered"]
