@@ -1,6 +1,6 @@
 # make setup | demo | test | check | bench | console | clean. Everything goes into .venv; PYTHON=... chooses the interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tools check bench console clean
+.PHONY: help setup demo test test-ray tools check bench console clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make setup  install into .venv (done by the others when needed)"
 	@echo "make demo   train on real solar cells, find the broken ones, write demo/index.html"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests; make test-ray those that need Ray"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  measure the numbers of the README, on the four products below DATA=folder"
 	@echo "make console  build the pages of the service anew (needs Node; the build is committed)"
@@ -41,9 +41,14 @@ demo: setup
 test: setup tools
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
+# Ray takes half a minute to install, and its test a minute.
+test-ray: setup
+	$(INSTALL) --editable '.[ray]'
+	$(BIN)/python -m pytest tests/test_cluster.py
+
 # What tests use besides Python packages.
 tools:
-	@scripts/install_test_tools.sh $(BIN)/python
+	@scripts/install_test_tools.sh
 	@scripts/install_node_modules.sh
 
 check: setup

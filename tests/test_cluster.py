@@ -268,7 +268,7 @@ settings = { image_size = 64 }
 """
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; run: pip install 'gladad[ray]'")
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; run: make test-ray")
 def test_over_ray(tmp_path, model, category):
     """One session of Ray: an actor killed, a run taken up again, no room, fits and cells as tasks."""
     job = made(tmp_path, model, category, maps=None)
