@@ -52,6 +52,18 @@ def test_a_manifest_is_cut_into_blocks_in_its_order(tmp_path, suffix):
     assert [row for rows in found for row in rows] == list(zip(ids, names, strict=True))
 
 
+@pytest.mark.parametrize("rows", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+@pytest.mark.parametrize("piece", [100, BLOCK, 10_000])
+def test_blocks_do_not_depend_on_how_the_manifest_is_stored(tmp_path, rows, piece):
+    names = [f"{number}.png" for number in range(rows)]
+    parquet.write_table(pa.table({"id": range(rows), "path": names}), tmp_path / "images.parquet", row_group_size=piece)
+    copy = tmp_path / "copy.parquet"
+    assert adopt(tmp_path / "images.parquet", copy) == rows
+    found = [read_block(copy, block) for block in range(blocks(rows))]
+    assert [len(block) for block in found[:-1]] == [BLOCK] * (len(found) - 1)
+    assert [row for block in found for row in block] == list(enumerate(names))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

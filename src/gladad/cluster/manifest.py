@@ -46,10 +46,11 @@ def adopt(manifest: Path, copy: Path) -> int:
                     raise DataError(f"{manifest}: a row has no id or no path")
                 ids.append(table["id"].cast(pyarrow.int64()).to_numpy())
                 rest = pyarrow.concat_tables([rest, table.cast(schema)])
-                full = len(rest) // BLOCK * BLOCK
-                writer.write_table(rest.slice(0, full), row_group_size=BLOCK)
-                rest = rest.slice(full)
-            writer.write_table(rest)
+                if full := len(rest) // BLOCK * BLOCK:  # a table without rows would be a row group, too
+                    writer.write_table(rest.slice(0, full), row_group_size=BLOCK)
+                    rest = rest.slice(full)
+            if len(rest):
+                writer.write_table(rest)
             _check(manifest, ids)
     except pyarrow.ArrowException as error:
         raise DataError(f"{manifest}: not a table of integer ids and paths ({error})") from error
