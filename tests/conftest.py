@@ -17,7 +17,7 @@ from PIL import Image
 from gladad.detector.glad import Glad
 
 SIDE = 72
-TINY = {"image_size": 64, "memory": 400, "training.pool": 32, "training.decoder_steps": 5}
+TINY = {"image_size": 64, "memory": 400, "widths": [32, 32], "training.batch_size": 8, "training.pool": 32, "training.decoder_steps": 5}
 """Settings of a ``lite`` model that trains in a second or two."""
 TINY_FLAGS = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
 """The same for the command line."""
