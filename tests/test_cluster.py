@@ -240,12 +240,19 @@ from gladad.cluster.session import connected
 
 model, manifest, out, pipe, category, config, data = map(Path, sys.argv[1:])
 
+def is_actor(process):
+    try:
+        return "MapWorker" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return False
+
 def kill():
     while not (out / "_run/part-00000001.tries").is_file():  # an actor waits at the pipe
         time.sleep(0.05)
     time.sleep(0.2)
-    (actor,) = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
-    actor.kill()
+    while not (actors := [p for p in psutil.Process().children(recursive=True) if is_actor(p)]):
+        time.sleep(0.05)
+    actors[0].kill()
     pipe.unlink()
     pipe.write_bytes((category / "test/good/002.png").read_bytes())
 
