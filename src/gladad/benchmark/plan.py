@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from gladad.benchmark.config import BenchmarkConfig, Configuration, ShiftEntry
 from gladad.benchmark.identity import SOURCE, content, digest, file_name, images_digest, samples_digest, source_fingerprint
-from gladad.benchmark.workers import Starter, Workers
+from gladad.benchmark.workers import Starter, Workers, in_parallel, threads_of
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.images import list_images
 from gladad.core.records import Sample
@@ -231,7 +230,7 @@ def run(
 
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     workers = workers or Workers()
-    threads = max(1, min(workers.limit, workers.cores // jobs))
+    threads = threads_of(workers, jobs)
     failed: list[tuple[Cell, str]] = []
     count = itertools.count(1)
 
@@ -249,7 +248,7 @@ def run(
                 gist = f"image AUROC {' '.join(f'{value:.4f}' for value in found)}"
             tell(f"[{next(count)}/{len(waiting)}] {cell.label}: {gist}, {time.monotonic() - started:.0f} s")
 
-    with _alone(folder), interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as executor:
+    with _alone(folder), interrupted_by_sigterm():
         once = {cell.key: cell for cell in cells}  # headings may differ where nothing else does
         waiting = [cell for cell in once.values() if not cell.file(folder).is_file()]
         if len(waiting) < len(once):
@@ -257,13 +256,7 @@ def run(
         groups: dict[str, list[Cell]] = {}  # those of one training together: the first trains for the others
         for cell in waiting:
             groups.setdefault(cell.model_key(), []).append(cell)
-        try:
-            for future in as_completed([executor.submit(work, group) for group in groups.values()]):
-                future.result()
-        except BaseException:
-            workers.stop()
-            executor.shutdown(wait=True, cancel_futures=True)
-            raise
+        in_parallel(work, groups.values(), jobs, workers)
     return failed
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gladad.core.errors import GladError
-from gladad.detector.process import process_context
+from gladad.detector.process import end_with_parent, process_context
 
+T = TypeVar("T")
 KILLED = "its process was killed; most often memory ran out"
 
 
@@ -30,6 +31,23 @@ class Starter(Protocol):
 
     def stop(self) -> None:
         """Kill what runs and start nothing more."""
+
+
+def threads_of(workers: Starter, jobs: int) -> int:
+    """Threads of each of so many jobs at a time, which share the cores evenly."""
+    return max(1, min(workers.limit, workers.cores // jobs))
+
+
+def in_parallel(work: Callable[[T], None], items: Iterable[T], jobs: int, workers: Starter) -> None:
+    """Call a function, which starts jobs by the workers, with every item, so many at a time; what interrupts that stops the workers."""
+    with ThreadPoolExecutor(jobs) as executor:
+        try:
+            for future in as_completed([executor.submit(work, item) for item in items]):
+                future.result()
+        except BaseException:
+            workers.stop()
+            executor.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 class Workers:
@@ -94,7 +112,7 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 def _child(sender: Connection, threads: int, job: Callable[..., None], *arguments: Any) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
     sender.send(attempt(threads, job, *arguments))
 
 
@@ -112,9 +130,3 @@ def attempt(threads: int, job: Callable[..., None], *arguments: Any) -> str:
     except Exception as error:  # as a sentence: not every exception survives the way between processes
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def _die_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gladad.cli.common import Layout, Model, Quiet, Rate, complain, duration, guarded, hush, teller
+from gladad.cli.common import Layout, Model, Quiet, Rate, duration, guarded, hush, tell_failed, teller
 from gladad.cli.console import bars, waiting
 from gladad.cli.options import FIT, Set, collects
 from gladad.core.errors import Interrupted
@@ -108,7 +108,4 @@ def fit_all(
         failed = run_fits(fits, base, settings, jobs=jobs, tell=teller(quiet), workers=workers)
     if not quiet:
         print(f"{len(fits) - len(failed)} of {len(fits)} products are fitted: {output}")
-    for fit, problem in failed:
-        complain(f"failed: {fit.product}: {problem}")
-    if failed:
-        raise typer.Exit(1)
+    tell_failed((fit.product, problem) for fit, problem in failed)

@@ -80,6 +80,15 @@ def complain(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+def tell_failed(failed: Iterable[tuple[str, str]]) -> None:
+    """Names and reasons of jobs that failed on standard error, and exit status 1 if there are any."""
+    lines = [f"failed: {name}: {problem}" for name, problem in failed]
+    for line in lines:
+        complain(line)
+    if lines:
+        raise typer.Exit(1)
+
+
 def teller(silent: bool) -> Callable[[str], None]:
     """`complain`, or a function that does nothing."""
     return (lambda message: None) if silent else complain

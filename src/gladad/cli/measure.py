@@ -19,10 +19,10 @@ from gladad.cli.common import (
     Model,
     Quiet,
     Rate,
-    complain,
     guarded,
     load_inspector,
     show_report,
+    tell_failed,
     tell_skipped,
     teller,
 )
@@ -218,7 +218,4 @@ def benchmark(
     page = write_tables(output, chosen.title, finished(everything, output), failed, notes)
     if not quiet:
         print(f"{len(finished(cells, output))} of {len(cells)} cells finished, {len(failed)} failed: {page}")
-    for cell, problem in failed:
-        complain(f"failed: {cell.label}: {problem}")
-    if failed:
-        raise typer.Exit(1)
+    tell_failed((cell.label, problem) for cell, problem in failed)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from gladad.benchmark.identity import digest, file_name, images_digest
-from gladad.benchmark.workers import Starter, Workers
+from gladad.benchmark.workers import Starter, Workers, in_parallel, threads_of
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.settings import to_json
 from gladad.core.storage import MODEL_FILE, check_target, read_json, write_json
@@ -93,7 +92,7 @@ def run_fits(
         ``(fit, reason)`` of those that failed, which the next call tries again.
     """
     workers = workers or Workers()
-    threads = max(1, min(workers.limit, workers.cores // jobs))
+    threads = threads_of(workers, jobs)
     waiting, count = [fit for fit in fits if not fit.done], itertools.count(1)
     failed: list[tuple[Fit, str]] = []
     if len(waiting) < len(fits):
@@ -109,12 +108,6 @@ def run_fits(
         gist = f"FAILED: {problem}" if problem else f"{time.monotonic() - started:.0f} s"
         tell(f"[{next(count)}/{len(waiting)}] {fit.product}: {gist}")
 
-    with interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as executor:
-        try:
-            for future in as_completed([executor.submit(work, fit) for fit in waiting]):
-                future.result()
-        except BaseException:
-            workers.stop()
-            executor.shutdown(wait=True, cancel_futures=True)
-            raise
+    with interrupted_by_sigterm():
+        in_parallel(work, waiting, jobs, workers)
     return failed

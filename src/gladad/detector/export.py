@@ -94,7 +94,7 @@ def check(fitted: Fitted, form: str, precision: str) -> None:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "bfloat16" and form == "onnx":
         raise ConfigError("ONNX Runtime does not compute in bfloat16 on processors; use the format openvino, or another precision")
-    model = fitted.model.model if isinstance(fitted.model, Tiled) else fitted.model
+    model = fitted.of_tile
     if model.kind != "lite":
         raise ConfigError(f"models of the kind {model.kind} cannot be exported; lite can")
 

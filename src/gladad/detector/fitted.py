@@ -77,9 +77,14 @@ class Fitted:
             raise ConfigError(f"a {self.model.kind} model has no adapter to merge")
         return replace(self, model=standalone())
 
+    @property
+    def of_tile(self) -> Model:
+        """What inspects an image, or each tile of it."""
+        return self.model.model if isinstance(self.model, Tiled) else self.model
+
     def at_speed(self, speed: str) -> Fitted:
         """Inspecting at another speed, with the thresholds that are there; see `gladad.detector.glad.Glad.from_pretrained`."""
-        model = self.model.model if isinstance(self.model, Tiled) else self.model
+        model = self.of_tile
         at_speed = getattr(model, "at_speed", None)
         if at_speed is None:
             raise ConfigError(f"speed: a {model.kind} model has only one")
@@ -89,8 +94,7 @@ class Fitted:
     @property
     def caveat(self) -> str | None:
         """What is to be told of the thresholds, if anything: they were made at another speed than the model inspects at."""
-        model = self.model.model if isinstance(self.model, Tiled) else self.model
-        now, then = getattr(model, "speed", None), self.provenance.get("speed", "exact")
+        now, then = getattr(self.of_tile, "speed", None), self.provenance.get("speed", "exact")
         if now in (None, then):
             return None
         return f"inspects at speed {now} by thresholds of speed {then}, which promise nothing; gladad calibrate --speed {now} makes others"

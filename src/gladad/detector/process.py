@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import threading
 from multiprocessing.context import ForkServerContext, SpawnContext
 
 PRELOADED = ["gladad.detector.glad", "gladad.models.feature_diffusion.model", "scipy.ndimage", "skimage.measure"]
@@ -20,3 +22,14 @@ def process_context() -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def end_with_parent() -> None:
+    """Have this process end, at once, when the one that started it has: nobody would read what it tells."""
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

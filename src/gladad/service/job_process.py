@@ -5,7 +5,6 @@ It dies with its parent: nobody would read what it tells.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from gladad.core.errors import GladError
 from gladad.core.storage import read_json
+from gladad.detector.process import end_with_parent
 from gladad.service import good_parts
 from gladad.service.feedback import improve
 from gladad.service.onlooker import Onlooker, Tell
@@ -75,16 +75,10 @@ def _saved(detector: Any, folder: Path) -> dict[str, Any]:
     return {"model_id": detector.model_id, "calibration_id": detector.calibration_id, "promise": threshold.statement}
 
 
-def _die_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
 def run(folder: Path, connection: Connection) -> None:
     """The process's main function: do the job, and tell of it in dictionaries; what it prints goes to a file in the folder."""
     os.nice(NICENESS)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
     with (folder / LOG).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
