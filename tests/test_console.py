@@ -93,6 +93,16 @@ def opened(browser, url: str, place: str = "inspect", refused: tuple[str, ...] =
         context.close()
 
 
+def settled(place) -> dict[str, float]:
+    """Where an element is, in pixels of the window, once what loads above it has moved it for the last time."""
+    box, since = place.bounding_box(), time.monotonic()
+    while time.monotonic() < since + 0.5:
+        time.sleep(0.05)
+        if (now := place.bounding_box()) != box:
+            box, since = now, time.monotonic()
+    return box
+
+
 def inspect(url: str, name: str, seed: int, defective: bool = False, product: str = PRODUCT) -> dict:
     path, content = f"{url}/v1/products/{product}/inspections", png(draw_part(seed, defective)[0])
     while (answer := httpx.post(path, params={"name": name}, content=content, timeout=60)).status_code == 503:
@@ -269,7 +279,7 @@ def test_a_folder_is_dropped(browser, url, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(draw_part(len(name))[0]) if path.suffix == ".png" else b"no picture")
     with opened(browser, url) as page:
-        box = page.locator(".drop").bounding_box()
+        box = settled(page.locator(".drop"))
         session = page.context.new_cdp_session(page)
         data = {"items": [], "files": [str(tmp_path / "dropped")], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
@@ -284,19 +294,19 @@ def test_two_fingers_zoom_about_the_place_between_them_and_move(browser, url):
     inspect(url, "pinched.png", 2008, True)
     with opened(browser, url, has_touch=True) as page:
         page.locator(".room img").wait_for()
-        room, before = page.locator(".room").bounding_box(), page.locator(".stage").bounding_box()
+        before, room = settled(page.locator(".stage")), page.locator(".room").bounding_box()
         x, y = room["x"] + 0.4 * room["width"], room["y"] + 0.5 * room["height"]
         session = page.context.new_cdp_session(page)
         for apart in (40, 50, 60, 70, 80):
             points = [{"x": x - apart, "y": y, "id": 1}, {"x": x + apart, "y": y, "id": 2}]
             session.send("Input.dispatchTouchEvent", {"type": "touchStart" if apart == 40 else "touchMove", "touchPoints": points})
-        zoomed = page.locator(".stage").bounding_box()
+        zoomed = settled(page.locator(".stage"))
         assert zoomed["width"] == pytest.approx(2 * before["width"], rel=0.02)
         assert (x - zoomed["x"]) / zoomed["width"] == pytest.approx((x - before["x"]) / before["width"], abs=0.01)
         points = [{"x": x - 50, "y": y + 15, "id": 1}, {"x": x + 110, "y": y + 15, "id": 2}]
         session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": points})
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        moved = page.locator(".stage").bounding_box()
+        moved = settled(page.locator(".stage"))
         assert moved["width"] == pytest.approx(zoomed["width"], rel=0.02)
         assert moved["x"] - zoomed["x"] == pytest.approx(30, abs=3) and moved["y"] - zoomed["y"] == pytest.approx(15, abs=3)
         boxes = [page.locator(f".stage > {kind}").first.bounding_box() for kind in ("img", "canvas", "svg")]
@@ -307,6 +317,7 @@ def test_the_picture_and_its_layer_stay_aligned(browser, url):
     inspect(url, "zoomed.png", 2002, True)
     with opened(browser, url) as page:
         page.locator(".room img").wait_for()
+        settled(page.locator(".stage"))
         page.locator(".room").hover()
         page.mouse.wheel(0, -400)
         page.mouse.down()
@@ -326,7 +337,7 @@ def test_a_limit_is_moved_and_saved(browser, url):
         held = page.locator("[data-figure=held] .big")
         before = (figure.inner_text(), held.inner_text())
         handle = page.get_by_role("slider", name="Reject limit")
-        box = handle.locator("path").bounding_box()
+        box = settled(handle.locator("path"))
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.mouse.down()
         page.mouse.move(box["x"] - 60, box["y"] + 10, steps=5)
@@ -366,16 +377,17 @@ def test_a_limit_is_moved_and_saved(browser, url):
 def test_a_corner_that_does_not_count(browser, url, station):
     inspect(url, "corner.png", 2003, True)
     with opened(browser, url, "tune") as page:
-        room = page.locator(".room")
-        room.scroll_into_view_if_needed()
+        page.locator("[data-figure=held] .big").wait_for()
         page.locator(".room img").wait_for()
         page.get_by_role("button", name="Rectangle").click()
-        box = page.locator(".stage").bounding_box()
+        page.locator(".room").scroll_into_view_if_needed()
+        box = settled(page.locator(".stage"))
         page.mouse.move(box["x"] + 2, box["y"] + 2)
         page.mouse.down()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
         page.mouse.up()
         page.get_by_role("button", name="Brush", exact=False).first.click()
+        box = settled(page.locator(".stage"))  # as other tools take other room
         page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9)
         page.get_by_role("button", name="Undo").click()
         page.get_by_label("Smallest spot that counts").fill("4")

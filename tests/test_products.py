@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_textures_get_a_disc_of_another(tmp_path: Path) -> None:
     assert "no such folder" in make("texture_2", tmp_path / "made", tmp_path)
 
 
-def test_a_benchmark_makes_what_it_wants(tmp_path: Path) -> None:
+def test_a_benchmark_makes_what_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "write", partial(generated.write, train=2, good=1, defective=1))
     draw_part(0)[0].save(tmp_path / "x.png")
     entries = DatasetEntry(name="Given"), DatasetEntry(name="Made", made=("texture_1", "tray"))
     wanted = BenchmarkConfig(title="t", dataset=entries, configuration=(Configuration(name="lite"),))

@@ -223,7 +223,7 @@ def test_probes_and_metrics(http):
 @pytest.fixture(scope="module")
 def strict(model, tmp_path_factory):
     """A server with small limits, and its station."""
-    settings = {"max_bytes": 20_000, "max_pixels": 10_000, "body_seconds": 0.5, "queue": 2, "deadline": 20.0, "keep": "none"}
+    settings = {"max_bytes": 20_000, "max_pixels": 10_000, "queue": 2, "deadline": 20.0, "keep": "none"}
     station = make_station(tmp_path_factory.mktemp("strict") / "line", model, **settings)
     with served(station, threads=1) as address:
         yield station, address
@@ -244,12 +244,14 @@ def test_limits_hold_before_bodies_are_read(strict):
     assert count(station) == 1
 
 
-def test_slow_senders_are_cut_off(strict):
-    _, url = strict
-    host, port = "127.0.0.1", int(url.rsplit(":", 1)[1])
-    with socket.create_connection((host, port), 10) as sent:
-        sent.sendall(f"POST {INSPECT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\nx".encode())
-        assert b" 408 " in sent.recv(4096)
+def test_slow_senders_are_cut_off(model, tmp_path):
+    station = make_station(tmp_path / "line", model, body_seconds=0.5)
+    with served(station, threads=1) as url:
+        host, port = "127.0.0.1", int(url.rsplit(":", 1)[1])
+        with socket.create_connection((host, port), 10) as sent:
+            sent.sendall(f"POST {INSPECT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\nx".encode())
+            assert b" 408 " in sent.recv(4096)
+    station.close()
 
 
 def test_a_full_queue_refuses_at_once(strict):

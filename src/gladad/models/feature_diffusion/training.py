@@ -143,10 +143,11 @@ def budget(training: FeatureTrainingSettings, products: int, share: int) -> Budg
     """The budget of one of ``share`` trainings for so many products.
 
     Steps that were set are those of each training. The default ones grow with the square root of the number of products and are divided,
-    as the synthetic anomalies are; minutes are those of all trainings together.
+    as the synthetic anomalies are; minutes are those of all trainings together. A short training makes no more anomalies than it draws.
     """
     if training.steps is not None:
-        return Budget(training.steps, None, training.pool)
+        drawn = math.ceil(training.steps * training.batch_size * training.anomaly_share)
+        return Budget(training.steps, None, min(training.pool, drawn))
     steps = max(1, round(DEFAULT_STEPS * math.sqrt(products)) // share)
     return Budget(steps, None if training.minutes is None else training.minutes / share, max(1, training.pool // share))
 
