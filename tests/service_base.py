@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from sqlalchemy import insert
 
 from gladad.core.settings import to_json
 from gladad.core.storage import write_json
@@ -24,6 +25,7 @@ from gladad.service.record import new_id, now
 from gladad.service.server import configured
 from gladad.service.settings import StationSettings
 from gladad.service.station import FILE, Station
+from gladad.service.tables import jobs
 
 PRODUCT = "widget"
 
@@ -67,6 +69,14 @@ def a_row(**values: Any) -> Row:
         "promise_suspended": False,
         "milliseconds": 12.5,
     } | values
+
+
+def add_job(station: Station, kind: str, product: str = PRODUCT, *, identity: str = "", **request: Any) -> str:
+    """A job as the record keeps it, such as one with settings smaller than can be asked for over HTTP; returns its id."""
+    row = {"id": identity or new_id(), "created": now(), "who": "tester", "state": "waiting", "kind": kind, "product": product}
+    with station.record.write() as connection:
+        connection.execute(insert(jobs), [row | {"request": {"note": "", "activate": True} | request}])
+    return str(row["id"])
 
 
 @contextmanager

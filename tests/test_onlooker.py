@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 from conftest import TINY, draw_part
 from PIL import Image
-from service_base import make_station, served
-from sqlalchemy import insert
+from service_base import add_job, make_station, served
 from test_training_loop import CONFIG, Regression
 
 from gladad.core.records import Watch
 from gladad.detector.glad import Glad
 from gladad.service.onlooker import POINTS, Curve, Onlooker
-from gladad.service.record import new_id, now
-from gladad.service.tables import jobs
 from gladad.training.loop import TrainingRun, train
 
 QUICK = TINY | {"memory": 100, "training.pool": 8, "false_reject_rate": 0.3}
@@ -95,11 +92,7 @@ def test_a_job_tells_losses_and_shows_examples(category, tmp_path):
     station = make_station(tmp_path / "line")
     (station.folder / "data").mkdir()
     (station.folder / "data/widget").symlink_to(category)
-    request = {"images": "widget/train", "base": "lite", "settings": QUICK | {"training.steps": 12}, "note": "", "activate": False}
-    row = {"id": new_id(), "created": now(), "who": "tester", "state": "waiting", "kind": "fit", "product": "gear", "request": request}
-    with station.record.write() as connection:  # settings this tiny cannot be asked for over HTTP
-        connection.execute(insert(jobs), [row])
-    job = row["id"]
+    job = add_job(station, "fit", "gear", images="widget/train", base="lite", settings=QUICK | {"training.steps": 12}, activate=False)
     with served(station) as url:
         picture, last = None, None
         with httpx.stream("GET", f"{url}/v1/jobs/{job}/events", timeout=120) as events:

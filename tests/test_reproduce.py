@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +40,7 @@ def test_from_a_data_set_to_the_table(tmp_path, main, capfd):
     assert "1 categories, 1 trainings, 1 steps of 2 images of 64 pixels" in capfd.readouterr().out
     assert not (tmp_path / "out" / "cells").exists()
 
-    subprocess.run([sys.executable, "-W", "ignore", str(SCRIPT), *arguments], check=True)
+    assert main(arguments) == 0
     done = capfd.readouterr().out
     assert "1 of 1 categories" in done and "99.3" in done
     assert main(arguments) == 0

@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import draw_part
+from conftest import TINY, draw_part
 from PIL import Image
-from service_base import PRODUCT, make_station, served
-from sqlalchemy import func, insert, select, update
+from service_base import PRODUCT, add_job, make_station, served
+from sqlalchemy import func, select, update
 from starlette.requests import Request
 
 from gladad.cli.main import main
@@ -33,9 +33,9 @@ from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
 from gladad.service import audit
 from gladad.service.inspector import BusyError, Inspector
-from gladad.service.record import new_id, now
+from gladad.service.record import new_id
 from gladad.service.tables import decisions as table
-from gladad.service.tables import goldens, jobs
+from gladad.service.tables import goldens
 
 INSPECT = f"/v1/products/{PRODUCT}/inspections"
 
@@ -521,14 +521,11 @@ def test_a_model_that_is_not_offered_leaves_nothing(model, tmp_path):
     station = make_station(tmp_path / "line", model)
     (tmp_path / "line/data/parts").mkdir(parents=True)
     job, folder = new_id(), tmp_path / "line/jobs"
-    request = {"images": "parts", "mode": "calibrate", "note": "", "activate": True}
-    row = {"id": job, "created": now(), "who": "tester", "state": "waiting", "kind": "feedback", "product": PRODUCT, "request": request}
     with served(station) as url, Client(url) as client:
         client.judge(client.inspect(PRODUCT, GOOD).id, "good")
         shutil.copytree(model, folder / job / "model")
         (folder / job / "result.json").write_text(json.dumps({"offered": False}))
-        with station.record.write() as connection:
-            connection.execute(insert(jobs), [row])
+        add_job(station, "feedback", identity=job, images="parts", mode="calibrate")
         done = client.wait(job)
         assert (done.state, done.result) == ("done", {"offered": False})
         assert len(client.versions(PRODUCT)) == 1 and not list(folder.iterdir())
@@ -543,9 +540,9 @@ def test_verdicts_are_trained_on(category, tmp_path):
         (data / folder).mkdir(parents=True)
     for number in range(25):
         draw_part(number)[0].save(data / f"good/{number}.png")
-    options = {"settings": {"image_size": 64, "false_reject_rate": 0.2, "steps": 20}}
+    small = add_job(station, "fit", images="good", base="lite", settings=TINY | {"false_reject_rate": 0.2, "training.steps": 20})
     with served(station, threads=2) as url, Client(url) as client:
-        assert client.wait(client.add_job("fit", PRODUCT, "good", **options).id).state == "done"
+        assert client.wait(small).state == "done"
         client.add_golden(PRODUCT, category / "test/hole/000.png")
         held_out = Glad.from_pretrained(tmp_path / f"line/products/{PRODUCT}/1")._fitted.seen.held_out
         for path in (data / "good").iterdir():
