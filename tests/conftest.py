@@ -21,7 +21,7 @@ TINY = {"image_size": 64, "memory": 400, "widths": [32, 32], "training.batch_siz
 """Settings of a ``lite`` model that trains in a second or two."""
 TINY_FLAGS = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
 """The same for the command line."""
-pytest_plugins = ["tiny_base", "service_base"]
+pytest_plugins = ["tiny_base", "service_base", "console_base"]
 
 
 def draw_part(seed: int, defective: bool = False) -> tuple[Image.Image, Image.Image]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from sqlalchemy import insert
@@ -96,6 +100,30 @@ def served(station: Station, **options: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(folder: Path, port: int, *options: str, authority: Path | None = None) -> subprocess.Popen[bytes]:
+    """A server in a process of its own, once it is ready."""
+    command = [sys.executable, "-m", "gladad", "serve", "--station", str(folder), "--port", str(port), "--threads", "2", *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    url, verify = f"http://127.0.0.1:{port}/readyz", True
+    if authority is not None:
+        url, verify = url.replace("http", "https"), ssl.create_default_context(cafile=authority)
+    for _ in range(600):
+        try:
+            if httpx.get(url, verify=verify).status_code == 200:
+                return server
+        except httpx.HTTPError:
+            assert server.poll() is None
+        time.sleep(0.1)
+    raise AssertionError("the server did not get ready")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from conftest import SIDE, draw_part
+from console_base import WAIT, opened, settled
 from fastapi.testclient import TestClient
 from PIL import Image
 from service_base import PRODUCT, make_station, served
@@ -32,7 +32,6 @@ from gladad.service.tables import jobs
 SOURCES = Path(__file__).parent.parent / "console"
 PAGES = ("inspect", "teach", "tune", "history", "models")
 MOST_BYTES = 300_000
-WAIT = 30_000  # milliseconds
 
 
 def png(image: Image.Image) -> bytes:
@@ -43,18 +42,6 @@ def png(image: Image.Image) -> bytes:
 
 def file(name: str, seed: int, defective: bool = False) -> dict[str, object]:
     return {"name": name, "mimeType": "image/png", "buffer": png(draw_part(seed, defective)[0])}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,35 +59,6 @@ def station(model, category, tmp_path_factory):
 def url(station):
     with served(station, threads=1) as address:
         yield address
-
-
-@contextmanager
-def opened(browser, url: str, place: str = "inspect", refused: tuple[str, ...] = (), **options) -> Iterator:
-    """A page in a context of its own, which must ask nobody else, and complain of nothing (but of refusals where they are expected)."""
-    context = browser.new_context(viewport={"width": 1280, "height": 860}, **options)
-    context.set_default_timeout(WAIT)
-    page = context.new_page()
-    said, elsewhere = [], []
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "blob:", "data:")) else None)
-    page.goto(f"{url}/#/{place}")
-    try:
-        yield page
-        assert not elsewhere
-        assert not [text for text in said if not any(status in text for status in refused)]
-    finally:
-        context.close()
-
-
-def settled(place) -> dict[str, float]:
-    """Where an element is, in pixels of the window, once what loads above it has moved it for the last time."""
-    box, since = place.bounding_box(), time.monotonic()
-    while time.monotonic() < since + 0.5:
-        time.sleep(0.05)
-        if (now := place.bounding_box()) != box:
-            box, since = now, time.monotonic()
-    return box
 
 
 def inspect(url: str, name: str, seed: int, defective: bool = False, product: str = PRODUCT) -> dict:

@@ -26,7 +26,7 @@ from conftest import draw_part
 from pymodbus.client import ModbusTcpClient
 from pymodbus.server import ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
-from service_base import PRODUCT, a_row, make_station
+from service_base import PRODUCT, a_row, free_port, make_station
 from sqlalchemy import func, insert, select, update
 
 from gladad.cli.main import main
@@ -52,12 +52,6 @@ def until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def station_with(folder: Path, *outputs: Output, model: Path | None = None) -> Station:

@@ -6,28 +6,27 @@ import asyncio
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
-import ssl
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from conftest import TINY, draw_part
 from PIL import Image
-from service_base import PRODUCT, add_job, make_station, served
+from safetensors.numpy import save
+from service_base import PRODUCT, add_job, free_port, make_station, served, start
 from sqlalchemy import func, select, update
 from starlette.requests import Request
 
 from gladad.cli.main import main
 from gladad.client import AsyncClient, Client, ServiceError
+from gladad.core.errors import DataError
 from gladad.core.images import as_pixels
 from gladad.data.samples import file_digest
 from gladad.detector.glad import Glad
@@ -36,6 +35,7 @@ from gladad.service.inspector import BusyError, Inspector
 from gladad.service.record import new_id
 from gladad.service.tables import decisions as table
 from gladad.service.tables import goldens
+from gladad.service.worker import check_folder
 
 INSPECT = f"/v1/products/{PRODUCT}/inspections"
 
@@ -418,6 +418,18 @@ def test_a_harmful_model_is_refused(model, tmp_path, capsys, harm):
     assert not (tmp_path / "line/products").exists()
 
 
+def test_weights_are_not_taken_for_a_pickle(tmp_path):
+    """Whatever the length of their header, which is what the file begins with; and a pickle is one under any name."""
+    path = tmp_path / "weights.safetensors"
+    for length in range(0x200, 0x600, 8):
+        path.write_bytes(save({}, {"name": "x" * (length - 28)}))
+        assert int.from_bytes(path.read_bytes()[:8], "little") == length
+        check_folder(tmp_path)
+    path.write_bytes(pickle.dumps({"harm": 1}))
+    with pytest.raises(DataError, match="looks like a pickle"):
+        check_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a..b"])
 def test_names_that_are_paths_are_refused(model, tmp_path, name):
     assert main(["station", "add", str(tmp_path / "line"), name, str(model)]) == 1
@@ -610,28 +622,6 @@ def test_nothing_acknowledged_is_lost_when_the_server_is_killed(model, tmp_path)
     assert sorted(row.image_name for row in rows if row.request_id == job) == sorted(f"{number}.png" for number in range(30))
     audit.verify(station.record)
     station.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start(folder: Path, port: int, *options: str, authority: Path | None = None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gladad", "serve", "--station", str(folder), "--port", str(port), "--threads", "2", *options]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url, verify = f"http://127.0.0.1:{port}/readyz", True
-    if authority is not None:
-        url, verify = url.replace("http", "https"), ssl.create_default_context(cafile=authority)
-    for _ in range(600):
-        try:
-            if httpx.get(url, verify=verify).status_code == 200:
-                return server
-        except httpx.HTTPError:
-            assert server.poll() is None
-        time.sleep(0.1)
-    raise AssertionError("the server did not get ready")
 
 
 def test_appearance_is_recorded(client):

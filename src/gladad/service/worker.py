@@ -241,9 +241,12 @@ def check_folder(folder: Path) -> None:
         if path.suffix not in SUFFIXES or not path.is_file():
             raise DataError(f"{path}: is no file of a gladad model; give the folder as 'gladad fit' or 'gladad export' wrote it")
         with path.open("rb") as file:
-            start = file.read(4)
-        if start[:1] == b"\x80" or start == b"PK\x03\x04":
+            start = file.read(9)
+        if path.suffix == ".safetensors" and start[8:] == b"{":
+            continue  # its header's length comes first, any bytes at all
+        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in PROTOCOLS):
             raise DataError(f"{path}: looks like a pickle, which can run any program when it is read; models are safetensors")
 
 
+PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")
 SUFFIXES = frozenset({".json", ".safetensors", ".onnx", ".data", ".xml", ".bin", ".txt", ".png"})
