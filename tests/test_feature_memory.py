@@ -76,27 +76,40 @@ def test_an_index_and_gaussians_leave_the_number_of_threads_as_it_was() -> None:
 def test_of_one_cluster_the_distance_is_that_of_mahalanobis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussians, "RIDGE", 0.0)
     made = vectors(70, 8).numpy() @ vectors(8, 8, seed=3).numpy() + 2
-    centres, means, whiteners = gaussians.fit_gaussians(vectors(70, 8, seed=1).numpy(), made, seed=0)
+    centres, means, whiteners = gaussians.fit_gaussians(vectors(70, 8, seed=1).numpy(), made, np.arange(70) // 7, seed=0)
     assert len(centres) == 1  # of 10 vectors for each of 8 dimensions
     found = gaussians.Gaussians(centres, means, whiteners).distances(vectors(5, 8, seed=2).numpy(), made[:5])
     scatter = (made - made.mean(0)).T @ (made - made.mean(0))
-    covariance = (scatter + 8 * scatter / 70) / (70 + 8) + gaussians.TINY * np.eye(8)
+    covariance = scatter / 70 + gaussians.TINY * np.eye(8)
     centred = made[:5] - made.mean(0)
     np.testing.assert_allclose(found, np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.inv(covariance), centred) / 8), rtol=1e-3)
 
 
-def test_the_same_residual_counts_more_where_residuals_are_small() -> None:
+def test_the_same_residual_counts_more_where_residuals_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussians, "CLUSTERS", 2)  # so that each is seen in many images
     sides, count = torch.tensor([-5.0, 5.0]), 4000
     side = torch.arange(count) % 2
     rebuilt = sides[side][:, None] + vectors(count, 4)
     residual = vectors(count, 4, seed=1) * torch.tensor([0.1, 1.0])[side][:, None]
     found = ClusterGaussians(4)
-    found.fit(*(rows.T.reshape(1, 4, 40, 100) for rows in (rebuilt, residual)), seed=0)
+    found.fit(*(rows.reshape(400, 10, 1, 4).permute(0, 3, 1, 2) for rows in (rebuilt, residual)), seed=0)
     distance = found(sides.view(1, 1, 1, 2).expand(1, 4, 1, 2), torch.full((1, 4, 1, 2), 0.5))[0, 0, 0]
     assert float(distance[0]) > 4 * float(distance[1])
     usual = found(*(rows.T.reshape(1, 4, 40, 100) for rows in (rebuilt, residual)))
     small, large = (float(usual.flatten()[side == number].square().mean()) for number in (0, 1))
     assert small < large == pytest.approx(1, abs=0.05)  # the mean covariance of all clusters is part of that of each
+
+
+@pytest.mark.parametrize(("images", "own"), [(1, 1 / 21), (60, 60 / 80)])
+def test_few_images_say_little_of_a_cluster_however_many_cells_they_have(images: int, own: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussians, "CLUSTERS", 2)
+    side, cells = np.arange(4000) % 2, np.arange(4000) // 2
+    rebuilt = np.array([[-50.0], [50.0]], np.float32)[side] + vectors(4000, 4).numpy()
+    residual = np.array([[0.1], [1.0]], np.float32)[side] * vectors(4000, 4, seed=1).numpy()
+    centres, _, whiteners = gaussians.fit_gaussians(rebuilt, residual, cells * images // 2000, seed=0)
+    variance = np.square(np.linalg.inv(whiteners)).sum(2)[centres[:, 0] < 0].mean()
+    mean = (0.01 + 1) / 2
+    assert variance == pytest.approx(own * 0.01 + (1 - own) * mean + gaussians.RIDGE * mean, rel=0.05)
 
 
 def test_residuals_without_any_variance_have_finite_distances() -> None:

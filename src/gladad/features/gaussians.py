@@ -20,6 +20,8 @@ PER_DIMENSION = 10
 """Vectors of a cluster for each dimension, on average, at least: where there are fewer, there are fewer clusters."""
 SAMPLED = 64
 """Vectors per cluster that the clusters are found with."""
+IMAGES = 20
+"""That the mean covariance counts as, beside a cluster's own."""
 RIDGE, TINY = 0.01, 1e-6
 """Of the mean variance within clusters, and at least: added to all, because directions without any variance must not decide."""
 
@@ -58,14 +60,17 @@ class Gaussians:
         return np.sqrt(found)
 
 
-def fit_gaussians(vectors: Array, residuals: Array, seed: int) -> tuple[Array, Array, Array]:
+def fit_gaussians(vectors: Array, residuals: Array, images: NDArray[np.integer[Any]], seed: int) -> tuple[Array, Array, Array]:
     """Centres ``[K, D]``, means ``[K, D]`` and whiteners ``[K, D, D]`` for `Gaussians`, from normal images.
 
-    Covariances are drawn towards the mean one within clusters, which counts as much as one vector for each dimension.
+    The covariance of a cluster is drawn towards the mean one within clusters, the more so the fewer images it is from. Images are counted,
+    not vectors: those of an image vary together, with its light and its shadows, so a few images say little of the next one however
+    many vectors they have.
 
     Args:
         vectors: ``[N, D]`` float32, N >= 1.
         residuals: Those of these vectors, likewise.
+        images: ``[N]`` number of the image that each is of.
         seed: Of the clusters.
     """
     faiss.omp_set_num_threads(1)
@@ -82,6 +87,7 @@ def fit_gaussians(vectors: Array, residuals: Array, seed: int) -> tuple[Array, A
             scatters[number] = (own - means[number]).T @ (own - means[number])
     within = scatters.sum(0) / count
     ridge = max(RIDGE * within.diagonal().mean(), TINY) * np.eye(dimensions)
-    sizes = np.bincount(cluster, minlength=clusters)[:, None, None]
-    covariances = (scatters + dimensions * within) / (sizes + dimensions) + ridge
+    own = scatters / np.bincount(cluster, minlength=clusters).clip(1)[:, None, None]
+    seen = np.bincount(np.unique(np.stack([cluster, images]), axis=1)[0], minlength=clusters)[:, None, None]  # images of each cluster
+    covariances = (seen * own + IMAGES * within) / (seen + IMAGES) + ridge
     return np.array(search.centroids, np.float32), means, np.linalg.inv(np.linalg.cholesky(covariances)).astype(np.float32)

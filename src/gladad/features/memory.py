@@ -78,10 +78,11 @@ class ClusterGaussians(nn.Module):
         return self.__dict__ | {"_gaussians": []}
 
     def fit(self, rebuilt: Tensor, residual: Tensor, seed: int) -> None:
-        """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``."""
+        """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``, of as many images."""
         vectors, residuals = (_array(each.permute(0, 2, 3, 1).flatten(0, 2)) for each in (rebuilt, residual))
+        images = np.arange(len(rebuilt)).repeat(len(vectors) // len(rebuilt))
         with one_thread():
-            found = fit_gaussians(vectors, residuals, seed)
+            found = fit_gaussians(vectors, residuals, images, seed)
         self.hold(*(torch.from_numpy(each).to(self.centres.device) for each in found))
 
     def hold(self, centres: Tensor, means: Tensor, whiteners: Tensor) -> None:
