@@ -67,7 +67,7 @@ def test_an_index_and_gaussians_leave_the_number_of_threads_as_it_was() -> None:
     try:
         index = Index(torch.randn(CLUSTERED + 10, 8))
         index.nearest(torch.randn(5, 8))
-        ClusterGaussians(8).fit(torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5), seed=0)
+        ClusterGaussians(8).fit(torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5), torch.arange(2), seed=0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -92,7 +92,7 @@ def test_the_same_residual_counts_more_where_residuals_are_small(monkeypatch: py
     rebuilt = sides[side][:, None] + vectors(count, 4)
     residual = vectors(count, 4, seed=1) * torch.tensor([0.1, 1.0])[side][:, None]
     found = ClusterGaussians(4)
-    found.fit(*(rows.reshape(400, 10, 1, 4).permute(0, 3, 1, 2) for rows in (rebuilt, residual)), seed=0)
+    found.fit(*(rows.reshape(400, 10, 1, 4).permute(0, 3, 1, 2) for rows in (rebuilt, residual)), torch.arange(400), seed=0)
     distance = found(sides.view(1, 1, 1, 2).expand(1, 4, 1, 2), torch.full((1, 4, 1, 2), 0.5))[0, 0, 0]
     assert float(distance[0]) > 4 * float(distance[1])
     usual = found(*(rows.T.reshape(1, 4, 40, 100) for rows in (rebuilt, residual)))
@@ -112,10 +112,19 @@ def test_few_images_say_little_of_a_cluster_however_many_cells_they_have(images:
     assert variance == pytest.approx(own * 0.01 + (1 - own) * mean + gaussians.RIDGE * mean, rel=0.05)
 
 
+def test_copies_of_a_photograph_count_once() -> None:
+    rebuilt, residual = (vectors(400, 4, seed=seed).reshape(4, 10, 10, 4).permute(0, 3, 1, 2) for seed in (0, 1))
+    two, four = ClusterGaussians(4), ClusterGaussians(4)
+    two.fit(rebuilt, residual, torch.tensor([0, 0, 1, 1]), seed=0)
+    four.fit(rebuilt, residual, torch.arange(4), seed=0)
+    nearer = [each.whiteners.float().std(0).mean() for each in (two, four)]
+    assert len(two.centres) > 1 and 0 < float(nearer[0]) < float(nearer[1])  # to the mean of all clusters
+
+
 def test_residuals_without_any_variance_have_finite_distances() -> None:
     flat = torch.zeros(2, 4, 3, 3)
     found = ClusterGaussians(4)
-    found.fit(flat, flat, seed=0)
+    found.fit(flat, flat, torch.arange(2), seed=0)
     assert found(flat, flat).eq(0).all() and found(flat, flat + 1).isfinite().all()
 
 
@@ -123,7 +132,7 @@ def test_what_is_not_finite_has_no_distance() -> None:
     """Any number would be taken for a judgement."""
     rebuilt, residual = vectors(400, 4).T.reshape(1, 4, 20, 20), vectors(400, 4, seed=1).T.reshape(1, 4, 20, 20)
     found = ClusterGaussians(4)
-    found.fit(rebuilt, residual, seed=0)
+    found.fit(rebuilt, residual, torch.arange(1), seed=0)
     before = found(rebuilt, residual)
     broken = rebuilt.clone()
     broken[0, :, 3, 5] = torch.nan
@@ -136,18 +145,18 @@ def test_what_is_not_finite_has_no_distance() -> None:
 def test_gaussians_in_use_can_be_copied() -> None:
     rebuilt, residual = (vectors(400, 4, seed=seed).T.reshape(1, 4, 20, 20) for seed in (0, 1))
     found = ClusterGaussians(4)
-    found.fit(rebuilt, residual, seed=0)
+    found.fit(rebuilt, residual, torch.arange(1), seed=0)
     before = found(rebuilt, residual)
     copy = deepcopy(found)
     assert torch.equal(copy(rebuilt, residual), before)
-    copy.fit(rebuilt, 2 * residual, seed=0)
+    copy.fit(rebuilt, 2 * residual, torch.arange(1), seed=0)
     assert torch.equal(found(rebuilt, residual), before) and not torch.equal(copy(rebuilt, residual), before)
 
 
 def test_distances_depend_on_the_image_alone() -> None:
     rebuilt, residual = (vectors(3 * 200, 6, seed=seed).reshape(3, 20, 10, 6).permute(0, 3, 1, 2) for seed in (0, 1))
     found = ClusterGaussians(6)
-    found.fit(rebuilt, residual, seed=0)
+    found.fit(rebuilt, residual, torch.arange(3), seed=0)
     together = found(rebuilt, residual)
     assert len(found.centres) > 1
     assert all(torch.equal(found(rebuilt[i : i + 1], residual[i : i + 1])[0], together[i]) for i in range(3))

@@ -77,10 +77,10 @@ class ClusterGaussians(nn.Module):
         """Without what is made of the buffers, because faiss's transforms cannot be copied."""
         return self.__dict__ | {"_gaussians": []}
 
-    def fit(self, rebuilt: Tensor, residual: Tensor, seed: int) -> None:
-        """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``, of as many images."""
+    def fit(self, rebuilt: Tensor, residual: Tensor, owner: Tensor, seed: int) -> None:
+        """Learn the residuals of rebuilt normal latents, both ``[N, D, h, w]``, of the photographs ``[N]``."""
         vectors, residuals = (_array(each.permute(0, 2, 3, 1).flatten(0, 2)) for each in (rebuilt, residual))
-        images = np.arange(len(rebuilt)).repeat(len(vectors) // len(rebuilt))
+        images = owner.cpu().numpy().repeat(len(vectors) // len(rebuilt))
         with one_thread():
             found = fit_gaussians(vectors, residuals, images, seed)
         self.hold(*(torch.from_numpy(each).to(self.centres.device) for each in found))

@@ -322,7 +322,7 @@ def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Te
     scale.residual_scale.copy_((latents - clean).square().mean((0, 2, 3), keepdim=True).sqrt())
     if settings.gaussians:
         shown, _ = _rebuilt(scale, trained, trained_owner)
-        scale.gaussians.fit(shown, trained - shown, settings.seed)
+        scale.gaussians.fit(shown, trained - shown, trained_owner, settings.seed)
     learnt = bool(torch.isin(owner, trained_owner).any())
     magnitude = _magnitude(scale, latents, clean, owner, learnt)
     scale.usual_energy.copy_(magnitude.square().mean())
@@ -357,7 +357,7 @@ def _magnitude(scale: Scale, latents: Tensor, rebuilt: Tensor, owner: Tensor, le
     found = torch.empty_like(latents[:, :1])
     for side in (0, 1):
         own, others = half == side, ClusterGaussians(scale.dimensions)
-        others.fit(rebuilt[~own], (latents - rebuilt)[~own], scale.config.settings.seed)
+        others.fit(rebuilt[~own], (latents - rebuilt)[~own], owner[~own], scale.config.settings.seed)
         found[own] = others(rebuilt[own], (latents - rebuilt)[own])
     return found
 
