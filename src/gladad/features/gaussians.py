@@ -80,14 +80,16 @@ def fit_gaussians(vectors: Array, residuals: Array, images: NDArray[np.integer[A
     search.train(vectors)
     cluster = search.index.search(vectors, 1)[1][:, 0]
     means, scatters = np.zeros((clusters, dimensions), np.float32), np.zeros((clusters, dimensions, dimensions))
+    seen = np.zeros((clusters, 1, 1))  # images of each cluster
     for number in range(clusters):
-        own = residuals[cluster == number]
+        members = cluster == number
+        own = residuals[members]
         if len(own):
             means[number] = own.mean(0)
             scatters[number] = (own - means[number]).T @ (own - means[number])
+            seen[number] = len(np.unique(images[members]))
     within = scatters.sum(0) / count
     ridge = max(RIDGE * within.diagonal().mean(), TINY) * np.eye(dimensions)
-    own = scatters / np.bincount(cluster, minlength=clusters).clip(1)[:, None, None]
-    seen = np.bincount(np.unique(np.stack([cluster, images]), axis=1)[0], minlength=clusters)[:, None, None]  # images of each cluster
-    covariances = (seen * own + IMAGES * within) / (seen + IMAGES) + ridge
+    sizes = np.bincount(cluster, minlength=clusters).clip(1)[:, None, None]
+    covariances = (seen * (scatters / sizes) + IMAGES * within) / (seen + IMAGES) + ridge
     return np.array(search.centroids, np.float32), means, np.linalg.inv(np.linalg.cholesky(covariances)).astype(np.float32)

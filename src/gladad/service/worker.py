@@ -244,9 +244,8 @@ def check_folder(folder: Path) -> None:
             start = file.read(9)
         if path.suffix == ".safetensors" and start[8:] == b"{":
             continue  # its header's length comes first, any bytes at all
-        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in PROTOCOLS):
+        if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
             raise DataError(f"{path}: looks like a pickle, which can run any program when it is read; models are safetensors")
 
 
-PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")
 SUFFIXES = frozenset({".json", ".safetensors", ".onnx", ".data", ".xml", ".bin", ".txt", ".png"})

@@ -143,7 +143,7 @@ def budget(training: FeatureTrainingSettings, products: int, share: int) -> Budg
     """The budget of one of ``share`` trainings for so many products.
 
     Steps that were set are those of each training. The default ones grow with the square root of the number of products and are divided,
-    as the synthetic anomalies are; minutes are those of all trainings together. A short training makes no more anomalies than it draws.
+    as the synthetic anomalies are; minutes are those of all trainings together. A short training makes no more anomalies than it needs.
     """
     if training.steps is not None:
         drawn = math.ceil(training.steps * training.batch_size * training.anomaly_share)
