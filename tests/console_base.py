@@ -55,3 +55,14 @@ def settled(place: Any) -> dict[str, float]:
         if (now := place.bounding_box()) != box:
             box, since = now, time.monotonic()
     return box
+
+
+def paint_rectangle(page: Any, share: float) -> None:
+    """Drag the tool for rectangles from the picture's upper left corner over that share of both sides."""
+    page.get_by_role("button", name="Rectangle").click()
+    page.locator(".room").scroll_into_view_if_needed()
+    box = settled(page.locator(".stage"))
+    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + share * box["width"], box["y"] + share * box["height"], steps=4)
+    page.mouse.up()

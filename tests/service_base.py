@@ -75,9 +75,9 @@ def a_row(**values: Any) -> Row:
     } | values
 
 
-def add_job(station: Station, kind: str, product: str = PRODUCT, *, identity: str = "", **request: Any) -> str:
-    """A job as the record keeps it, such as one with settings smaller than can be asked for over HTTP; returns its id."""
-    row = {"id": identity or new_id(), "created": now(), "who": "tester", "state": "waiting", "kind": kind, "product": product}
+def add_job(station: Station, kind: str, product: str = PRODUCT, *, columns: dict[str, Any] | None = None, **request: Any) -> str:
+    """A job as the record keeps it, such as one with settings too small for HTTP, or one that has ended; returns its id."""
+    row = {"id": new_id(), "created": now(), "who": "tester", "state": "waiting", "kind": kind, "product": product} | (columns or {})
     with station.record.write() as connection:
         connection.execute(insert(jobs), [row | {"request": {"note": "", "activate": True} | request}])
     return str(row["id"])

@@ -16,18 +16,16 @@ import httpx
 import numpy as np
 import pytest
 from conftest import SIDE, draw_part
-from console_base import WAIT, opened, settled
+from console_base import WAIT, opened, paint_rectangle, settled
 from fastapi.testclient import TestClient
 from PIL import Image
-from service_base import PRODUCT, make_station, served
-from sqlalchemy import insert
+from service_base import PRODUCT, add_job, make_station, served
 
 from gladad.detector.files import ALIGNMENT_FILE
 from gladad.service import good_parts
 from gladad.service.console import FOLDER
 from gladad.service.products import activate, add_version, folder_of
-from gladad.service.record import new_id, now
-from gladad.service.tables import jobs
+from gladad.service.record import new_id
 
 SOURCES = Path(__file__).parent.parent / "console"
 PAGES = ("inspect", "teach", "tune", "history", "models")
@@ -337,13 +335,7 @@ def test_a_corner_that_does_not_count(browser, url, station):
     with opened(browser, url, "tune") as page:
         page.locator("[data-figure=held] .big").wait_for()
         page.locator(".room img").wait_for()
-        page.get_by_role("button", name="Rectangle").click()
-        page.locator(".room").scroll_into_view_if_needed()
-        box = settled(page.locator(".stage"))
-        page.mouse.move(box["x"] + 2, box["y"] + 2)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
-        page.mouse.up()
+        paint_rectangle(page, 1 / 2)
         page.get_by_role("button", name="Brush", exact=False).first.click()
         box = settled(page.locator(".stage"))  # as other tools take other room
         page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9)
@@ -435,10 +427,8 @@ def test_verdicts_make_a_better_version_that_is_activated(browser, model, catego
             side = {"good": 8, "bad": 1, "found": 1}
             result = {"golden_changed": ["edge.png"], "confirmed_good": 4, "offered": False, "promise": ""}
             result |= {"before": side | {"false_rejects": 1}, "after": side | {"false_rejects": 2, "found": 0}}
-            row = {"id": new_id(), "created": now(), "who": "tester", "kind": "feedback", "product": PRODUCT, "state": "done"}
-            with station.record.write() as connection:
-                connection.execute(insert(jobs), [row | {"request": {"images": "x", "activate": False}, "result": result}])
-            worse = page.locator(f"[data-job='{row['id']}']")
+            identity = add_job(station, "feedback", columns={"state": "done", "result": result}, images="x", activate=False)
+            worse = page.locator(f"[data-job='{identity}']")
             worse.get_by_text(
                 "It is not offered: 1 golden part is decided otherwise (edge.png), and it would reject 2 good parts"
             ).wait_for()
@@ -622,9 +612,8 @@ def test_a_training_that_failed_shows_how_far_it_had_come(browser, url, station)
     losses = {"scale 1: denoiser": [[step, 1 / step] for step in range(1, 41)], "picture decoder": [[1, 0.5], [2, 0.25]]}
     examples = [{"name": name, "stage": "picture decoder", "step": step} for name, step in pictures.items()]
     progress = {"stage": "picture decoder", "done": 2, "total": 200, "losses": losses, "examples": examples}
-    row = {"id": identity, "created": now(), "who": "tester", "kind": "fit", "product": "gear", "request": {"images": "gear/good"}}
-    with station.record.write() as connection:
-        connection.execute(insert(jobs), [row | {"state": "failed", "problem": "the lamp went out", "progress": progress}])
+    ended = {"id": identity, "state": "failed", "problem": "the lamp went out", "progress": progress}
+    add_job(station, "fit", "gear", columns=ended, images="gear/good")
     with opened(browser, url, "teach") as page:
         card = page.locator(f"[data-job='{identity}']")
         card.get_by_text("the lamp went out").wait_for()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from console_base import opened, settled
+from console_base import opened, paint_rectangle
 from service_base import free_port, make_station, start
+
+from gladad.client import Client
 
 PLATE = Path(__file__).parents[2] / "shared" / "data" / "metal_plate"
 pytestmark = pytest.mark.skipif(not PLATE.is_dir(), reason="no images at ../shared/data/metal_plate beside the repository")
@@ -64,13 +64,7 @@ def limited(page: Any) -> None:
 
 def masked(page: Any) -> None:
     """A corner that does not count, on the picture of the part that was rejected last."""
-    page.get_by_role("button", name="Rectangle").click()
-    page.locator(".room").scroll_into_view_if_needed()
-    box = settled(page.locator(".stage"))
-    page.mouse.move(box["x"] + 1, box["y"] + 1)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 4, steps=4)
-    page.mouse.up()
+    paint_rectangle(page, 1 / 4)
     page.get_by_label("Folder of good parts").select_option("plate/good")
     page.get_by_role("button", name="Make a version without these").click()
     page.locator("[data-state=done]").wait_for(timeout=120_000)
@@ -101,11 +95,8 @@ def test_taught_inspected_tuned_and_found_again(browser: Any, tmp_path: Path) ->
             page.get_by_role("link", name="Models").click()
             page.get_by_role("rowheader", name=re.compile("^3 active")).wait_for()
             page.get_by_role("cell", name="stricter").wait_for()
-        for _ in range(100):
-            if (answer := httpx.post(f"{url}/v1/products/plate/inspections", content=good.read_bytes(), timeout=60)).status_code != 503:
-                break
-            time.sleep(0.1)  # it is being loaded
-        assert answer.json()["version"] == 3
+        with Client(url) as client:
+            assert client.inspect("plate", good).version == 3
     finally:
         server.kill()
         server.wait()

@@ -537,7 +537,7 @@ def test_a_model_that_is_not_offered_leaves_nothing(model, tmp_path):
         client.judge(client.inspect(PRODUCT, GOOD).id, "good")
         shutil.copytree(model, folder / job / "model")
         (folder / job / "result.json").write_text(json.dumps({"offered": False}))
-        add_job(station, "feedback", identity=job, images="parts", mode="calibrate")
+        add_job(station, "feedback", columns={"id": job}, images="parts", mode="calibrate")
         done = client.wait(job)
         assert (done.state, done.result) == ("done", {"offered": False})
         assert len(client.versions(PRODUCT)) == 1 and not list(folder.iterdir())
