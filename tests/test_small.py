@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+import gladad
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.detector.glad import Glad
 from gladad.features.pyramid import PyramidFeatures
@@ -26,6 +30,7 @@ QUICK = {
     "calibration": "held-out",
     "false_reject_rate": 0.2,
 }
+TIMESTEPS = [601, 451, 301]  # at which QUICK compares
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,6 +105,38 @@ def test_an_adjusted_model_is_that_of_a_fit_and_the_first_one_stays(fitted, cate
         detector.adjust(category, QUICK | {"training.steps": 3})
 
 
+def test_a_fit_takes_the_autoencoder_of_another_model(fitted, category, tmp_path):
+    detector, folder = fitted
+    stages: set[str] = set()
+    settings = QUICK | {"vae": str(folder / "model"), "seed": 1}
+    taken = Glad.from_base("small", settings=settings).fit(category, progress=lambda stage, done, total: stages.add(stage))
+    weights = [model.model_.pipeline.vae.state_dict() for model in (detector, taken)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) and "autoencoder" not in stages
+    assert taken.model_id != detector.model_id
+    AutoencoderKL().save_pretrained(tmp_path / "coarse")
+    with pytest.raises(ConfigError, match="coarse has no latents of 4 channels and 8 pixels per cell"):
+        Glad.from_base("small", settings=QUICK | {"vae": str(tmp_path / "coarse")}).fit(category)
+    with pytest.raises(ModelFormatError, match="is neither a folder nor"):
+        Glad.from_base("small", settings=QUICK | {"vae": "not/there", "offline": True}).fit(category)
+
+
+def test_figures_of_search_and_fusion_are_drawn(fitted, category, tmp_path, capsys):
+    _, folder = fitted
+    script = runpy.run_path(str(Path(gladad.__file__).parents[2] / "scripts" / "image_space_figures.py"))
+    script["main"]([str(folder / "model"), str(category), "-o", str(tmp_path), "--steps", "350", "750"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("gaps.png", "steps.png", "sizes.png", "reconstructions.jpg", "numbers.md", "records.json")
+    }
+    records = json.loads((tmp_path / "records.json").read_text())
+    detector = Glad.from_pretrained(folder / "model")
+    delta = detector.model_.config.chain.step_threshold
+    for each in records:
+        reached = [t for t, gap in zip(TIMESTEPS, each["trace"], strict=True) if gap > delta]
+        assert each["step"] == (reached[0] if reached else TIMESTEPS[-1])  # that of the first gap above delta, or the last one compared
+        assert ("area" in each) == bool(each["gt_label"])
+    assert "delta reached by" in capsys.readouterr().out
+
+
 def test_prompts_tell_products_apart():
     one, other = small.prompt_embeds("a photo of one"), small.prompt_embeds("a photo of another")
     assert one.shape == (2, 1, small.PROMPT_WIDTH) and not one[1].any()
@@ -113,7 +150,7 @@ def test_there_is_nothing_to_adopt(category):
 
 @pytest.mark.parametrize(
     ("values", "key"),
-    [({"training.method": "lora"}, r"training\.method"), ({"vae": "vae"}, "vae"), ({"preset": "mvtec_ad/bottle"}, "preset")],
+    [({"training.method": "lora"}, r"training\.method"), ({"revision": "main"}, "revision"), ({"preset": "mvtec_ad/bottle"}, "preset")],
 )
 def test_what_it_cannot_take_is_refused(category, values, key):
     with pytest.raises(ConfigError, match=f"^{key}: small starts from random weights"):

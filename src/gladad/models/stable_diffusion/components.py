@@ -183,11 +183,18 @@ def locate_base(sources: Sources) -> Base:
     parts = [part for part in BASE_COMPONENTS if part != "vae" or sources.vae is None]
     folder, part = find_repository(base if base.is_dir() else sources.base, parts, sources.revision, offline)
     extractor, extractor_part = find_repository(features or DEFAULT_FEATURES, (), sources.features_revision, offline)
-    vae, vae_part = folder / "vae", None
-    if sources.vae is not None:
-        inner = Path(sources.vae) / "vae"
-        vae, vae_part = find_repository(inner if inner.is_dir() else sources.vae, (), sources.vae_revision, offline)
+    vae, vae_part = (folder / "vae", None) if sources.vae is None else locate_autoencoder(sources.vae, sources.vae_revision, offline)
     return Base(folder, vae, extractor, Origin(base=part, features=extractor_part, vae=vae_part))
+
+
+def locate_autoencoder(source: Source, revision: str | None = None, offline: bool = False) -> tuple[Path, Part]:
+    """The folder of an autoencoder, given by itself or as the one of a base or of a model of ours; and where it is from.
+
+    Raises:
+        ModelFormatError: It cannot be found.
+    """
+    inner = [folder for folder in (Path(source) / "vae", Path(source) / "base" / "vae") if folder.is_dir()]
+    return find_repository(inner[0] if inner else source, (), revision, offline)
 
 
 def load_networks(base: Base, dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None) -> Components:

@@ -76,7 +76,7 @@ def check(name: str, settings: object, together: bool) -> None:
     if not isinstance(settings, StableDiffusionSettings):
         raise ConfigError(f"{name} needs StableDiffusionSettings, not {type(settings).__name__}; is it the name of a built-in model?")
     if name == small.NAME:
-        elsewhere = [key for key in ("preset", "features", "vae", "revision") if getattr(settings, key) is not None]
+        elsewhere = [key for key in ("preset", "features", "revision") if getattr(settings, key) is not None]
         if elsewhere:
             raise ConfigError(f"{elsewhere[0]}: {name} starts from random weights and has everything of its own; leave it out")
         if settings.training.method != "full":

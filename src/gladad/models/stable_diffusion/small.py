@@ -15,12 +15,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from gladad.core.errors import ConfigError
 from gladad.core.tensors import to_tensor
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.features.pyramid import PyramidFeatures
 from gladad.models.family import Pixels, Training
 from gladad.models.stable_diffusion.autoencoder_tuning import AutoencoderTuningConfig, tune_autoencoder
-from gladad.models.stable_diffusion.components import Components
+from gladad.models.stable_diffusion.components import Components, load_component, locate_autoencoder
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiffusionSettings
 
@@ -77,17 +78,34 @@ def prompt_embeds(prompt: str) -> Tensor:
 def make_pipelines(
     prompts: Mapping[str, str], images: Mapping[str, Sequence[Pixels]], training: Training, dtype: torch.dtype
 ) -> dict[str, GladPipeline]:
-    """Train the autoencoder, and give each product a pipeline over the same networks; the denoiser, in float32, is still untrained.
+    """Train or read the autoencoder, and give each product a pipeline over the same networks; the denoiser, in float32, is untrained.
 
     Args:
         prompts: Name of the product -> prompt.
         images: Name of the product -> ``[H, W, 3]`` uint8 normal images.
         training: What the fit is asked for; its settings say how the autoencoder is trained.
         dtype: Of autoencoder and extractor afterwards.
+
+    Raises:
+        ConfigError: The autoencoder given has other latents than this base.
+        ModelFormatError: It is missing or damaged.
     """
     settings: StableDiffusionSettings = training.settings
-    networks, seed = untrained(settings.seed), settings.seed
-    good = [(product, image) for product, own in images.items() for image in own]
+    networks = untrained(settings.seed)
+    if settings.vae is None:
+        _train_autoencoder(networks, images, training)
+    else:
+        networks = replace(networks, vae=_given_autoencoder(settings.vae, settings.offline))
+    networks.vae.register_to_config(scaling_factor=1 / _spread(networks.vae, [image for own in images.values() for image in own]))
+    for network in (networks.vae, networks.features):
+        torch.nn.Module.to(network, dtype)
+    return {product: GladPipeline.of(networks, prompt_embeds(prompt), prompt) for product, prompt in prompts.items()}
+
+
+def _train_autoencoder(networks: Components, images: Mapping[str, Sequence[Pixels]], training: Training) -> None:
+    """Train it in place, to rebuild and to draw what the module says."""
+    settings: StableDiffusionSettings = training.settings
+    seed, good = settings.seed, [(product, image) for product, own in images.items() for image in own]
     shown = [image for _, image in good]
     for number in range(WITH_ANOMALIES):
         draw = Draw((seed, 4, number))
@@ -96,10 +114,16 @@ def make_pipelines(
     run = None if training.run is None else training.run.part(PARTS[0])
     config = replace(settings.autoencoder or AutoencoderTuningConfig(), seed=seed)
     tune_autoencoder(networks.vae, networks.features, [*shown, *training.textures], config, run=run, progress=training.progress)
-    networks.vae.register_to_config(scaling_factor=1 / _spread(networks.vae, [image for _, image in good]))
-    for network in (networks.vae, networks.features):
-        torch.nn.Module.to(network, dtype)
-    return {product: GladPipeline.of(networks, prompt_embeds(prompt), prompt) for product, prompt in prompts.items()}
+
+
+def _given_autoencoder(source: str, offline: bool) -> Any:
+    """One that was trained before, perhaps on other products."""
+    folder, _ = locate_autoencoder(source, offline=offline)
+    vae = load_component(AutoencoderKL, folder, use_safetensors=True, dtype=torch.float32)
+    wanted = (VAE["latent_channels"], len(VAE["block_out_channels"]))
+    if (vae.config.latent_channels, len(vae.config.block_out_channels)) != wanted:
+        raise ConfigError(f"vae: {folder} has no latents of {wanted[0]} channels and {2 ** (wanted[1] - 1)} pixels per cell, as {NAME} has")
+    return vae.requires_grad_(False).eval()
 
 
 @torch.no_grad()
