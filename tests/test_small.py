@@ -120,6 +120,22 @@ def test_a_fit_takes_the_autoencoder_of_another_model(fitted, category, tmp_path
         Glad.from_base("small", settings=QUICK | {"vae": "not/there", "offline": True}).fit(category)
 
 
+def test_minutes_end_both_trainings_and_are_kept_to_after_a_stop(category, tmp_path):
+    settings = QUICK | {"training.minutes": 1e-6, "training.steps": 50, "autoencoder.steps": 50}
+    steps: dict[str, int] = {}
+
+    def count(stage: str, done: int, total: int) -> None:
+        if stage in ("autoencoder", "denoiser"):
+            steps[stage] = steps.get(stage, 0) + 1
+            assert done == total == 1  # the first step is the last one
+
+    run = TrainingRun(folder=tmp_path, tracker="none")
+    first = Glad.from_base("small", settings=settings).fit(category, run=run, progress=count)
+    assert steps == {"autoencoder": 1, "denoiser": 1}
+    again = Glad.from_base("small", settings=settings).fit(category, run=run, progress=count)
+    assert steps == {"autoencoder": 1, "denoiser": 1} and again.model_id == first.model_id
+
+
 def test_figures_of_search_and_fusion_are_drawn(fitted, category, tmp_path, capsys):
     _, folder = fitted
     script = runpy.run_path(str(Path(gladad.__file__).parents[2] / "scripts" / "image_space_figures.py"))

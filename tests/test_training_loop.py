@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +119,29 @@ def test_more_steps_continue_a_finished_training(tmp_path: Path) -> None:
     assert same(longer.weights(), whole.weights())
     with pytest.raises(ConfigError, match="20 steps already, more than the 5 asked for"):
         train(Regression(), replace(CONFIG, steps=5), run, stage="line")
+
+
+def test_a_training_ends_when_its_time_is_over_earlier_runs_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(step=6)  # a step takes six seconds
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run, minute = TrainingRun(folder=tmp_path, tracker="none"), replace(CONFIG, minutes=1)
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        train(Regression(), minute, run, progress=stop_at(4), stage="line")
+    stopped, told = Regression(), []
+    assert len(train(stopped, minute, run, progress=lambda *step: told.append(step), stage="line")) == 10
+    assert told[-2:] == [("line", 9, 20), ("line", 10, 10)]
+    assert same(stopped.weights(), _trained(replace(CONFIG, steps=10)).weights())
+    again = Regression()
+    assert len(train(again, minute, run, stage="line")) == 10 and not again.seen and same(again.weights(), stopped.weights())
+    longer = Regression()
+    assert len(train(longer, replace(CONFIG, minutes=100), run, stage="line")) == 20
+    assert same(longer.weights(), _trained(CONFIG).weights())
+
+
+def _trained(config: LoopConfig) -> Regression:
+    task = Regression()
+    train(task, config, stage="line")
+    return task
 
 
 def test_another_training_does_not_go_on(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ WEIGHTS = (
 SEED = Option("--seed", int, "Seed of everything random (default: 0).")
 TOLERATE_HELP = "Harmless changes that good parts may show: light,noise,focus,compression,shift (default: none)."
 FIT = (
-    Option("--minutes", float, "Time budget of the training (lite).", setting="training.minutes"),
+    Option("--minutes", float, "Time budget of the training.", setting="training.minutes"),
     Option("--steps", int, "Steps of each training; 0 only calibrates a trained Stable Diffusion.", setting="training.steps"),
     SEED,
     Option("--false-reject-rate", float, "Share of good parts that may be rejected (default: 0.01)."),

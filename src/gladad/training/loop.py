@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FREE_OF_RESULT = ("steps", "micro_batch")
+FREE_OF_RESULT = ("steps", "minutes", "micro_batch")
 """Settings that may differ between a training and its continuation: more steps, or as many images at a time as another card holds."""
 
 
@@ -46,6 +46,7 @@ class LoopConfig:
     """The budget and arithmetic of a training."""
 
     steps: Annotated[int, Field(ge=0)]  # optimiser steps
+    minutes: Annotated[float, Field(gt=0)] | None = None  # after which it ends before, earlier runs included; then a second run may differ
     batch_size: Annotated[int, Field(ge=1)]  # samples per optimiser step, of all processes together
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # samples at a time; gradients are accumulated; None = all of a process's share
     learning_rate: Annotated[float, Field(gt=0)]  # constant, after the warm-up
@@ -161,8 +162,9 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
             checkpoints.start()
         loop.accelerator.wait_for_everyone()
     losses: list[float] = []
+    spent = 0.0  # seconds
     if found is not None:
-        losses = loop.restore(found)
+        losses, spent = loop.restore(found)
         run.tell(f"going on after step {found.step} of {config.steps}")
         del found  # as large as the training itself
     token = run.cancel or CancelToken()
@@ -172,19 +174,25 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
         at_end.callback(tracker.close)
         if checkpoints is not None:
             at_end.enter_context(cancelled_by_signals(token))
+        over = loop.over(spent)
         for done in range(len(losses) + 1, config.steps + 1):
+            if over:
+                break
             started = time.monotonic()
             losses.append(loop.step(done - 1))
             seconds = time.monotonic() - started
+            spent += seconds
+            over = loop.over(spent)
             if main:
-                progress(stage, done, config.steps)
+                progress(stage, done, done if over else config.steps)
                 if run.watch is not None:
                     run.watch.loss(stage, done, losses[-1])
-            asked = loop.agree(token)
-            if checkpoints is not None and (asked is not None or done == config.steps or done % run.checkpoint_every == 0):
-                loop.checkpoint(checkpoints, losses)
+            asked, over = loop.agree(token, over)
+            last = over or done == config.steps
+            if checkpoints is not None and (asked is not None or last or done % run.checkpoint_every == 0):
+                loop.checkpoint(checkpoints, losses, spent)
             if main and run.folder is not None:
-                _report(tracker, loop, run, done, losses[-1], seconds)
+                _report(tracker, loop, run, losses, seconds, last)
             if asked is not None:
                 kept = "nothing is saved" if run.folder is None else f"saved in {run.folder}, the same command goes on"
                 raise Interrupted(f"stopped after step {done} of {config.steps}; {kept}", asked)
@@ -206,15 +214,16 @@ def _stored(task: Task, config: LoopConfig, run: TrainingRun, stage: str) -> tup
     return checkpoints, found
 
 
-def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, done: int, loss: float, seconds: float) -> None:
+def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, losses: Sequence[float], seconds: float, last: bool) -> None:
     """What people follow a training by; it goes on without it."""
+    done = len(losses)
     on_gpu = loop.device.type == "cuda"  # there the largest amount so far, elsewhere what the process holds now
     memory = torch.cuda.max_memory_allocated(loop.device) if on_gpu else psutil.Process().memory_info().rss
     rates = {"learning_rate": loop.rate(done - 1), "images_per_second": loop.config.batch_size / max(seconds, 1e-9)}
     try:
-        tracker.log({"loss": loss, **rates, "memory_gib": memory / 2**30}, done)
+        tracker.log({"loss": losses[-1], **rates, "memory_gib": memory / 2**30}, done)
         # The parts of a sharded network are needed by all processes, and only this one shows anything.
-        if not loop.sharded and (done % run.sample_every == 0 or done == loop.config.steps):
+        if not loop.sharded and (last or done % run.sample_every == 0):
             examples = loop.task.examples()
             tracker.show(examples, done)
             if run.watch is not None:
@@ -281,21 +290,25 @@ class _Loop:
             self.averages[name].lerp_(parameter.detach(), 1 - config.ema)
         return mean
 
-    def agree(self, token: CancelToken) -> int | None:
-        """Whether all processes stop, because the token of one is cancelled: its signal; None if they go on."""
+    def over(self, seconds: float) -> bool:
+        """Whether the time that a training may take has been spent."""
+        return self.config.minutes is not None and seconds >= 60 * self.config.minutes
+
+    def agree(self, token: CancelToken, over: bool) -> tuple[int | None, bool]:
+        """Whether all processes stop: the signal of the one whose token is cancelled or None, and whether the time of one is over."""
         number = token.signal if token.cancelled else -1
         if self.accelerator.num_processes > 1:
-            numbers = self.accelerator.gather(torch.tensor([number], device=self.device))
-            number = int(torch.as_tensor(numbers).max())
-        return None if number < 0 else number
+            asked = self.accelerator.gather(torch.tensor([[number, int(over)]], device=self.device))
+            number, over = torch.as_tensor(asked).amax(dim=0).tolist()
+        return None if number < 0 else number, bool(over)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters by their name in the module as it was given."""
         module = self.accelerator.unwrap_model(self.module)
         return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
-    def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float]) -> None:
-        """Write where the training is; every process has to call it, the main one writes."""
+    def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float], seconds: float) -> None:
+        """Write where the training is, and the seconds of its steps; every process has to call it, the main one writes."""
         tensors, scalars = {}, {}
         for name, parameter in self._trained():
             tensors[f"weights.{name}"] = _whole(parameter)
@@ -306,12 +319,12 @@ class _Loop:
                     scalars[f"{name}.{key}"] = value
         tensors |= {f"averages.{name}": _whole(value) for name, value in self.averages.items()}
         if self.accelerator.is_main_process:
-            state = {"losses": list(losses), "optimizer": scalars, "scaler": self.scaler.state_dict()}
+            state = {"losses": list(losses), "optimizer": scalars, "scaler": self.scaler.state_dict(), "seconds": seconds}
             checkpoints.save(Checkpoint(len(losses), tensors, state))
         self.accelerator.wait_for_everyone()
 
-    def restore(self, checkpoint: Checkpoint) -> list[float]:
-        """Go back to where a checkpoint was written; returns the losses until then."""
+    def restore(self, checkpoint: Checkpoint) -> tuple[list[float], float]:
+        """Go back to where a checkpoint was written; returns the losses until then, and the seconds of its steps."""
         stored, states = checkpoint.tensors, {}
         for index, (name, parameter) in enumerate(self._trained()):
             parameter.data.copy_(_spread(stored[f"weights.{name}"], parameter))
@@ -328,7 +341,7 @@ class _Loop:
         inner = self.optimizer.optimizer
         inner.load_state_dict({"state": states, "param_groups": inner.state_dict()["param_groups"]})
         self.scaler.load_state_dict(checkpoint.state["scaler"])
-        return [float(loss) for loss in checkpoint.state["losses"]]
+        return [float(loss) for loss in checkpoint.state["losses"]], float(checkpoint.state.get("seconds", 0))
 
     def finish(self) -> None:
         """Keep the averaged weights, if there are any."""

@@ -32,7 +32,7 @@ from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_genera
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
 Weight = Annotated[float, Field(ge=0)]
-FREE_OF_RESULT = ("steps", "micro_batch", "gradient_checkpointing")
+FREE_OF_RESULT = ("steps", "minutes", "micro_batch", "gradient_checkpointing")
 
 
 @validated
@@ -40,6 +40,7 @@ class AutoencoderTuningConfig:
     """How the autoencoder is fine-tuned."""
 
     steps: Annotated[int, Field(ge=0)] = 2000  # optimiser steps
+    minutes: Annotated[float, Field(gt=0)] | None = None  # after which the training ends before
     batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # of Adam; latent diffusion's, from nothing, is 4.5e-6 per image of a batch

@@ -110,6 +110,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     if steps is None:
         steps = max(1, DEFAULT_STEPS // training.share)
     fresh, run = training.name == small.NAME, training.run
+    minutes = None if denoiser.minutes is None else denoiser.minutes / training.share
     if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if run is None else run.memory_limit)
     own = {key: settings.of_product(key, preset) for key in images}
@@ -118,6 +119,8 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     if fresh:
         pipelines = small.make_pipelines(prompts, images, training, dtype)
         run = None if run is None else run.part(small.PARTS[1])
+        if settings.vae is None and minutes is not None:
+            minutes *= 1 - small.AUTOENCODER_SHARE
     else:
         pipelines = GladPipeline.for_prompts(settings.sources(training.name), prompts, dtype, trained_dtype)
     for pipeline in pipelines.values():
@@ -129,7 +132,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         trained = finetune_denoiser(
             first,
             {key: TrainedProduct(images[key], pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key in images},
-            denoiser,
+            replace(denoiser, minutes=minutes),
             steps,
             seed=settings.seed,
             textures=training.textures,

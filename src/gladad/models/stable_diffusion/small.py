@@ -28,9 +28,10 @@ from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiff
 NAME = "small"
 PARTS = ("autoencoder", "denoiser")  # its trainings, as folders of their checkpoints
 PROMPT_WIDTH = 64
+AUTOENCODER_SHARE = 1 / 3  # of a budget of minutes
 WITH_ANOMALIES = 200  # images with synthetic anomalies that the autoencoder learns to draw
 STANDARDISED = 64  # good images by which the latents' scale is set
-VAE = {  # 5.6 million parameters, 8 pixels per latent cell; few channels where there are many pixels, which is where the time goes
+VAE: dict[str, Any] = {  # 5.6 million parameters, 8 pixels per latent cell; few channels where there are many pixels, which is where the time goes
     "block_out_channels": (16, 32, 64, 192),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -113,6 +114,8 @@ def _train_autoencoder(networks: Components, images: Mapping[str, Sequence[Pixel
         shown.append(synthesise(image, draw, SynthesisConfig(), training.textures, training.foregrounds[product])[0])
     run = None if training.run is None else training.run.part(PARTS[0])
     config = replace(settings.autoencoder or AutoencoderTuningConfig(), seed=seed)
+    if settings.training.minutes is not None:
+        config = replace(config, minutes=AUTOENCODER_SHARE * settings.training.minutes / training.share)
     tune_autoencoder(networks.vae, networks.features, [*shown, *training.textures], config, run=run, progress=training.progress)
 
 
