@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 
 import gladad
-from gladad.core.errors import ConfigError, ModelFormatError
+from gladad.core.errors import ConfigError, Interrupted, ModelFormatError
+from gladad.core.threads import CancelToken
 from gladad.detector.glad import Glad
 from gladad.features.pyramid import PyramidFeatures
 from gladad.models.registry import make_settings
@@ -74,6 +78,41 @@ def test_the_same_seed_gives_the_same_model_and_finished_trainings_are_not_repea
     assert "autoencoder" not in stages and "denoiser" not in stages
     fresh = Glad.from_base("small", settings=QUICK).fit(category)
     assert fresh.model_id == detector.model_id
+
+
+def test_a_fit_stopped_in_either_training_goes_on_to_the_same_model(fitted, category, tmp_path):
+    detector, _ = fitted
+    for part in ("autoencoder", "denoiser"):
+        token = CancelToken()
+
+        def stop(stage: str, done: int, total: int, part: str = part, token: CancelToken = token) -> None:
+            if (stage, done) == (part, 1):
+                token.cancel()
+
+        run = TrainingRun(folder=tmp_path, tracker="none", cancel=token)
+        with pytest.raises(Interrupted, match="stopped after step 1 of 2"):
+            Glad.from_base("small", settings=QUICK).fit(category, run=run, progress=stop)
+    resumed = Glad.from_base("small", settings=QUICK).fit(category, run=TrainingRun(folder=tmp_path, tracker="none"))
+    assert resumed.model_id == detector.model_id
+
+
+def test_two_processes_decide_as_one_image_at_a_time_does(fitted, category, tmp_path):
+    detector, folder = fitted
+    command = [*("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gladad", "predict"), folder / "model"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(gladad.__file__).parents[1])}
+    process = [sys.executable, *map(str, [*command, category / "test", "-o", tmp_path / "found"])]
+    done = subprocess.run(process, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "found" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for row in rows:
+            alone = detector.inspect(row["image_path"])
+            assert (alone.pred_score, alone.pred_label, alone.step) == (row["pred_score"], bool(row["pred_label"]), row["step"])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_latents_of_the_trained_autoencoder_have_unit_variance(fitted, category):
