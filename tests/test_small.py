@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import gladad
+from gladad.cli.main import main
 from gladad.core.errors import ConfigError, Interrupted, ModelFormatError
 from gladad.core.threads import CancelToken
 from gladad.detector.glad import Glad
@@ -192,6 +193,17 @@ def test_figures_of_search_and_fusion_are_drawn(fitted, category, tmp_path, caps
     assert "delta reached by" in capsys.readouterr().out
 
 
+def test_its_extractor_is_tuned(fitted, category, tmp_path):
+    _, folder = fitted
+    options = ["-o", str(tmp_path / "tuned"), "--steps", "2", "--batch-size", "4", "--tracker", "none"]
+    assert main(["tune-features", str(folder / "model"), str(category), *options]) == 0
+    before, tuned = Glad.from_pretrained(folder / "model"), Glad.from_pretrained(tmp_path / "tuned")
+    assert set(tuned.model_.pipeline.tuned_weights()) == {name for name, _ in before.model_.pipeline.features.mlp_parameters((1, 2, 3))}
+    image = sorted((category / "test" / "hole").iterdir())[0]
+    one, other = before.inspect(image), tuned.inspect(image)
+    assert one.step == other.step and one.pred_score != other.pred_score
+
+
 def test_prompts_tell_products_apart():
     one, other = small.prompt_embeds("a photo of one"), small.prompt_embeds("a photo of another")
     assert one.shape == (2, 1, small.PROMPT_WIDTH) and not one[1].any()
@@ -231,8 +243,11 @@ def test_the_extractor_is_saved_and_read_back(tmp_path):
     (tmp_path / "features" / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelFormatError, match="is no folder of efficientnet-lite0"):
         PyramidFeatures.from_pretrained(tmp_path / "features")
-    with pytest.raises(ConfigError, match="no MLPs"):
-        features.mlp_parameters([1])
+    names = [name for name, _ in features.mlp_parameters([3, 1])]
+    trained = [f"network.blocks.{block}.{part}.conv" for block in (2, 10) for part in ("expand", "project")]
+    assert names == [f"{name}.{kind}" for name in trained for kind in ("weight", "bias")]
+    with pytest.raises(ConfigError, match="maps 1 to 3, not 4"):
+        features.mlp_parameters([4])
 
 
 def test_an_adjusted_model_keeps_the_adapter_of_the_one_it_was_loaded_as(tiny_base, category, tmp_path):

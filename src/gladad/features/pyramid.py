@@ -67,12 +67,19 @@ class PyramidFeatures(ModelMixin):
         return height, width
 
     def mlp_parameters(self, blocks: Sequence[int]) -> list[tuple[str, nn.Parameter]]:
-        """There are none.
+        """Named parameters of the pointwise convolutions in the last blocks before some maps, counted from 1: the MLPs of each place.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: A map does not exist.
         """
-        raise ConfigError("a convolutional extractor has no MLPs to tune; tune-features is for vision transformers")
+        ends, found = sorted(self.network.taps), list[tuple[str, nn.Parameter]]()
+        for block in sorted(set(blocks)):
+            if not 1 <= block <= len(ends):
+                raise ConfigError(f"MLPs to train: there are maps 1 to {len(ends)}, not {block}")
+            name = f"network.blocks.{ends[block - 1]}"
+            for part in ("expand", "project"):
+                found += self.get_submodule(f"{name}.{part}").named_parameters(prefix=f"{name}.{part}")  # type: ignore[attr-defined]
+        return found
 
     def forward(self, image: Tensor, layers: Sequence[int] | None = None, imagenet: bool = True) -> list[Tensor]:
         """Maps of an image.
