@@ -87,6 +87,10 @@ class FeatureDiffusionSettings(DenoisingSettings):
     )
     scoring: MapSettings = field(default_factory=MapSettings)
 
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 16 or any(width % 16 for width in self.widths) or self.widths[-1] < 32:
+            raise ConfigError(f"widths: multiples of 16, the last one at least 32, such as 64, 96 and 128; not {list(self.widths)}")
+
 
 @validated
 class FeatureDiffusionConfig:
