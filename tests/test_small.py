@@ -8,8 +8,10 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -17,6 +19,8 @@ from diffusers import AutoencoderKL
 import gladad
 from gladad.cli.main import main
 from gladad.core.errors import ConfigError, Interrupted, ModelFormatError
+from gladad.core.images import load_image, resize_pixels
+from gladad.core.tensors import to_tensor
 from gladad.core.threads import CancelToken
 from gladad.detector.glad import Glad
 from gladad.features.pyramid import PyramidFeatures
@@ -143,6 +147,21 @@ def test_an_adjusted_model_is_that_of_a_fit_and_the_first_one_stays(fitted, cate
     assert detector.model_.pipeline.guidance_scale == 1
     with pytest.raises(ConfigError, match="training cannot be changed without another fit"):
         detector.adjust(category, QUICK | {"training.steps": 3})
+
+
+def test_reconstructions_are_compared_with_the_input_or_what_the_autoencoder_makes_of_it(fitted, category):
+    detector, folder = fitted
+    model = detector.model_
+    pixels = load_image(sorted((category / "test" / "hole").iterdir())[0])
+    maps = {way: model.adjusted(replace(model.config.settings, reference=way)).inspect(pixels).map for way in ("input", "decoded", "both")}
+    np.testing.assert_allclose(maps["both"], maps["input"] + maps["decoded"], rtol=1e-6)
+    resized = resize_pixels(pixels, model.image_size)
+    own = model.pipeline.decode(model.pipeline.encode(to_tensor(resized)[None]))
+    rebuilt = model.pipeline.decode(model.rebuild(to_tensor(resized)[None], model.config.chain).latent)
+    wanted = model.pipeline.score_maps(own, rebuilt, model.config.settings.scoring, model.config.feature_size)
+    np.testing.assert_array_equal(maps["decoded"], wanted[0, 0].numpy())
+    adjusted = Glad.from_pretrained(folder / "model").adjust(category, QUICK | {"reference": "both"})
+    assert adjusted.calibration_.threshold.value > detector.calibration_.threshold.value
 
 
 def test_a_fit_takes_the_autoencoder_of_another_model(fitted, category, tmp_path):

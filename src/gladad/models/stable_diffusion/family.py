@@ -176,7 +176,7 @@ def usual_gap(model: StableDiffusion, images: Sequence[Pixels], stage: str, prog
 
 def training_values(settings: StableDiffusionSettings) -> dict[str, Any]:
     """All but the rate and how input and reconstruction are compared."""
-    compared = {"scoring", "scoring_foreground", "feature_size"}
+    compared = {"scoring", "scoring_foreground", "feature_size", "reference"}
     apart = {"false_reject_rate", "reconstruction", "guidance_scale", "calibrate_step", "speed"} | compared
     return {name: value for name, value in to_json(settings).items() if name not in apart}
 

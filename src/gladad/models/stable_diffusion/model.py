@@ -78,7 +78,10 @@ class StableDiffusion:
         weight = None
         if mask is not None:
             weight = soft_foreground(torch.from_numpy(mask)[None, None], settings.scoring).to(rebuilt.latent)
-        maps = pipeline.score_maps(image, picture, settings.scoring, config.feature_size, weight)
+        own = () if settings.reference == "input" else (pipeline.decode(pipeline.encode(image)),)
+        references = own if settings.reference == "decoded" else (image, *own)
+        found = [pipeline.score_maps(each, picture, settings.scoring, config.feature_size, weight) for each in references]
+        maps = torch.stack(found).sum(dim=0)
         score = float(image_score(maps, settings.scoring))
         return Inspection(map=maps[0, 0].float().cpu().numpy(), score=score, step=int(rebuilt.step), latent=picture.float().cpu())
 

@@ -19,6 +19,7 @@ from gladad.models.stable_diffusion.presets import MULTI_CLASS, Preset, category
 from gladad.models.stable_diffusion.training import FinetuneConfig
 
 DEFAULT_STEPS = 4000  # of the optimiser: the paper's for MVTec AD and MPDD
+Reference = Literal["input", "decoded", "both"]
 Speed = Literal["exact", "balanced", "fast"]
 SPEEDS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -54,6 +55,7 @@ class StableDiffusionSettings(DenoisingSettings):
     training: DenoiserSettings = field(default_factory=DenoiserSettings)
     autoencoder: AutoencoderTuningConfig | None = None  # training of the autoencoder of a base without weights (``small``)
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0  # classifier-free guidance; 1 = off, the paper uses 9
+    reference: Reference = "input"  # what a reconstruction is compared with: the image, what the autoencoder makes of it, or both
     feature_size: Annotated[int, Field(ge=32)] | None = None  # side at which input and reconstruction are compared; None = image_size
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     speed: Speed = "exact"  # of an inspection, see `SPEEDS`
