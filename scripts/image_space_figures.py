@@ -39,6 +39,7 @@ from gladad.models.stable_diffusion.family import UNREACHABLE
 from gladad.models.stable_diffusion.model import StableDiffusion
 
 SEARCH = "ADS"
+DPI = 80
 SHOWN = 3  # good and bad images of the lowest, and of the highest scores
 GROUPS = ("small", "middle", "large")
 COLOURS = {"good": "#2a78b5", "bad": "#c0392b"}
@@ -124,7 +125,7 @@ def draw_gaps(records: Sequence[Mapping[str, Any]], timesteps: Sequence[int], de
     axes.axhline(delta, color="black", linestyle="--", linewidth=1, label="delta")
     axes.set(xlabel="timestep (the chain goes from left to right)", ylabel="gap, mean of 10 places", xlim=(max(timesteps), min(timesteps)))
     axes.legend()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=DPI)
 
 
 def draw_steps(records: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -136,8 +137,8 @@ def draw_steps(records: Sequence[Mapping[str, Any]], file: Path) -> None:
     ):
         axes = figure.add_subplot(1, 2, place + 1)
         axes.scatter([each[name] for each in records], [each["step"] for each in records] + jitter, s=12, color=COLOURS["bad"], alpha=0.7)
-        axes.set(xlabel=label, ylabel="chosen timestep", xscale="log")
-    figure.savefig(file, dpi=110)
+        axes.set(xlabel=label, ylabel="chosen timestep")
+    figure.savefig(file, dpi=DPI)
 
 
 def by_size(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -161,7 +162,7 @@ def draw_sizes(found: Mapping[str, Mapping[str, float]], file: Path) -> None:
         axes.plot(GROUPS, [own[group] for group in GROUPS], marker="o", linewidth=2.2 if name == SEARCH else 1.2, label=name)
     axes.set(xlabel="defects, by area", ylabel="image AUROC")
     axes.legend()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=DPI)
 
 
 def draw_reconstructions(rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str], file: Path) -> None:
