@@ -34,9 +34,7 @@ class DenoiserSettings(FinetuneConfig):
     """How the denoiser is trained, and how long."""
 
     steps: Annotated[int, Field(ge=0)] | None = None  # optimiser steps of each training; None = 4000 or the preset's; 0 = adopt as it is
-    minutes: Annotated[float, Field(gt=0)] | None = (
-        None  # of the trainings' steps, after which they end before; then a second run may differ
-    )
+    minutes: Annotated[float, Field(gt=0)] | None = None  # after which the trainings' steps end before; a second run may differ then
 
 
 @validated

@@ -31,9 +31,8 @@ PROMPT_WIDTH = 64
 AUTOENCODER_SHARE = 1 / 3  # of a budget of minutes
 WITH_ANOMALIES = 200  # images with synthetic anomalies that the autoencoder learns to draw
 STANDARDISED = 64  # good images by which the latents' scale is set
-VAE: dict[
-    str, Any
-] = {  # 5.6 million parameters, 8 pixels per latent cell; few channels where there are many pixels, which is where the time goes
+# 5.6 million parameters, 8 pixels per latent cell; few channels where there are many pixels, which is where the time goes
+VAE: dict[str, Any] = {
     "block_out_channels": (16, 32, 64, 192),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
