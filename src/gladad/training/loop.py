@@ -162,9 +162,8 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
             checkpoints.start()
         loop.accelerator.wait_for_everyone()
     losses: list[float] = []
-    spent = 0.0  # seconds
     if found is not None:
-        losses, spent = loop.restore(found)
+        losses = loop.restore(found)
         run.tell(f"going on after step {found.step} of {config.steps}")
         del found  # as large as the training itself
     token = run.cancel or CancelToken()
@@ -174,25 +173,20 @@ def train(task: Task, config: LoopConfig, run: TrainingRun | None = None, *, pro
         at_end.callback(tracker.close)
         if checkpoints is not None:
             at_end.enter_context(cancelled_by_signals(token))
-        over = loop.over(spent)
         for done in range(len(losses) + 1, config.steps + 1):
-            if over:
+            if loop.over:
                 break
-            started = time.monotonic()
             losses.append(loop.step(done - 1))
-            seconds = time.monotonic() - started
-            spent += seconds
-            over = loop.over(spent)
             if main:
-                progress(stage, done, done if over else config.steps)
+                progress(stage, done, done if loop.over else config.steps)
                 if run.watch is not None:
                     run.watch.loss(stage, done, losses[-1])
-            asked, over = loop.agree(token, over)
-            last = over or done == config.steps
+            asked = loop.agree(token)
+            last = loop.over or done == config.steps
             if checkpoints is not None and (asked is not None or last or done % run.checkpoint_every == 0):
-                loop.checkpoint(checkpoints, losses, spent)
+                loop.checkpoint(checkpoints, losses)
             if main and run.folder is not None:
-                _report(tracker, loop, run, losses, seconds, last)
+                _report(tracker, loop, run, losses, last)
             if asked is not None:
                 kept = "nothing is saved" if run.folder is None else f"saved in {run.folder}, the same command goes on"
                 raise Interrupted(f"stopped after step {done} of {config.steps}; {kept}", asked)
@@ -214,12 +208,12 @@ def _stored(task: Task, config: LoopConfig, run: TrainingRun, stage: str) -> tup
     return checkpoints, found
 
 
-def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, losses: Sequence[float], seconds: float, last: bool) -> None:
+def _report(tracker: Tracker, loop: _Loop, run: TrainingRun, losses: Sequence[float], last: bool) -> None:
     """What people follow a training by; it goes on without it."""
     done = len(losses)
     on_gpu = loop.device.type == "cuda"  # there the largest amount so far, elsewhere what the process holds now
     memory = torch.cuda.max_memory_allocated(loop.device) if on_gpu else psutil.Process().memory_info().rss
-    rates = {"learning_rate": loop.rate(done - 1), "images_per_second": loop.config.batch_size / max(seconds, 1e-9)}
+    rates = {"learning_rate": loop.rate(done - 1), "images_per_second": loop.config.batch_size / max(loop.seconds, 1e-9)}
     try:
         tracker.log({"loss": losses[-1], **rates, "memory_gib": memory / 2**30}, done)
         # The parts of a sharded network are needed by all processes, and only this one shows anything.
@@ -253,6 +247,7 @@ class _Loop:
         if self.sharded and config.batch_size % count:
             raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}
+        self.seconds = self.spent = 0.0  # of the last step, and of all
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -260,7 +255,7 @@ class _Loop:
 
     def step(self, step: int) -> float:
         """One step of the optimiser; returns the mean loss of its batch, of all processes."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, started = self.config, self.accelerator, time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         mine = range(config.batch_size)[accelerator.process_index :: accelerator.num_processes]
@@ -288,27 +283,31 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         for name, parameter in self._trained() if self.averages else ():
             self.averages[name].lerp_(parameter.detach(), 1 - config.ema)
+        self.seconds = time.monotonic() - started
+        self.spent += self.seconds
         return mean
 
-    def over(self, seconds: float) -> bool:
-        """Whether the time that a training may take has been spent."""
-        return self.config.minutes is not None and seconds >= 60 * self.config.minutes
+    @property
+    def over(self) -> bool:
+        """Whether the time that the training may take has been spent."""
+        return self.config.minutes is not None and self.spent >= 60 * self.config.minutes
 
-    def agree(self, token: CancelToken, over: bool) -> tuple[int | None, bool]:
-        """Whether all processes stop: the signal of the one whose token is cancelled or None, and whether the time of one is over."""
+    def agree(self, token: CancelToken) -> int | None:
+        """Whether all processes stop, because the token of one is cancelled: its signal, or None. All have spent as long then."""
         number = token.signal if token.cancelled else -1
         if self.accelerator.num_processes > 1:
-            asked = self.accelerator.gather(torch.tensor([[number, int(over)]], device=self.device))
-            number, over = torch.as_tensor(asked).amax(dim=0).tolist()
-        return None if number < 0 else number, bool(over)
+            told = self.accelerator.gather(torch.tensor([[number, self.spent]], device=self.device))
+            asked, self.spent = torch.as_tensor(told).amax(dim=0).tolist()
+            number = int(asked)
+        return None if number < 0 else number
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters by their name in the module as it was given."""
         module = self.accelerator.unwrap_model(self.module)
         return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
-    def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float], seconds: float) -> None:
-        """Write where the training is, and the seconds of its steps; every process has to call it, the main one writes."""
+    def checkpoint(self, checkpoints: Checkpoints, losses: Sequence[float]) -> None:
+        """Write where the training is; every process has to call it, the main one writes."""
         tensors, scalars = {}, {}
         for name, parameter in self._trained():
             tensors[f"weights.{name}"] = _whole(parameter)
@@ -319,12 +318,12 @@ class _Loop:
                     scalars[f"{name}.{key}"] = value
         tensors |= {f"averages.{name}": _whole(value) for name, value in self.averages.items()}
         if self.accelerator.is_main_process:
-            state = {"losses": list(losses), "optimizer": scalars, "scaler": self.scaler.state_dict(), "seconds": seconds}
+            state = {"losses": list(losses), "optimizer": scalars, "scaler": self.scaler.state_dict(), "seconds": self.spent}
             checkpoints.save(Checkpoint(len(losses), tensors, state))
         self.accelerator.wait_for_everyone()
 
-    def restore(self, checkpoint: Checkpoint) -> tuple[list[float], float]:
-        """Go back to where a checkpoint was written; returns the losses until then, and the seconds of its steps."""
+    def restore(self, checkpoint: Checkpoint) -> list[float]:
+        """Go back to where a checkpoint was written; returns the losses until then."""
         stored, states = checkpoint.tensors, {}
         for index, (name, parameter) in enumerate(self._trained()):
             parameter.data.copy_(_spread(stored[f"weights.{name}"], parameter))
@@ -341,7 +340,8 @@ class _Loop:
         inner = self.optimizer.optimizer
         inner.load_state_dict({"state": states, "param_groups": inner.state_dict()["param_groups"]})
         self.scaler.load_state_dict(checkpoint.state["scaler"])
-        return [float(loss) for loss in checkpoint.state["losses"]], float(checkpoint.state.get("seconds", 0))
+        self.spent = float(checkpoint.state.get("seconds", 0))
+        return [float(loss) for loss in checkpoint.state["losses"]]
 
     def finish(self) -> None:
         """Keep the averaged weights, if there are any."""
