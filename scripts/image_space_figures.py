@@ -27,7 +27,7 @@ from scipy.ndimage import binary_dilation
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from gladad.algorithm import fusion_mask, image_noise, patch_distance, reconstruct
+from gladad.algorithm import fusion_mask, patch_distance, top_k_mean
 from gladad.algorithm.schedule import chain_timesteps
 from gladad.core.images import load_image, load_mask, resize_pixels
 from gladad.core.records import Sample
@@ -62,7 +62,7 @@ class Listening:
 
 
 def ways(model: StableDiffusion, steps: Sequence[int]) -> dict[str, StableDiffusion]:
-    """The model with each fixed step, and with the search."""
+    """The model with each fixed step, and with the search, which is listened to."""
     settings = model.config.settings
     fixed = {
         f"fixed {step}": model.adjusted(
@@ -70,23 +70,24 @@ def ways(model: StableDiffusion, steps: Sequence[int]) -> dict[str, StableDiffus
         )
         for step in steps
     }
+    model.pipeline = Listening(model.pipeline)
     return fixed | {SEARCH: model}
 
 
-@torch.no_grad()
-def searched(model: StableDiffusion, pixels: np.ndarray) -> tuple[list[float], np.ndarray]:
-    """The gap at each step of a search that nothing ends, and the fusion mask ``[h, w]`` in [0, 1] of the one that delta ends."""
-    pipeline, chain = model.pipeline, model.config.chain
-    latent = pipeline.encode(to_tensor(resize_pixels(pixels, model.image_size))[None].to(pipeline.device))
-    noise = image_noise(latent.shape[1:], model.config.settings.seed).to(latent)
-    whole = replace(chain, step_threshold=UNREACHABLE, search_stride=1)
-    trace = reconstruct(pipeline, latent, noise, pipeline.schedule, whole).trace[0]
-    networks = Listening(pipeline)
-    found = reconstruct(networks, latent, noise, pipeline.schedule, chain)
-    gap = patch_distance(*networks.pair)[0, 0]
-    differs = bool(found.gap_score > chain.step_threshold)
+def gaps(model: StableDiffusion, pixels: np.ndarray) -> list[float]:
+    """The gap at each step of a search that nothing ends."""
+    image = to_tensor(resize_pixels(pixels, model.image_size))[None].to(model.pipeline.device)
+    whole = replace(model.config.chain, step_threshold=UNREACHABLE, search_stride=1)
+    return model.rebuild(image, whole).trace[0].tolist()
+
+
+def last_mask(model: StableDiffusion) -> np.ndarray:
+    """The fusion mask ``[h, w]`` in [0, 1] of the image that was inspected last."""
+    chain = model.config.chain
+    gap = patch_distance(*model.pipeline.pair)
+    differs = bool(top_k_mean(gap, chain.top_k) > chain.step_threshold)
     mask = fusion_mask(gap, chain) if differs else torch.zeros_like(gap)
-    return trace.tolist(), mask.cpu().numpy()
+    return mask[0, 0].cpu().numpy()
 
 
 def defect(sample: Sample, pixels: np.ndarray) -> dict[str, float]:
@@ -104,8 +105,9 @@ def defect(sample: Sample, pixels: np.ndarray) -> dict[str, float]:
 def record(sample: Sample, models: Mapping[str, StableDiffusion]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What is said of one image, and its pictures: the input, what each way makes of it, and the mask."""
     pixels = load_image(sample.image_path)
-    trace, mask = searched(models[SEARCH], pixels)
+    trace = gaps(models[SEARCH], pixels)
     found = {name: model.inspect(pixels) for name, model in models.items()}
+    mask = last_mask(models[SEARCH])
     size = models[SEARCH].image_size
     pictures = [resize_pixels(pixels, size), *(resize_pixels(to_pixels(each.latent[0]), size) for each in found.values())]
     grey = np.asarray(Image.fromarray(np.rint(mask * 255).astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST))

@@ -28,11 +28,10 @@ from gladad.models.stable_diffusion.components import latent_size
 from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.folders import save_folder
 from gladad.models.stable_diffusion.training_inputs import check_images, image_of_sample, loop_config, sha256_of_images, sha256_of_weights
-from gladad.training.loop import LoopConfig, Precision, TrainingRun, draw_generator, train
+from gladad.training.loop import FREE_OF_RESULT, LoopConfig, Precision, TrainingRun, draw_generator, train
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
 Weight = Annotated[float, Field(ge=0)]
-FREE_OF_RESULT = ("steps", "minutes", "micro_batch", "gradient_checkpointing")
 
 
 @validated
@@ -158,7 +157,7 @@ class AutoencoderTask:
 
     def __init__(self, vae: Any, features: Any, images: Sequence[Pixels], config: AutoencoderTuningConfig):
         self.features, self.images, self.config, self.device = features, images, config, vae.device
-        settings = {name: value for name, value in to_json(config).items() if name not in FREE_OF_RESULT}
+        settings = {name: value for name, value in to_json(config).items() if name not in {*FREE_OF_RESULT, "gradient_checkpointing"}}
         self.identity: dict[str, Any] = {
             "tuning": settings,
             "images": sha256_of_images(images),
