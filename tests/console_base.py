@@ -34,7 +34,10 @@ def opened(browser: Any, url: str, place: str = "inspect", refused: tuple[str, .
     page = context.new_page()
     said: list[str] = []
     elsewhere: list[str] = []
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: said.append(f"{message.text} {message.location['url']}") if message.type in ("error", "warning") else None,
+    )
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "blob:", "data:")) else None)
     page.goto(f"{url}/#/{place}")

@@ -640,11 +640,17 @@ def test_data_folders(http, station):
     assert http.get("/v1/data").json() == [{"name": "gear/good", "images": 3}]
     found = http.get("/v1/data/check", params={"folder": "gear/good"}).json()
     assert found["findings"][0]["files"] == ["2.png"]  # the same picture as 0.png
-    assert Image.open(io.BytesIO(http.get("/v1/data/images/1", params={"folder": "gear/good"}).content)).size == (72, 72)
+    second, folder = {"folder": "gear/good", "name": "1.png"}, {"folder": "gear/good"}
+    assert http.get("/v1/data/names", params=folder).json() == ["0.png", "1.png", "2.png"]
+    shown = http.get("/v1/data/image", params=second)
+    assert Image.open(io.BytesIO(shown.content)).size == (72, 72)
     for params in ({"folder": "../x", "name": "a.png"}, {"folder": "x", "name": "../a.png"}, {"folder": "x", "name": "a.txt"}):
         assert http.put("/v1/data", params=params, content=GOOD).status_code == 422
     assert http.put("/v1/data", params={"folder": "x", "name": "a.png"}, content=b"no").status_code == 415
-    assert http.get("/v1/data/images/3", params={"folder": "gear/good"}).status_code == 404
+    assert http.delete("/v1/data", params={**folder, "name": "0.png"}).status_code == 204
+    assert http.get("/v1/data/image", params=second).content == shown.content  # whatever else comes and goes
+    assert http.get("/v1/data/image", params={**folder, "name": "0.png"}).status_code == 404
+    assert http.get("/v1/data/image", params={**folder, "name": "../2.png"}).status_code == 404
     shutil.rmtree(station.folder / "data")
 
 

@@ -289,8 +289,7 @@ export const pictures = {
   nearestGood: (id: string, place: number) => at(`v1/decisions/${part(id)}/nearest-good.png`, { place }),
   map: (id: string) => `v1/decisions/${part(id)}/map.png`,
   reconstruction: (id: string) => `v1/decisions/${part(id)}/reconstruction.png`,
-  // the name is for this page's memory of pictures: numbers change when one is removed
-  folder: (folder: string, number: number, name: string) => at(`v1/data/images/${number}`, { folder, name }),
+  folder: (folder: string, name: string) => at('v1/data/image', { folder, name }),
   golden: (product: string, sha256: string) => `v1/products/${part(product)}/golden/${sha256}/small.png`,
   ignored: (product: string, version: number) => `v1/products/${part(product)}/versions/${version}/ignored.png`,
 };

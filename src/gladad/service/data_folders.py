@@ -85,25 +85,26 @@ def remove(station: Station, folder: str, name: str) -> None:
 
 
 def names(station: Station, folder: str) -> list[str]:
-    """The images of a folder, and below it, in the order of their numbers.
+    """The images of a folder, and below it, in order.
 
     Raises:
         UnknownError: There is no such folder.
     """
     root = path_of(station, folder)
-    return [printable(path.relative_to(root).as_posix()) for path in list_images(root)]
+    return [_name(path, root) for path in list_images(root)]
 
 
-def image(station: Station, folder: str, number: int) -> bytes:
-    """An image of a folder by its number, from 0.
+def image(station: Station, folder: str, name: str) -> bytes:
+    """An image of a folder by the name that :func:`names` gives it, which stays its own while others come and go.
 
     Raises:
         UnknownError: There is none.
     """
-    paths = list_images(path_of(station, folder))
-    if number >= len(paths):
-        raise UnknownError(f"{DATA}/{folder} has {len(paths)} images; there is no number {number}")
-    return paths[number].read_bytes()
+    root = path_of(station, folder)
+    try:
+        return next(path for path in list_images(root) if _name(path, root) == name).read_bytes()
+    except (StopIteration, FileNotFoundError):
+        raise UnknownError(f"{DATA}/{folder} has no image {name!r}") from None
 
 
 def check(station: Station, folder: str) -> dict[str, Any]:
@@ -131,6 +132,10 @@ def check(station: Station, folder: str) -> dict[str, Any]:
 
 def _place(station: Station, name: str) -> Path:
     return station.folder.joinpath(DATA, *(check_name(part, "data folder") for part in name.split("/")))
+
+
+def _name(path: Path, root: Path) -> str:
+    return printable(path.relative_to(root).as_posix())
 
 
 def _relative(file: str, root: Path) -> str:

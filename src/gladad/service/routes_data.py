@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from gladad.core.images import as_pixels
 from gladad.report.pictures import thumbnail, to_png
@@ -47,7 +47,7 @@ def remove(folder: Folder, name: Annotated[str, Query(max_length=64)], who: Who,
 
 @router.get("/names", responses=problems(401, 404, 422))
 def names(folder: Folder, who: Who, line: Running) -> list[str]:
-    """The images of a folder, in the order of their numbers."""
+    """The images of a folder, and below it, in order."""
     return data_folders.names(line.station, folder)
 
 
@@ -57,8 +57,8 @@ def check(folder: Folder, who: Who, line: Running) -> FolderCheck:
     return FolderCheck.model_validate(data_folders.check(line.station, folder))
 
 
-@router.get("/images/{number}", responses={200: {"content": {"image/png": {}}}, **problems(401, 404, 422)}, response_class=Response)
-def small_picture(number: Annotated[int, Path(ge=0, le=10_000_000)], folder: Folder, who: Who, line: Running) -> Response:
-    """An image of a folder by its number, small."""
-    pixels = thumbnail(as_pixels(data_folders.image(line.station, folder, number)), SIDE)
+@router.get("/image", responses={200: {"content": {"image/png": {}}}, **problems(401, 404, 422)}, response_class=Response)
+def small_picture(folder: Folder, name: Annotated[str, Query(max_length=4096)], who: Who, line: Running) -> Response:
+    """An image of a folder by its name among them, small."""
+    pixels = thumbnail(as_pixels(data_folders.image(line.station, folder, name)), SIDE)
     return Response(to_png(pixels), media_type="image/png")
