@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gladad.core.errors import ConfigError
+from gladad.models.stable_diffusion.family import from_preset
 from gladad.models.stable_diffusion.presets import FOLDER, MULTI_CLASS, category_preset, load_preset, preset_names, read_presets
 
 # category: max_step min_step delta v train_steps extractor_epoch (- = not tuned)
@@ -77,6 +78,7 @@ def test_every_published_number(row):
     assert preset.guidance_scale == 9.0
     assert preset.synthesis_foreground == foreground_of(category, SYNTHESIS)
     assert preset.scoring_foreground == foreground_of(category, SCORING)
+    assert from_preset(preset).training.apart == 0  # the published training is shown all good images
     assert preset.tuned_autoencoder == (category.startswith("pcb") or (multi and data in {"visa", "pcb_bank"}))
 
 

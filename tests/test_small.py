@@ -24,8 +24,9 @@ from gladad.core.tensors import to_tensor
 from gladad.core.threads import CancelToken
 from gladad.detector.glad import Glad
 from gladad.features.pyramid import PyramidFeatures
+from gladad.models.family import Training
 from gladad.models.registry import make_settings
-from gladad.models.stable_diffusion import small
+from gladad.models.stable_diffusion import family, small
 from gladad.training.loop import TrainingRun
 
 QUICK = {
@@ -135,6 +136,42 @@ def test_delta_and_a_calibrated_mask_follow_from_the_good_images(fitted, categor
     calibrated = Glad.from_base("small", settings=QUICK | {"reconstruction.fusion": "calibrated"}).fit(category)
     resolved = calibrated.model_.config.settings.reconstruction
     assert resolved.fusion_center == resolved.step_threshold > 0 and resolved.fusion_width == resolved.step_threshold / 4
+
+
+@pytest.mark.parametrize(("share", "apart"), [(0.2, 8), (0.0, 0)])
+def test_delta_is_set_by_images_that_no_training_has_seen(monkeypatch, share, apart):
+    images = [np.full((64, 64, 3), 8 * number, dtype=np.uint8) for number in range(26)]
+    seen: dict[str, set[int]] = {}
+
+    def noted(name, whole, images_of):
+        def call(*arguments, **others):
+            seen.setdefault(name, set()).update(int(image[0, 0, 0]) // 8 for image in images_of(*arguments))
+            return whole(*arguments, **others)
+
+        return call
+
+    monkeypatch.setattr(small, "make_pipelines", noted("autoencoder", small.make_pipelines, lambda prompts, images, *_: images[""]))
+    monkeypatch.setattr(
+        family, "finetune_denoiser", noted("denoiser", family.finetune_denoiser, lambda _, products, *__: products[""].images)
+    )
+    monkeypatch.setattr(family, "usual_gap", noted("delta", family.usual_gap, lambda _, images, *__: images))
+    settings = make_settings("small", QUICK | {"training.apart": share})
+    training = Training("small", settings, (64, 64), {"": "all"})
+    model = family.train({"": images}, training)[""]
+    assert seen["autoencoder"] == seen["denoiser"]
+    assert len(seen["delta"]) == (apart or 26) and not (apart and seen["delta"] & seen["denoiser"])
+    assert seen["delta"] | seen["denoiser"] == set(range(26))
+    seen["delta"].clear()
+    again = family.adjust(model, images, settings, lambda *_: None)
+    assert len(seen["delta"]) == (apart or 26) and not (apart and seen["delta"] & seen["denoiser"])
+    assert again.config == model.config
+
+
+def test_a_photograph_and_its_copies_are_set_apart_together():
+    images = [np.full((1, 1, 3), number, dtype=np.uint8) for number in range(48)]
+    learnt, usual = family._divided(images, 0.2, [number // 2 for number in range(48)])
+    assert len(usual) == 16 and not {int(image[0, 0, 0]) // 2 for image in learnt} & {int(image[0, 0, 0]) // 2 for image in usual}
+    assert family._divided(images[:20], 0.2, None) == (images[:20], images[:20])  # too few to divide
 
 
 def test_an_adjusted_model_is_that_of_a_fit_and_the_first_one_stays(fitted, category):

@@ -30,6 +30,9 @@ MASK_FOLDERS = frozenset({"ground_truth", "mask", "masks"})  # never images to l
 PRIVATE = frozenset({"test_private", "test_private_mixed"})  # test images without labels
 HELD_BACK = TEST_FOLDERS | PRIVATE | {"validation"}  # never learnt from
 
+FEWEST_APART = 8
+"""Fewer images than these say nothing of a spread: then a training is shown all, and what is usual is measured on all."""
+
 EXPECTED = "a folder of good images, or a category with train/good/"
 EXPECTED_LABELS = "test/good/ and test/<defect>/, or good/ beside folders of defects"
 
@@ -317,3 +320,12 @@ def _masks_by_name(roots: Sequence[Path], kind: str) -> dict[str, Path]:
 def evenly(total: int, most: int) -> NDArray[np.int64]:
     """At most ``most`` numbers from 0 to below ``total``, evenly spread and rising."""
     return np.linspace(0, total - 1, min(most, total)).round().astype(np.int64)
+
+
+def apart_of(count: int, share: float) -> NDArray[np.bool_]:
+    """``[count]``: which of so many good images a training is not shown, evenly spread; none if there are few."""
+    apart = np.zeros(count, dtype=np.bool_)
+    wanted = max(FEWEST_APART, round(share * count)) if share else 0
+    if count >= 3 * wanted:
+        apart[evenly(count, wanted)] = True
+    return apart

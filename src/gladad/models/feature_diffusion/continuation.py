@@ -19,9 +19,10 @@ from torch import Tensor
 from gladad.core.errors import DataError
 from gladad.core.records import Progress, prefixed
 from gladad.data.foreground import Foreground
+from gladad.data.samples import apart_of
 from gladad.data.synthesis import Draw
 from gladad.features.memory import covering
-from gladad.models.feature_diffusion.material import Part, _shown, apart_of, features_of, measured_of, with_defects, with_variants
+from gladad.models.feature_diffusion.material import Part, _shown, features_of, measured_of, with_defects, with_variants
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.past import KEPT, Past, spread
 from gladad.models.feature_diffusion.scale import Scale
@@ -132,7 +133,7 @@ def _latents(scale: Scale, images: Sequence[Pixels]) -> Tensor:
 
 def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learning) -> list[Past]:
     """What a training would have kept of its images, made anew."""
-    apart = apart_of(len(images), learning.settings.training.apart)
+    apart = torch.from_numpy(apart_of(len(images), learning.settings.training.apart))
     measured = spread(measured_of(apart, len(images)), KEPT)
     trained = spread(torch.nonzero(~apart).flatten(), KEPT)
     chosen = torch.cat([trained, measured])  # where none is apart, they are the same

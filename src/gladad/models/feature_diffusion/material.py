@@ -13,7 +13,7 @@ from torch import Tensor
 from gladad.core.records import Progress
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
-from gladad.data.samples import evenly
+from gladad.data.samples import apart_of
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.data.tolerance import variants
 from gladad.features.memory import covering
@@ -24,8 +24,6 @@ from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
 
 Pixels = NDArray[np.uint8]
 ENCODE_BATCH = 16
-FEWEST_APART = 8
-"""Fewer images than these say nothing of a spread: then all are shown to the denoisers, and what is usual is measured on all."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,6 @@ class Part:
     source: Tensor
 
 
-def apart_of(count: int, share: float) -> Tensor:
-    """``[count]`` bool: which of so many images are kept from the denoisers, evenly spread; none if there are few."""
-    apart = torch.zeros(count, dtype=torch.bool)
-    wanted = max(FEWEST_APART, round(share * count)) if share else 0
-    if count >= 3 * wanted:
-        apart[evenly(count, wanted)] = True
-    return apart
-
-
 def make_material(
     model: FeatureDiffusion,
     images: Sequence[Pixels],
@@ -100,7 +89,7 @@ def make_material(
     """Decide which copies are shown, set images apart, and put synthetic anomalies into ``count`` of the others."""
     settings = model.config.settings
     owner = torch.arange(len(images)) if photographs is None else torch.tensor(photographs)
-    apart = apart_of(int(owner.max()) + 1, settings.training.apart)[owner]
+    apart = torch.from_numpy(apart_of(int(owner.max()) + 1, settings.training.apart))[owner]
     if settings.training.copies == "auto" and settings.memory and apart.any():
         rest, others = ([p for p, out in zip(images, apart.tolist(), strict=True) if out is side] for side in (False, True))
         coarse = model.all_scales()[-1]  # how a part is turned is seen best there, and soonest

@@ -19,9 +19,10 @@ from gladad.core.inference import fast_autocast
 from gladad.core.records import Progress, Watch, no_progress, prefixed
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
+from gladad.data.samples import apart_of
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.memory import ClusterGaussians
-from gladad.models.feature_diffusion.material import Part, apart_of, fit_scale, make_material, measured_of
+from gladad.models.feature_diffusion.material import Part, fit_scale, make_material, measured_of
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.past import Past, spread
 from gladad.models.feature_diffusion.scale import Scale
@@ -164,7 +165,7 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
     other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
-    apart, owner = apart_of(len(images), settings.training.apart), torch.arange(len(images))
+    apart, owner = torch.from_numpy(apart_of(len(images), settings.training.apart)), torch.arange(len(images))
     for number in range(settings.scales):
         _measure(other, number, images, owner, measured_of(apart, len(images)), torch.nonzero(~apart).flatten())
         progress("usual residuals", number + 1, settings.scales)

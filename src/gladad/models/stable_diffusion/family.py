@@ -16,6 +16,7 @@ from gladad.core.records import Progress
 from gladad.core.settings import from_json, to_json, with_values
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
+from gladad.data.samples import apart_of, evenly
 from gladad.models.family import Model, Pixels, Training
 from gladad.models.stable_diffusion import small
 from gladad.models.stable_diffusion.architectures import read_configs
@@ -55,14 +56,15 @@ def make_settings(name: str, values: Mapping[str, Any]) -> StableDiffusionSettin
 
 
 def from_preset(preset: Preset) -> StableDiffusionSettings:
-    """Settings with the published constants of a category."""
+    """Settings with the published constants of a category; where delta is one of them, no image is kept from the training."""
+    own = {"steps": preset.train_steps} | ({} if preset.step_threshold_calibrated else {"apart": 0.0})
     return StableDiffusionSettings(
         preset=preset.name,
         image_size=preset.encode_size[0],
         feature_size=preset.feature_size[0],
         prompt=preset.prompt,
         foreground=preset.synthesis_foreground,
-        training=from_json(DenoiserSettings, to_json(PAPER) | {"steps": preset.train_steps}),
+        training=from_json(DenoiserSettings, to_json(PAPER) | own),
         guidance_scale=preset.guidance_scale,
         reconstruction=preset.reconstruction,
         calibrate_step=preset.step_threshold_calibrated,
@@ -110,6 +112,9 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     if steps is None:
         steps = max(1, DEFAULT_STEPS // training.share)
     fresh, run = training.name == small.NAME, training.run
+    learnt, usual = {}, {}  # the images that are trained on, and those that delta is set by
+    for key in images:
+        learnt[key], usual[key] = _divided(images[key], denoiser.apart, training.photographs)
     minutes = None if denoiser.minutes is None else denoiser.minutes / training.share
     if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if run is None else run.memory_limit)
@@ -117,7 +122,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     prompts, dtype = {key: product.prompt for key, product in own.items()}, DTYPES[denoiser.precision]
     trained_dtype = torch.float32 if denoiser.method == "full" and steps else dtype
     if fresh:
-        pipelines = small.make_pipelines(prompts, images, training, dtype)
+        pipelines = small.make_pipelines(prompts, learnt, training, dtype)
         run = None if run is None else run.part(small.PARTS[1])
         if settings.vae is None and minutes is not None:
             minutes *= 1 - small.AUTOENCODER_SHARE
@@ -131,7 +136,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         origin = {"vae": sha256_of_weights(first.vae.state_dict())} if first.origin is None else first.origin.fingerprints()
         trained = finetune_denoiser(
             first,
-            {key: TrainedProduct(images[key], pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key in images},
+            {key: TrainedProduct(learnt[key], pipelines[key].prompt_embeds[:1], training.foregrounds[key]) for key in images},
             replace(denoiser, minutes=minutes),
             steps,
             seed=settings.seed,
@@ -146,8 +151,18 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
         config = StableDiffusionConfig(settings=own[key], image_size=training.size, adapted=trained.adapter is not None)
         models[key] = StableDiffusion(config, pipeline, trained.adapter, trained.adapter_name)
         if own[key].reconstruction.adaptive:
-            _set_deltas(models[key], images[key], f"{key}: step search" if key else "step search", training.progress)
+            _set_deltas(models[key], usual[key], f"{key}: step search" if key else "step search", training.progress)
     return models
+
+
+def _divided(images: Sequence[Pixels], share: float, photographs: Sequence[int] | None) -> tuple[Sequence[Pixels], Sequence[Pixels]]:
+    """The images to train on, and those to set delta by: others, if there are enough. A photograph's tiles and copies stay together."""
+    owner = np.arange(len(images)) if photographs is None else np.array(photographs)
+    apart = apart_of(int(owner.max()) + 1, share)[owner].tolist()
+    if not any(apart):
+        return images, images
+    learnt, usual = ([image for image, out in zip(images, apart, strict=True) if out is side] for side in (False, True))
+    return learnt, usual
 
 
 def _set_deltas(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress) -> None:
@@ -163,14 +178,18 @@ def _set_deltas(model: StableDiffusion, images: Sequence[Pixels], stage: str, pr
 
 
 def usual_gap(model: StableDiffusion, images: Sequence[Pixels], stage: str, progress: Progress, quantile: float = 0.9) -> float:
-    """The 90 % quantile of the largest gap of each image's whole search: with it as delta, a normal one usually gets the least noise."""
+    """The 90 % quantile of the largest gap of each image's whole search: with it as delta, a normal one usually gets the least noise.
+
+    At most `STEP_SEARCH_IMAGES` of them are searched, evenly spread.
+    """
+    chosen = [images[place] for place in evenly(len(images), STEP_SEARCH_IMAGES)]
     search = replace(model.config.settings.chain, step_threshold=UNREACHABLE, search_stride=1)
 
     def peak(number: int) -> float:
-        trace = model.rebuild(to_tensor(images[number])[None].to(model.pipeline.device), search).trace.nan_to_num(0)
+        trace = model.rebuild(to_tensor(chosen[number])[None].to(model.pipeline.device), search).trace.nan_to_num(0)
         return float(trace[0, :-1].max()) if trace.shape[1] > 1 else float(trace.max())
 
-    peaks = divided(peak, min(len(images), STEP_SEARCH_IMAGES), lambda done, total: progress(stage, done, total))
+    peaks = divided(peak, len(chosen), lambda done, total: progress(stage, done, total))
     return float(np.quantile(peaks, quantile))
 
 
@@ -185,7 +204,7 @@ def adjust(model: StableDiffusion, images: Sequence[Pixels], settings: StableDif
     """A copy over the same networks, its deltas set anew."""
     other = model.adjusted(replace(settings, prompt=model.config.settings.prompt))  # several products have prompts of their own
     if settings.reconstruction.adaptive:
-        _set_deltas(other, images, "step search", progress)
+        _set_deltas(other, _divided(images, settings.training.apart, None)[1], "step search", progress)
     return other
 
 
