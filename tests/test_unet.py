@@ -97,9 +97,35 @@ def test_results_and_gradients(widths, classes, batch, size, dtype, memory_forma
 def test_autocast():
     models = both((32, 64), 2)
     x, timestep, label = inputs(2, 2, (4, 6), torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         own, other = models[0](x, timestep, label), models[1](x, timestep, class_labels=label).sample
     assert own.dtype == torch.bfloat16 and torch.equal(own, other)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_training_in_bfloat16_is_as_exact_as_that_of_diffusers(memory_format):
+    """Other kernels are used there, for speed: results and gradients are those of float32, no further from it than theirs."""
+    models = [model.to(memory_format=memory_format) for model in both((64, 96, 128), 0)]
+    x, timestep, _ = inputs(0, 4, (12, 16), torch.float32)
+    x = x.contiguous(memory_format=memory_format)
+
+    def passed(model, precise=False):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+            out = model(x, timestep)
+        out = out if isinstance(out, Tensor) else out.sample
+        assert out.dtype == (torch.float32 if precise else torch.bfloat16)
+        out.float().square().mean().backward()
+        return [out.detach().float(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    exact, own, other = passed(models[0], precise=True), passed(models[0]), passed(models[1])
+    errors = [
+        torch.stack([(found - right).norm() / right.norm() for found, right in zip(side, exact, strict=True) if right.norm() > 1e-5])
+        for side in (own, other)
+    ]
+    assert len(errors[0]) > 0.9 * len(exact)
+    assert errors[0].mean() < 1.1 * errors[1].mean() and (errors[0] < 2 * errors[1] + 0.005).all()
+    assert not all(torch.equal(found, theirs) for found, theirs in zip(own, other, strict=True)) or memory_format is torch.contiguous_format
 
 
 def test_every_input_counts():

@@ -40,6 +40,8 @@ class LatentDenoiser(nn.Module):
 
         ``x_t`` is ``[B, D + shown, h, w]``: the noisy latents, then what is shown beside them.
         """
+        if torch.is_autocast_enabled(x_t.device.type):  # as the first convolution would, but there is less to move
+            x_t = x_t.to(torch.get_autocast_dtype(x_t.device.type))
         packed = F.pixel_unshuffle(x_t, 2)
         packed = torch.cat([packed, self.position.to(packed.dtype).expand(packed.shape[0], -1, -1, -1)], dim=1)
         if any(self.pad):

@@ -1,7 +1,8 @@
 """A small UNet: residual blocks that are told the timestep, attention at the coarsest level, and skips between the two sides.
 
 Weights have the names, shapes and initial values of a ``UNet2DModel`` of diffusers 0.x with one layer per block, and every result is that
-model's bit for bit; but nothing besides PyTorch is needed to build it. Where an order of operations looks arbitrary, that is why.
+model's bit for bit; but nothing besides PyTorch is needed to build it. Where an order of operations looks arbitrary, that is why. The one
+exception is training on a processor in bfloat16, which takes a quarter less time by other kernels of the same operations.
 """
 
 from __future__ import annotations
@@ -25,15 +26,37 @@ class _Shape:
     head_dim: int  # channels of an attention head
 
 
+def _trains_in_bfloat16(x: Tensor) -> bool:
+    """Whether kernels are chosen for training in bfloat16 on a processor."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Group norm; in channels-last order torch has no fast kernel of it for bfloat16 (five times as long, forward)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and _trains_in_bfloat16(x) and x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of queries, keys and values ``[B, heads, places, D]``; for few places the gradient of torch's own is slow in bfloat16."""
+    if not _trains_in_bfloat16(q):
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.mT
+    return weights.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class _Resnet(nn.Module):
     """Two convolutions around a residual connection; the timestep's features are added in between."""
 
     def __init__(self, inputs: int, outputs: int, shape: _Shape):
         super().__init__()
-        self.norm1 = nn.GroupNorm(shape.groups, inputs)
+        self.norm1 = _GroupNorm(shape.groups, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(shape.time, outputs)
-        self.norm2 = nn.GroupNorm(shape.groups, outputs)
+        self.norm2 = _GroupNorm(shape.groups, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -53,14 +76,14 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = channels // shape.head_dim
         inner = self.heads * shape.head_dim
-        self.group_norm = nn.GroupNorm(shape.groups, channels)
+        self.group_norm = _GroupNorm(shape.groups, channels)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x.flatten(2)).transpose(1, 2)
         q, k, v = (project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = _attend(q, k, v).transpose(1, 2).flatten(2)
         y: Tensor = self.to_out[0](mixed)
         return y.transpose(1, 2).reshape(x.shape) + x
 
@@ -163,7 +186,7 @@ class UNet(nn.Module):
             for i in range(last, -1, -1)
         ]
         self.down_blocks, self.up_blocks, self.mid_block = nn.ModuleList(downs), nn.ModuleList(ups), middle
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0])
+        self.conv_norm_out = _GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
