@@ -1,10 +1,14 @@
 """Time of inspection by several models, side by side in one run.
 
-    python scripts/bench_speed.py IMAGES MODEL [MODEL ...] [--rounds 5] [--count 12]
+    python scripts/bench_speed.py IMAGES MODEL [MODEL ...] [--rounds 5] [--count 12] [--no-processes]
 
 Models take turns, round by round, so that what else the machine does meets them alike. Three tables, with ratios to the first model:
 one image at a time in this process, as many at a time as the model uses cores for, and whole processes: ``gladad predict`` of one image,
 and of all ``count``. Of exported models the parts are also timed alone: their sum is what an inspection cannot fall below.
+
+In place of a model's folder ``efficientad`` stands for anomalib's EfficientAD (small) with random weights, which take as long as trained
+ones, in float32 as anomalib runs it and at the size of the first model. Models of anomalib's PatchCore and PaDiM are folders
+like others (``gladad fit --base anomalib-patchcore``). Both need ``pip install 'gladad[anomalib]'``.
 """
 
 from __future__ import annotations
@@ -15,13 +19,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from gladad import Glad
 from gladad.core.images import list_images, load_image, resize_pixels
+from gladad.core.tensors import to_tensor
+from gladad.core.threads import one_thread
 from gladad.models.exported.model import Exported
 
 
@@ -32,11 +41,15 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--no-processes", action="store_true", help="leave out whole processes")
     arguments = parser.parse_args()
     paths = list_images(arguments.images)[: arguments.count]
     pixels = [load_image(path) for path in paths]
     names = [path.name for path in arguments.models]
-    detectors = [Glad.from_pretrained(path) for path in arguments.models]
+    first = Glad.from_pretrained(arguments.models[0])
+    size = first.model_.image_size
+    others = [EfficientAd(size) if path.name == "efficientad" else Glad.from_pretrained(path) for path in arguments.models[1:]]
+    detectors: list[Any] = [first, *others]
     turns, count = arguments.rounds, len(pixels)
     table(
         "one image, ms",
@@ -46,10 +59,37 @@ def main() -> None:
     )
     table("of many, ms", names, rounds([lambda d=d: d.predict(pixels, reconstruct=False) for d in detectors], turns), count)
     for name, detector in zip(names, detectors, strict=True):
-        if isinstance(detector.model_, Exported):
+        if isinstance(detector, Glad) and isinstance(detector.model_, Exported):
             floor(name, detector.model_, pixels, turns)
+    if arguments.no_processes:
+        return
     for title, shown in (("predict of one image, ms", paths[:1]), (f"predict of {count} images, ms", paths)):
-        table(title, names, rounds([lambda m=m, shown=shown: predict(m, shown) for m in arguments.models], turns), 1)
+        folders = [path for path in arguments.models if path.name != "efficientad"]
+        table(title, [path.name for path in folders], rounds([lambda m=m, s=shown: predict(m, s) for m in folders], turns), 1)
+
+
+class EfficientAd:
+    """anomalib's EfficientAD (small) with random weights, asked like a detector; each image on one thread, as gladad's are.
+
+    Args:
+        size: ``(H, W)`` in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
+
+        self.size, self.model = size, EfficientAdModel(teacher_out_channels=384, model_size=EfficientAdModelSize.S).eval()
+
+    @torch.inference_mode()
+    def inspect(self, pixels: NDArray[np.uint8], reconstruct: bool = False) -> float:
+        """The score of one image ``[H, W, 3]`` of any size."""
+        with one_thread():
+            return float(self.model(to_tensor(resize_pixels(pixels, self.size))[None]).pred_score)
+
+    def predict(self, images: Sequence[NDArray[np.uint8]], reconstruct: bool = False) -> list[float]:
+        """Scores of several images, as many at the same time as there are threads."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(self.inspect, images))
 
 
 def rounds(actions: Sequence[Callable[[], Any]], turns: int) -> list[list[float]]:

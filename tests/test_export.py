@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from conftest import TINY
 from filelock import FileLock
 from test_imports import run
 
+import gladad
 from gladad.cli.main import main
 from gladad.core.errors import ConfigError, DataError, MissingExtraError, ModelFormatError
-from gladad.core.images import load_image, resize_pixels
+from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.inference import FLOAT32
 from gladad.detector import export as exporting
 from gladad.detector.export import ExportError, compare
@@ -90,6 +92,22 @@ def test_scores_maps_and_decisions_are_those_of_the_original(original, folder, c
         np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-3)
         assert np.abs(one.reconstruction.astype(int) - other.reconstruction).max() <= 2
     assert exported.calibration_.threshold.value == pytest.approx(original.calibration_.threshold.value, rel=1e-4)
+
+
+def test_a_script_compares_decisions_with_the_original(original, folder, category, tmp_path, capsys):
+    original.save_pretrained(tmp_path / "original")
+    shutil.copytree(folder, tmp_path / "stricter")
+    calibration = json.loads((tmp_path / "stricter" / "calibration.json").read_text())
+    calibration["threshold"]["value"] /= 100
+    (tmp_path / "stricter" / "calibration.json").write_text(json.dumps(calibration))
+    script = runpy.run_path(str(Path(gladad.__file__).parents[2] / "scripts" / "compare_decisions.py"))
+    assert script["main"]([str(tmp_path / "original"), str(folder), "--images", str(category)]) == 0
+    count = len(list_images(category)) - len(list(category.glob("ground_truth/*/*")))
+    said = capsys.readouterr().out
+    assert f"{count} images" in said and "exported: scores differ by" in said and "; 0 decided otherwise" in said
+    assert script["main"]([str(tmp_path / "original"), str(tmp_path / "stricter"), "--images", str(category / "test"), "--most", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "3 images" in said and "0 decided otherwise" not in said and str(category / "test") in said
 
 
 def test_it_says_where_it_is_from(original, folder):
