@@ -4,7 +4,7 @@
 
 Images are taken evenly from all that lie below the folders. For every other model: the median and the largest relative difference of its
 scores from the first model's, and the images that are decided otherwise, each model by its own threshold. It ends with 1 if there are any.
-With ``GLADAD_FLOAT32=1`` the first computes in float32, as exported models do.
+With ``GLADAD_FLOAT32=1`` models of torch compute in float32, as exported ones do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.models) < 2:
         parser.error("give at least two models")
-    there = [path for folder in options.images for path in list_images(folder) if not MASK_FOLDERS.intersection(path.parts)]
+    there = [path for folder in options.images for path in list_images(folder) if not masks(path.relative_to(folder))]
+    if not there:
+        parser.error("there are no images below these folders")
     paths = [there[place] for place in evenly(len(there), options.most)]
     scores, rejected = np.zeros((len(options.models), len(paths))), np.zeros((len(options.models), len(paths)), dtype=np.bool_)
     for row, detector in enumerate(map(Glad.from_pretrained, options.models)):
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place in other:
             print(f"  {paths[place]}: {scores[0, place]:.6g} and {own[place]:.6g}")
     return int((rejected != rejected[0]).any())
+
+
+def masks(path: Path) -> bool:
+    """Whether a path below a folder leads to a mask."""
+    return bool(MASK_FOLDERS.intersection(part.lower() for part in path.parts[:-1]))
 
 
 if __name__ == "__main__":

@@ -32,19 +32,19 @@ def opened(browser: Any, url: str, place: str = "inspect", refused: tuple[str, .
     context = browser.new_context(viewport={"width": 1280, "height": 860}, **options)
     context.set_default_timeout(WAIT)
     page = context.new_page()
-    said: list[str] = []
+    said: list[tuple[str, str]] = []  # and where
     elsewhere: list[str] = []
     page.on(
         "console",
-        lambda message: said.append(f"{message.text} {message.location['url']}") if message.type in ("error", "warning") else None,
+        lambda message: said.append((message.text, message.location["url"])) if message.type in ("error", "warning") else None,
     )
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("pageerror", lambda error: said.append((str(error), "")))
     page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "blob:", "data:")) else None)
     page.goto(f"{url}/#/{place}")
     try:
         yield page
         assert not elsewhere
-        assert not [text for text in said if not any(status in text for status in refused)]
+        assert not [(text, place) for text, place in said if not any(status in text for status in refused)]
     finally:
         context.close()
 

@@ -138,40 +138,52 @@ def test_delta_and_a_calibrated_mask_follow_from_the_good_images(fitted, categor
     assert resolved.fusion_center == resolved.step_threshold > 0 and resolved.fusion_width == resolved.step_threshold / 4
 
 
-@pytest.mark.parametrize(("share", "apart"), [(0.2, 8), (0.0, 0)])
-def test_delta_is_set_by_images_that_no_training_has_seen(monkeypatch, share, apart):
-    images = [np.full((64, 64, 3), 8 * number, dtype=np.uint8) for number in range(26)]
-    seen: dict[str, set[int]] = {}
-
-    def noted(name, whole, images_of):
-        def call(*arguments, **others):
-            seen.setdefault(name, set()).update(int(image[0, 0, 0]) // 8 for image in images_of(*arguments))
-            return whole(*arguments, **others)
-
-        return call
-
-    monkeypatch.setattr(small, "make_pipelines", noted("autoencoder", small.make_pipelines, lambda prompts, images, *_: images[""]))
-    monkeypatch.setattr(
-        family, "finetune_denoiser", noted("denoiser", family.finetune_denoiser, lambda _, products, *__: products[""].images)
+@pytest.mark.parametrize(("values", "apart"), [({}, 8), ({"training.apart": 0.0}, 0)])
+def test_delta_is_set_by_images_that_no_training_has_seen(values, apart):
+    products = {
+        name: [np.full((64, 64, 3), first + 8 * number, dtype=np.uint8) for number in range(26)] for name, first in (("a", 0), ("b", 4))
+    }
+    settings = make_settings("small", QUICK | values)
+    totals: dict[str, int] = {}
+    training = Training(
+        "small", settings, (64, 64), dict.fromkeys(products, "all"), progress=lambda stage, _, total: totals.update({stage: total})
     )
-    monkeypatch.setattr(family, "usual_gap", noted("delta", family.usual_gap, lambda _, images, *__: images))
-    settings = make_settings("small", QUICK | {"training.apart": share})
-    training = Training("small", settings, (64, 64), {"": "all"})
-    model = family.train({"": images}, training)[""]
-    assert seen["autoencoder"] == seen["denoiser"]
-    assert len(seen["delta"]) == (apart or 26) and not (apart and seen["delta"] & seen["denoiser"])
-    assert seen["delta"] | seen["denoiser"] == set(range(26))
-    seen["delta"].clear()
-    again = family.adjust(model, images, settings, lambda *_: None)
-    assert len(seen["delta"]) == (apart or 26) and not (apart and seen["delta"] & seen["denoiser"])
-    assert again.config == model.config
+    models = family.train(products, training)
+    assert totals["latents"] == 2 * (26 - apart)
+    for name, images in products.items():
+        learnt, usual = family._divided(images, settings.training, None)
+        assert totals[f"{name}: step search"] == len(usual) == (apart or 26)
+        resolved = models[name].config.settings.reconstruction
+        assert resolved.step_threshold == family.usual_gap(models[name], usual, "", lambda *_: None)
+        assert not apart or resolved.step_threshold != family.usual_gap(models[name], learnt, "", lambda *_: None)
+        again = family.adjust(models[name], images, models[name].config.settings, lambda *_: None)
+        assert again.config == models[name].config
 
 
-def test_a_photograph_and_its_copies_are_set_apart_together():
-    images = [np.full((1, 1, 3), number, dtype=np.uint8) for number in range(48)]
-    learnt, usual = family._divided(images, 0.2, [number // 2 for number in range(48)])
-    assert len(usual) == 16 and not {int(image[0, 0, 0]) // 2 for image in learnt} & {int(image[0, 0, 0]) // 2 for image in usual}
-    assert family._divided(images[:20], 0.2, None) == (images[:20], images[:20])  # too few to divide
+def divided(count: int, photographs: list[int] | None = None, **values: object) -> tuple[list[int], list[int]]:
+    """Numbers of the images that are trained on, and of those that delta is set by."""
+    images = [np.full((1, 1, 3), number, dtype=np.uint8) for number in range(count)]
+    sides = family._divided(images, make_settings("small", QUICK | values).training, photographs)
+    return tuple([int(image[0, 0, 0]) for image in side] for side in sides)
+
+
+def test_how_images_are_divided():
+    learnt, usual = divided(40)
+    assert len(usual) == 8 and sorted(learnt + usual) == list(range(40))
+    learnt, usual = divided(48, [number // 2 for number in range(48)])  # a photograph and its copies stay together
+    assert len(usual) == 16 and not {number // 2 for number in learnt} & {number // 2 for number in usual}
+    for count, values in ((23, {}), (40, {"training.apart": 0.0})):  # too few, or not wanted
+        assert divided(count, **values) == (list(range(count)),) * 2
+    assert len(divided(100, **{"training.apart": 0.9})[1]) == 33  # most are trained on, whatever is asked for
+
+
+def test_of_one_photograph_all_is_trained_on(category):
+    totals: dict[str, int] = {}
+    only = sorted((category / "train" / "good").iterdir())[:1]
+    Glad.from_base("small", settings=QUICK | {"calibration": "auto", "shots": 1}).fit(
+        only, progress=lambda stage, _, total: totals.update({stage: total})
+    )
+    assert totals["latents"] == totals["step search"] >= 24
 
 
 def test_an_adjusted_model_is_that_of_a_fit_and_the_first_one_stays(fitted, category):

@@ -1,4 +1,4 @@
-"""Our UNet against that of diffusers: names, initial weights, results and gradients, all bit for bit."""
+"""Our UNet against that of diffusers: names, initial weights, results and gradients, bit for bit but for training in bfloat16."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_training_in_bfloat16_is_as_exact_as_that_of_diffusers(memory_format):
     ]
     assert len(errors[0]) > 0.9 * len(exact)
     assert errors[0].mean() < 1.1 * errors[1].mean() and (errors[0] < 2 * errors[1] + 0.005).all()
-    assert not all(torch.equal(found, theirs) for found, theirs in zip(own, other, strict=True)) or memory_format is torch.contiguous_format
+    assert not all(torch.equal(found, theirs) for found, theirs in zip(own, other, strict=True))
 
 
 def test_every_input_counts():

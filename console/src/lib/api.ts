@@ -357,6 +357,13 @@ export async function follow(id: string, told: (job: Job) => void, signal: Abort
 
 export const ended = (job: Job) => !['waiting', 'running'].includes(job.state);
 
+/** A picture that is no longer the same is asked for again. */
+export function forget(path: string) {
+  const url = kept.get(path);
+  kept.delete(path);
+  url?.then(URL.revokeObjectURL, () => undefined);
+}
+
 const KEPT = 300;
 const kept = new Map<string, Promise<string>>();
 

@@ -323,9 +323,9 @@ def evenly(total: int, most: int) -> NDArray[np.int64]:
 
 
 def apart_of(count: int, share: float) -> NDArray[np.bool_]:
-    """``[count]``: which of so many good images a training is not shown, evenly spread; none if there are few."""
+    """``[count]``: which of so many good images a training is not shown, evenly spread: a third at most, none if there are few."""
     apart = np.zeros(count, dtype=np.bool_)
-    wanted = max(FEWEST_APART, round(share * count)) if share else 0
+    wanted = max(FEWEST_APART, min(round(share * count), count // 3)) if share else 0
     if count >= 3 * wanted:
         apart[evenly(count, wanted)] = True
     return apart

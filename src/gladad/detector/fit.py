@@ -95,7 +95,7 @@ class Fitter:
                 share = self.settings.tiles**2
                 photographs, copies = [i // share % len(images) for i in range(len(tiles))], len(tiles) - share * len(images)
             own_run = None if run is None else run.part(part, watched=part == PARTS[0])
-            own = replace(training, run=own_run, progress=told, photographs=photographs, copies=copies)
+            own = replace(training, run=own_run, progress=told, photographs=photographs, alone=len(images) == 1, copies=copies)
             return tiled(self.family.train({"": tiles}, own)[""], self.settings.tiles)
 
         model = train(pixels, PARTS[0], progress)

@@ -62,6 +62,7 @@ class Training:
     foregrounds: Mapping[str, Foreground]  # product -> where synthetic anomalies may appear
     textures: Sequence[Pixels] = ()  # images of the same size that synthetic anomalies take content from
     photographs: Sequence[int] | None = None  # number of the photograph that each image is, or is a copy or a tile of; None = each is one
+    alone: bool = False  # all images are copies and tiles of one photograph
     copies: int = 0  # number of images, the last ones, that are copies of others
     share: int = 1  # number of trainings that a default budget is divided among; a budget that was set is that of each
     run: TrainingRun | None = None  # checkpoints, logs and examples of a long training; None writes nothing

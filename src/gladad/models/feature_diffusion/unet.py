@@ -45,7 +45,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not _trains_in_bfloat16(q):
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q * q.shape[-1] ** -0.5) @ k.mT
-    return weights.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    mixed: Tensor = weights.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return mixed
 
 
 class _Resnet(nn.Module):

@@ -114,7 +114,7 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     fresh, run = training.name == small.NAME, training.run
     learnt, usual = {}, {}  # the images that are trained on, and those that delta is set by
     for key in images:
-        learnt[key], usual[key] = _divided(images[key], denoiser.apart, training.photographs)
+        learnt[key], usual[key] = (images[key],) * 2 if training.alone else _divided(images[key], denoiser, training.photographs)
     minutes = None if denoiser.minutes is None else denoiser.minutes / training.share
     if steps and not fresh and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":  # what a shard needs is not known
         check_memory(training.name, training.size, settings, None if run is None else run.memory_limit)
@@ -155,10 +155,15 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
     return models
 
 
-def _divided(images: Sequence[Pixels], share: float, photographs: Sequence[int] | None) -> tuple[Sequence[Pixels], Sequence[Pixels]]:
-    """The images to train on, and those to set delta by: others, if there are enough. A photograph's tiles and copies stay together."""
+def _divided(
+    images: Sequence[Pixels], denoiser: DenoiserSettings, photographs: Sequence[int] | None
+) -> tuple[Sequence[Pixels], Sequence[Pixels]]:
+    """The images to train on, and those to set delta by: others, if there are enough and anything is trained at all.
+
+    A photograph's tiles and copies stay together.
+    """
     owner = np.arange(len(images)) if photographs is None else np.array(photographs)
-    apart = apart_of(int(owner.max()) + 1, share)[owner].tolist()
+    apart = apart_of(int(owner.max(initial=-1)) + 1, 0 if denoiser.steps == 0 else denoiser.apart)[owner].tolist()
     if not any(apart):
         return images, images
     learnt, usual = ([image for image, out in zip(images, apart, strict=True) if out is side] for side in (False, True))
@@ -204,7 +209,7 @@ def adjust(model: StableDiffusion, images: Sequence[Pixels], settings: StableDif
     """A copy over the same networks, its deltas set anew."""
     other = model.adjusted(replace(settings, prompt=model.config.settings.prompt))  # several products have prompts of their own
     if settings.reconstruction.adaptive:
-        _set_deltas(other, _divided(images, settings.training.apart, None)[1], "step search", progress)
+        _set_deltas(other, _divided(images, settings.training, None)[1], "step search", progress)
     return other
 
 

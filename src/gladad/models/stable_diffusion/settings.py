@@ -34,7 +34,7 @@ class DenoiserSettings(FinetuneConfig):
     """How the denoiser is trained, and how long."""
 
     steps: Annotated[int, Field(ge=0)] | None = None  # optimiser steps of each training; None = 4000 or the preset's; 0 = adopt as it is
-    apart: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of the good images that are not trained on: a calibrated delta is theirs
+    apart: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of the good images not trained on, by which delta is set; 0 in presets
     minutes: Annotated[float, Field(gt=0)] | None = None  # after which the trainings' steps end before; a second run may differ then
 
 
