@@ -20,6 +20,8 @@ import gladad
 from gladad.cli.main import main
 from gladad.core.errors import ConfigError, Interrupted, ModelFormatError
 from gladad.core.images import load_image, resize_pixels
+from gladad.core.inference import FLOAT32, fast_dtype
+from gladad.core.settings import to_json
 from gladad.core.tensors import to_tensor
 from gladad.core.threads import CancelToken
 from gladad.detector.glad import Glad
@@ -27,7 +29,8 @@ from gladad.features.pyramid import PyramidFeatures
 from gladad.models.family import Training
 from gladad.models.registry import make_settings
 from gladad.models.stable_diffusion import family, small
-from gladad.training.loop import TrainingRun
+from gladad.models.stable_diffusion.model import StableDiffusion
+from gladad.training.loop import DTYPES, TrainingRun
 
 QUICK = {
     "image_size": 64,
@@ -296,6 +299,23 @@ def test_its_defaults_are_its_own():
     settings = make_settings("small", {"training.steps": 10})
     assert settings.image_size == 256 and settings.training.method == "full" and settings.autoencoder.steps == 2000
     assert make_settings("sd14").autoencoder is None
+
+
+def test_precision_is_the_machines_and_models_of_bfloat16_inspect_in_float32_where_it_is_emulated(fitted, category, tmp_path, monkeypatch):
+    native = fast_dtype(torch.device("cpu"))
+    settings = make_settings("small", {})
+    assert DTYPES[settings.training.precision] == DTYPES[settings.autoencoder.precision] == native
+    detector, _ = fitted
+    defect = sorted((category / "test" / "hole").iterdir())[0]
+    model = detector.model_
+    stored = replace(model.config.settings, training=replace(model.config.settings.training, precision="bfloat16"))
+    model.adjusted(stored).save(tmp_path)
+    config = to_json(replace(model.config, settings=stored))
+    monkeypatch.setenv(FLOAT32, "1")
+    assert make_settings("small", {}).training.precision == "float32"
+    loaded = StableDiffusion.load(tmp_path, config)
+    assert {network.dtype for network in (loaded.pipeline.unet, loaded.pipeline.vae)} == {torch.float32}
+    assert loaded.inspect(load_image(defect)).score == pytest.approx(model.inspect(load_image(defect)).score, rel=0.1)
 
 
 def test_the_extractor_is_saved_and_read_back(tmp_path):

@@ -9,6 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from gladad.core.inference import fast_dtype
+from gladad.training.loop import DTYPES, Precision
+
 CGROUP_FILES = [("memory.max", "memory.current", "inactive_file")]  # version 2
 CGROUP_FILES += [("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]  # version 1
 
@@ -18,6 +21,12 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def inference_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """In which networks inspect: that of the precision, but float32 on processors that would only emulate bfloat16."""
+    dtype = DTYPES[precision]
+    return fast_dtype(device) if device.type == "cpu" and dtype is torch.bfloat16 else dtype
 
 
 def bytes_text(size: int) -> str:

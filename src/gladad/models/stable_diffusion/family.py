@@ -21,7 +21,7 @@ from gladad.models.family import Model, Pixels, Training
 from gladad.models.stable_diffusion import small
 from gladad.models.stable_diffusion.architectures import read_configs
 from gladad.models.stable_diffusion.components import locate_base
-from gladad.models.stable_diffusion.device import available_memory, choose_device
+from gladad.models.stable_diffusion.device import available_memory, choose_device, inference_dtype
 from gladad.models.stable_diffusion.memory import Plan, check_fits, plan_training
 from gladad.models.stable_diffusion.model import StableDiffusion
 from gladad.models.stable_diffusion.pipeline import GladPipeline
@@ -47,7 +47,7 @@ load = StableDiffusion.load
 def make_settings(name: str, values: Mapping[str, Any]) -> StableDiffusionSettings:
     """The defaults, or those of the ``preset`` among the values, with the other values; see `gladad.models.family.Family`."""
     preset = values.get("preset")
-    start = small.SETTINGS if name == small.NAME else StableDiffusionSettings()
+    start = small.default_settings() if name == small.NAME else StableDiffusionSettings()
     if preset is not None:
         start = from_preset(load_preset(str(preset)))
     if "image_size" in values and "feature_size" not in values:
@@ -145,7 +145,8 @@ def train(images: Mapping[str, Sequence[Pixels]], training: Training) -> Mapping
             identity={"origin": origin, "prompts": {key: pipeline.prompt for key, pipeline in pipelines.items()}},
             progress=training.progress,
         )
-    torch.nn.Module.to(first.unet, dtype)
+    for network in (first.unet, first.vae, first.features):
+        torch.nn.Module.to(network, inference_dtype(denoiser.precision, first.device))
     models = {}
     for key, pipeline in pipelines.items():
         config = StableDiffusionConfig(settings=own[key], image_size=training.size, adapted=trained.adapter is not None)

@@ -26,7 +26,7 @@ from gladad.data.foreground import foreground_mask
 from gladad.models.family import Pixels
 from gladad.models.stable_diffusion.adapters import Adapter, attach_adapter, detach_adapter, merge_adapter, switched_on
 from gladad.models.stable_diffusion.components import Base, Components, Origin, Sources, load_networks, locate_base, shared_networks
-from gladad.models.stable_diffusion.device import choose_device
+from gladad.models.stable_diffusion.device import choose_device, inference_dtype
 from gladad.models.stable_diffusion.pipeline import GladPipeline, read_embeds
 from gladad.models.stable_diffusion.presets import load_preset
 from gladad.models.stable_diffusion.settings import StableDiffusionConfig, StableDiffusionSettings
@@ -139,7 +139,8 @@ class StableDiffusion:
         except ConfigError as error:
             raise ModelFormatError(f"{folder}: its description is damaged ({error})") from error
         training = parsed.settings.training
-        device, dtype = choose_device(), DTYPES[training.precision]
+        device = choose_device()
+        dtype = inference_dtype(training.precision, device)
         if not parsed.adapted:
             model = cls(parsed, GladPipeline.from_pretrained(folder, torch_dtype=dtype).to(device))
         elif origin is None:

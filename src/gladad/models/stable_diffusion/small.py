@@ -16,14 +16,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from gladad.core.errors import ConfigError
+from gladad.core.inference import fast_dtype
 from gladad.core.tensors import to_tensor
 from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.features.pyramid import PyramidFeatures
 from gladad.models.family import Pixels, Training
 from gladad.models.stable_diffusion.autoencoder_tuning import AutoencoderTuningConfig, tune_autoencoder
 from gladad.models.stable_diffusion.components import Components, load_component, locate_autoencoder
+from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.pipeline import GladPipeline
 from gladad.models.stable_diffusion.settings import DenoiserSettings, StableDiffusionSettings
+from gladad.training.loop import Precision
 
 NAME = "small"
 PARTS = ("autoencoder", "denoiser")  # its trainings, as folders of their checkpoints
@@ -50,15 +53,18 @@ UNET = {  # 24 million parameters
     "attention_head_dim": 8,
 }
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
-SETTINGS = StableDiffusionSettings(
-    image_size=256,
-    training=DenoiserSettings(
-        method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False, precision="float32"
-    ),
-    autoencoder=AutoencoderTuningConfig(steps=2000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False),
-)
-"""Defaults: those of Stable Diffusion, but for the size, for the trainings, which start from nothing, and for float32: many processors
-without a GPU beside them are 70 times as slow in bfloat16."""
+
+
+def default_settings() -> StableDiffusionSettings:
+    """Those of Stable Diffusion, but for the size, for trainings that start from nothing, and for the precision, which is the machine's."""
+    precision: Precision = "bfloat16" if fast_dtype(choose_device()) is torch.bfloat16 else "float32"
+    training = DenoiserSettings(
+        method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False, precision=precision
+    )
+    autoencoder = AutoencoderTuningConfig(
+        steps=2000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False, precision=precision
+    )
+    return StableDiffusionSettings(image_size=256, training=training, autoencoder=autoencoder)
 
 
 def untrained(seed: int) -> Components:
