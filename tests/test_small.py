@@ -34,6 +34,8 @@ from gladad.training.loop import DTYPES, TrainingRun
 
 QUICK = {
     "image_size": 64,
+    "training.precision": "float32",  # the same everywhere
+    "autoencoder.precision": "float32",
     "training.steps": 2,
     "training.pool": 4,
     "training.batch_size": 2,
