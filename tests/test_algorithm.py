@@ -481,6 +481,35 @@ def test_one_changed_patch_is_the_maximum() -> None:
     assert (distance > 1e-5).sum() == 1
 
 
+def test_patch_distance_within_a_radius() -> None:
+    features, others = torch.randn(2, 16, 6, 9), torch.randn(2, 16, 6, 9)
+    same_place = 1 - F.cosine_similarity(features, others, dim=1)[:, None]
+    torch.testing.assert_close(patch_distance(features, others, 0), same_place, rtol=0, atol=1e-6)
+    everywhere = patch_distance(features, others)
+    before = same_place
+    for radius in (1, 2, 4, 7):  # the more places, the nearer the nearest
+        now = patch_distance(features, others, radius)
+        assert (now <= before + 1e-6).all() and (now >= everywhere - 1e-6).all() and (now < before - 1e-3).any()
+        before = now
+    torch.testing.assert_close(patch_distance(features, others, 8), everywhere, rtol=0, atol=1e-6)
+    moved = features.roll(2, dims=3)
+    assert patch_distance(features, moved, 2)[..., :-2].max() < 1e-5 and patch_distance(features, moved, 1).min() > 0.01
+
+
+def test_a_window_is_in_pixels_of_the_map() -> None:
+    ours, theirs = [torch.randn(1, 8, 8, 12), torch.randn(1, 8, 4, 6)], [torch.randn(1, 8, 8, 12), torch.randn(1, 8, 4, 6)]
+    found = anomaly_map(ours, theirs, (32, 48), ScoringConfig(window=8, symmetric=True))
+    expected = torch.zeros(1, 1, 32, 48)
+    for f, g, radius in zip(ours, theirs, (2, 1), strict=True):
+        for one, other in ((f, g), (g, f)):
+            expected += F.interpolate(patch_distance(one, other, radius), (32, 48), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(found, gaussian_blur(expected, 6.0, 49))
+    whole = anomaly_map(ours, theirs, (32, 48), ScoringConfig(window=48))
+    torch.testing.assert_close(whole, anomaly_map(ours, theirs, (32, 48), ScoringConfig()))
+    with pytest.raises(ConfigError, match="window"):
+        from_json(ScoringConfig, {"window": -1})
+
+
 def test_patch_distance_finds_moved_patches_and_other_grids() -> None:
     features = torch.randn(2, 16, 4, 6)
     torch.testing.assert_close(patch_distance(features, features.flip(3)), torch.zeros(2, 1, 4, 6), rtol=0, atol=1e-6)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from gladad.core.settings import validated
@@ -22,20 +24,30 @@ class ScoringConfig:
     """How input and reconstruction become an anomaly map and a score. The defaults are the paper's."""
 
     symmetric: bool = False  # add the distance of every reconstruction patch to its nearest input patch
+    window: Annotated[int, Field(ge=0)] | None = None  # pixels around a place where its nearest patch is sought; None = the whole image
     pixel_weight: float = 0.0  # v: share of the pixel difference, relative to the map's own maximum
     blur_sigma: float = 6.0  # Gaussian blur of the map, pixels
     blur_kernel: int = 49  # its support, pixels, odd
     top_k: int = 250  # pixels averaged into the image score
 
 
-def patch_distance(features: Tensor, others: Tensor) -> Tensor:
+def patch_distance(features: Tensor, others: Tensor, radius: int | None = None) -> Tensor:
     """Distance of every patch to its nearest patch of the other image: ``min_j (1 - cos(F_i, G_j))``, in [0, 2].
 
-    ``[B, D, h, w]``, F, and ``[B, D, h', w']``, G -> ``[B, 1, h, w]``.
+    With a radius only patches that lie at most so many rows and columns away are looked at; the paper looks at all.
+    ``[B, D, h, w]``, F, and ``[B, D, h', w']``, G -> ``[B, 1, h, w]``; with a radius both are of one size.
     """
-    f, g = F.normalize(features.flatten(2), dim=1), F.normalize(others.flatten(2), dim=1)
-    nearest = torch.bmm(f.transpose(1, 2), g).amax(dim=2)
-    return (1 - nearest).view(len(features), 1, *features.shape[-2:])
+    height, width = features.shape[-2:]
+    if radius is None or radius >= max(height, width) - 1:  # all are within it
+        f, g = F.normalize(features.flatten(2), dim=1), F.normalize(others.flatten(2), dim=1)
+        nearest = torch.bmm(f.transpose(1, 2), g).amax(dim=2)
+        return (1 - nearest).view(len(features), 1, height, width)
+    f, g = F.normalize(features, dim=1), F.pad(F.normalize(others, dim=1), (radius,) * 4, mode="replicate")
+    closest = features.new_full((len(features), 1, height, width), -1.0)
+    for y in range(2 * radius + 1):
+        for x in range(2 * radius + 1):
+            closest = torch.maximum(closest, (f * g[..., y : y + height, x : x + width]).sum(dim=1, keepdim=True))
+    return 1 - closest
 
 
 def gaussian_blur(x: Tensor, sigma: float, kernel: int) -> Tensor:
@@ -85,7 +97,8 @@ def anomaly_map(
     """
     total = features[0].new_zeros(len(features[0]), 1, *size)
     for f, g in zip(features, reconstruction_features, strict=True):
-        distances = [patch_distance(f, g), patch_distance(g, f)] if config.symmetric else [patch_distance(f, g)]
+        radius = None if config.window is None else round(config.window * f.shape[-1] / size[1])
+        distances = [patch_distance(*pair, radius) for pair in ((f, g), (g, f))[: 1 + config.symmetric]]
         for distance in distances:
             total = total + F.interpolate(distance, size, mode="bilinear", align_corners=True)
     if config.pixel_weight and pixel_difference is not None:
