@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
 import threading
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -38,10 +41,26 @@ def small_disk(tmp_path):
     yield folder
     ends = time.monotonic() + 20  # a worker of the station that was asked to end may hold a file for a moment
     while (done := subprocess.run(["umount", str(folder)], capture_output=True, text=True)).returncode and time.monotonic() < ends:
+        gc.collect()  # so may this process, by what nothing refers to any more
         time.sleep(0.1)
+    held = ""
     if done.returncode:
+        held = f" by {', '.join(holders(folder))}"
         subprocess.run(["umount", "--lazy", str(folder)])  # what stays mounted would fail later sessions, which clean up after this one
-    assert not done.returncode, done.stderr
+    assert not done.returncode, done.stderr.strip() + held
+
+
+def holders(folder: Path) -> Iterator[str]:
+    """Processes that have something below a folder open or mapped, and what."""
+    for process in Path("/proc").glob("[0-9]*"):
+        held: set[str] = set()
+        for link in process.glob("fd/*"):
+            with suppress(OSError):  # closed meanwhile
+                held.add(str(link.readlink()))
+        with suppress(OSError):  # ended meanwhile
+            held.update((process / "maps").read_text().split())
+            if held := {name for name in held if name.startswith(str(folder))}:
+                yield f"{(process / 'cmdline').read_text().replace(chr(0), ' ').strip()} ({process.name}: {', '.join(sorted(held))})"
 
 
 class Load:
