@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from gladad import Glad
 from gladad.core.images import list_images, load_image, resize_pixels
 from gladad.core.tensors import to_tensor
-from gladad.core.threads import one_thread
+from gladad.core.threads import in_order, one_thread
 from gladad.models.exported.model import Exported
 
 
@@ -88,8 +87,7 @@ class EfficientAd:
 
     def predict(self, images: Sequence[NDArray[np.uint8]], reconstruct: bool = False) -> list[float]:
         """Scores of several images, as many at the same time as there are threads."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(self.inspect, images))
+        return list(in_order(self.inspect, images, torch.get_num_threads()))
 
 
 def rounds(actions: Sequence[Callable[[], Any]], turns: int) -> list[list[float]]:

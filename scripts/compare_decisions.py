@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gladad import Glad
-from gladad.core.images import list_images
-from gladad.data.samples import MASK_FOLDERS, evenly
+from gladad.data.samples import MASK_FOLDERS, evenly, images_outside
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.models) < 2:
         parser.error("give at least two models")
-    there = [path for folder in options.images for path in list_images(folder) if not masks(path.relative_to(folder))]
+    there = [path for folder in options.images for path in images_outside(folder, MASK_FOLDERS)]
     if not there:
         parser.error("there are no images below these folders")
     paths = [there[place] for place in evenly(len(there), options.most)]
@@ -48,11 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place in other:
             print(f"  {paths[place]}: {scores[0, place]:.6g} and {own[place]:.6g}")
     return int((rejected != rejected[0]).any())
-
-
-def masks(path: Path) -> bool:
-    """Whether a path below a folder leads to a mask."""
-    return bool(MASK_FOLDERS.intersection(part.lower() for part in path.parts[:-1]))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def good_images(path: str | Path) -> list[Path]:
     elif train:
         found = [image for folder in train for image in images_directly_in(folder)]
     else:
-        found = _images_outside(path, MASK_FOLDERS | HELD_BACK)
+        found = images_outside(path, MASK_FOLDERS | HELD_BACK)
         _refuse_bad_ones(path, found)
     if not found:
         raise DataError(f"{path}: no images to learn from; expected {EXPECTED}")
@@ -133,7 +133,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     for given in map(Path, paths):
         if not given.exists():
             raise DataError(f"{given}: no such file or folder")
-        images = _images_outside(given, MASK_FOLDERS) if given.is_dir() else [given]
+        images = images_outside(given, MASK_FOLDERS) if given.is_dir() else [given]
         if not images:
             raise DataError(f"{given}: no images in this folder")
         for image in images:
@@ -279,7 +279,7 @@ def _has_normal(path: Path) -> bool:
     return bool(folders_named(path, NORMAL_NAMES))
 
 
-def _images_outside(path: Path, names: Set[str]) -> list[Path]:
+def images_outside(path: Path, names: Set[str]) -> list[Path]:
     """All images below a folder but those below folders of these names."""
     return [p for p in list_images(path) if names.isdisjoint(part.lower() for part in p.relative_to(path).parts[:-1])]
 

@@ -35,7 +35,7 @@ class _GroupNorm(nn.GroupNorm):
     """Group norm; in channels-last order torch has no fast kernel of it for bfloat16 (five times as long, forward)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4 and _trains_in_bfloat16(x) and x.is_contiguous(memory_format=torch.channels_last):
+        if _trains_in_bfloat16(x) and x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
@@ -77,7 +77,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = channels // shape.head_dim
         inner = self.heads * shape.head_dim
-        self.group_norm = _GroupNorm(shape.groups, channels)
+        self.group_norm = nn.GroupNorm(shape.groups, channels)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
