@@ -143,7 +143,8 @@ class _Probe:
         """How far latents differ at each place ``[N, 1, h, w]``: distance of features in [0, 2], or of the latents themselves, >= 0."""
         if self.config.probe == "latent":
             return (generated - reference).square().mean(dim=1, keepdim=True).sqrt()
-        return patch_distance(self.networks.latent_features(reference), self.networks.latent_features(generated))
+        ours, theirs = self.networks.latent_features(torch.cat([reference, generated])).chunk(2)
+        return patch_distance(ours, theirs)
 
     def bisect(self, walked: Sequence[_Step], image: int) -> tuple[int, Tensor, Tensor] | None:
         """The number of the first of some steps at which an image differs, if later ones do too, its gap score and what is kept."""

@@ -64,15 +64,17 @@ def plan_training(configs: BaseConfigs, training: FinetuneConfig, image_size: Si
 def plan_inspection(configs: BaseConfigs, image_size: Size, precision: Precision, *, guidance: bool) -> Plan:
     """What the inspection of one image ``(H, W)`` needs with all networks in ``precision``; guidance doubles the denoiser's batch.
 
+    The step search decodes what it compares, two images, at once.
+
     Raises:
         ConfigError: The image size does not suit the autoencoder.
         ModelFormatError: A configuration describes no network.
     """
     networks = unet, vae, features = build_without_weights(configs, DTYPES[precision], DTYPES[precision])
     latent = latent_size(vae, image_size)
-    image = torch.empty(1, 3, *features.nearest_size(image_size), device="meta")
+    image = torch.empty(2, 3, *features.nearest_size(image_size), device="meta")
     working = _working(unet, lambda: _denoise(unet, 1 + guidance, latent)), _working(features, lambda: features(image))
-    return _plan(_weights(*networks), max(*working, _picture(vae, image_size)))
+    return _plan(_weights(*networks), max(*working, _picture(vae, image_size, 2)))
 
 
 def _plan(weights: int, activations: int, gradients: int = 0, optimizer: int = 0, averaged: int = 0) -> Plan:
@@ -137,10 +139,10 @@ def _attend(attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor
     return attention.to_out[0]((query + key.square().mean(1, keepdim=True)) * value.square().mean(1, keepdim=True))
 
 
-def _picture(vae: Any, image_size: Size) -> int:
-    """Bytes that come and go while an image is encoded or decoded."""
+def _picture(vae: Any, image_size: Size, decoded: int = 1) -> int:
+    """Bytes that come and go while an image is encoded, or that many are decoded."""
     image = torch.empty(1, vae.config.in_channels, *image_size, dtype=vae.dtype, device="meta")
-    return _working(vae, lambda: vae.decode(vae.encode(image).latent_dist.mean))
+    return _working(vae, lambda: vae.decode(vae.encode(image).latent_dist.mean.repeat(decoded, 1, 1, 1)))
 
 
 @torch.no_grad()

@@ -295,7 +295,8 @@ class GladPipeline(DiffusionPipeline):
         difference = (imagenet_normalise(pair[0]) - imagenet_normalise(pair[1])).abs().mean(dim=1, keepdim=True)
         extractor: Any = self.scoring_features
         size = extractor.nearest_size(feature_size)
-        ours, theirs = (extractor(_resize(x.float(), size)) for x in (image, reconstruction))
+        layers = extractor(torch.cat([_resize(x.float(), size) for x in (image, reconstruction)]))
+        ours, theirs = zip(*(layer.chunk(2) for layer in layers), strict=True)
         return anomaly_map(ours, theirs, feature_size, scoring, pixel_difference=difference, foreground=foreground)
 
 
