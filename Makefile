@@ -38,8 +38,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/gladad demo -o demo
 
+# One process more than there are cores: some tests wait for a browser, a server or a program that is ended.
 test: setup tools
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 --dist worksteal
 
 # Ray takes half a minute to install, and its test a minute.
 test-ray: setup

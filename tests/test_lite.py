@@ -352,6 +352,35 @@ def test_what_is_usual_is_measured_as_if_the_gaussians_had_not_learnt_it() -> No
     assert float(learnt.square().mean()) < 0.95 * float(scale.usual_energy)
 
 
+def test_the_score_is_the_least_usual_of_the_largest_cells_and_of_all_at_every_scale(base: FeatureDiffusion) -> None:
+    scales, usual = base.all_scales(), [scale.usual_scores for scale in base.all_scales()]
+    assert [tuple(own.shape) for own in usual] == [(2, 2), (2, 2)] and all((own[:, 1] > 0).all() for own in usual)
+    level = [torch.full((1, 1, *scale.grid), float(own[1, 0].exp())) for scale, own in zip(scales, usual, strict=True)]
+    spot = level[0].clone()
+    spot[..., :4, :4] += 10 * float(usual[0][0, 0].exp())
+    assert float(base.summary([spot, level[1]])[1]) > float(base.summary(level)[1])
+    power = torch.cat(usual)[:, 1].log().mean().exp() / usual[0][1, 1]
+    everywhere = [2 * level[0], level[1]]  # no cell is far above the others
+    assert float(base.summary(everywhere)[1]) >= float(2**power) * (1 - 1e-5)
+
+
+def test_the_mean_of_all_cells_is_that_of_those_that_count(base: FeatureDiffusion) -> None:
+    scale = base.all_scales()[0]
+    counted = torch.ones(1, 1, *scale.grid)
+    counted[..., : scale.grid[1] // 2] = 0
+    evidence = torch.rand(3, 1, *scale.grid) * counted
+    largest, mean = scale.scores(evidence, counted)
+    torch.testing.assert_close(mean, torch.stack([own[counted[0] > 0].mean() for own in evidence]))
+    assert torch.equal(largest, scale.scores(evidence)[0]) and (scale.scores(evidence)[1] < mean).all()
+    assert torch.equal(scale.scores(0 * evidence, 0 * counted), torch.zeros(2, 3))  # nothing counts
+
+
+def test_the_mean_of_all_cells_can_be_left_out() -> None:
+    model = fit(parts(6), small(scoring__whole=False, training__steps=1))
+    assert model.all_scales()[0].usual_scores.shape == (1, 2)
+    assert model.inspect(parts(1)[0]).score > 0
+
+
 def test_training_without_anomalies_is_plain_diffusion() -> None:
     plain = fit(parts(6), small(training__anomaly_oriented=False, training__weighting="velocity"))
     assert np.isfinite(plain.inspect(parts(1)[0]).score)

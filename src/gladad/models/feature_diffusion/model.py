@@ -125,15 +125,15 @@ class FeatureDiffusion(nn.Module):
             total = total + F.interpolate(cells, self.image_size, mode="bilinear", align_corners=False).square() / 4**number
         return total.sqrt()
 
-    def image_score(self, scores: Tensor) -> Tensor:
-        """Scores of the scales ``[S, B]`` as one ``[B]`` > 0: that of the scale at which it is the least usual.
+    def image_score(self, scores: Sequence[Tensor]) -> Tensor:
+        """Scores of the scales, ``[K, B]`` each, as one ``[B]`` > 0: the one that is the least usual.
 
-        A score relative to the geometric mean of those of normal images, to the power that makes them vary alike at all scales.
+        A score relative to the geometric mean of those of normal images, to the power that makes all vary alike.
         """
-        peaks = torch.stack([scale.peak for scale in self.all_scales()])  # [S, 2]
-        spread = peaks[:, 1].log().mean().exp()
-        power = spread / peaks[:, 1]
-        return ((scores.clamp_min(1e-12).log() - peaks[:, :1]) * power[:, None]).amax(0).exp()
+        usual = torch.cat([scale.usual_scores for scale in self.all_scales()])  # [S K, 2]
+        spread = usual[:, 1].log().mean().exp()
+        power = spread / usual[:, 1]
+        return ((torch.cat(list(scores)).clamp_min(1e-12).log() - usual[:, :1]) * power[:, None]).amax(0).exp()
 
     def rebuild(self, latents: Sequence[Tensor], nearest: Sequence[Tensor] = ()) -> list[Reconstruction]:
         """Anomaly-free latents at each scale.
@@ -150,10 +150,10 @@ class FeatureDiffusion(nn.Module):
         pairs = zip(self.all_scales(), latents, rebuilt, strict=True)
         return [scale.evidence(scale.magnitude(latent, found.latent)) for scale, latent, found in pairs]
 
-    def summary(self, evidence: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales."""
-        scores = torch.stack([scale.score(cells) for scale, cells in zip(self.all_scales(), evidence, strict=True)])
-        return self.anomaly_map(evidence), self.image_score(scores)
+    def summary(self, evidence: list[Tensor], counted: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales, and which cells of each count (all, if not given)."""
+        scales = zip_longest(self.all_scales(), evidence, counted)
+        return self.anomaly_map(evidence), self.image_score([scale.scores(cells, where) for scale, cells, where in scales])
 
     def inspect(self, pixels: Pixels) -> Inspection:
         """Inspect one image, see `inspect_where`; everything counts."""
@@ -179,10 +179,12 @@ class FeatureDiffusion(nn.Module):
             latents = [scale.encode(image) for scale in self.all_scales()]
             rebuilt = self.rebuild(latents)
             evidence = self.evidence(latents, rebuilt)
+            far: list[Tensor] = []
             if counted is not None:
                 where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
-                evidence = [cells * self._far_enough(where, cells) for cells in evidence]
-            maps, score = self.summary(evidence)
+                far = [self._far_enough(where, cells) for cells in evidence]
+                evidence = [cells * own for cells, own in zip(evidence, far, strict=True)]
+            maps, score = self.summary(evidence, far)
         return Inspection(map=maps[0, 0].cpu().numpy(), score=float(score), step=int(rebuilt[0].step), latent=rebuilt[0].latent)
 
     def _far_enough(self, counted: Tensor, cells: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Scale(nn.Module):
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual.
         usual_energy: Scalar, mean squared magnitude.
-        peak: ``[2]`` mean and standard deviation of the logarithm of the scores.
+        usual_scores: ``[K, 2]`` mean and standard deviation of the logarithm of each of its scores.
 
     Raises:
         ConfigError: Settings and image size do not suit the extractor.
@@ -37,7 +37,7 @@ class Scale(nn.Module):
 
     residual_scale: Tensor
     usual_energy: Tensor
-    peak: Tensor
+    usual_scores: Tensor
 
     def __init__(self, config: FeatureDiffusionConfig, number: int, extractor: Extractor):
         super().__init__()
@@ -52,7 +52,7 @@ class Scale(nn.Module):
         self.denoiser = self._empty_denoiser()
         self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
-        self.register_buffer("peak", torch.tensor([0.0, 1.0]))
+        self.register_buffer("usual_scores", torch.tensor([[0.0, 1.0]]).repeat(1 + config.settings.scoring.whole, 1))
         self._fast: list[LatentDenoiser] = []  # a bfloat16 copy; in a list so that it is no part of the saved state
 
     def configure(self, config: FeatureDiffusionConfig) -> None:
@@ -121,15 +121,23 @@ class Scale(nn.Module):
         sigma = self.config.settings.scoring.blur_sigma
         return gaussian_blur(magnitude / self.usual_energy.sqrt(), sigma, 2 * math.ceil(4 * sigma) + 1)
 
-    def score(self, evidence: Tensor) -> Tensor:
-        """Mean of the largest cells, ``[B, 1, h, w] -> [B]``."""
-        return top_k_mean(evidence, min(self.config.settings.scoring.top_k, math.prod(self.grid)))
+    def scores(self, evidence: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Mean of the largest cells and, with ``scoring.whole``, of all that count: ``[B, 1, h, w] -> [K, B]``.
+
+        ``counted`` ``[1, 1, h, w]`` is 1 in cells that count and 0 in others, in which there is no evidence; None is all.
+        """
+        scoring = self.config.settings.scoring
+        found = [top_k_mean(evidence, min(scoring.top_k, math.prod(self.grid)))]
+        if scoring.whole:
+            mean = evidence.mean((1, 2, 3))
+            found.append(mean if counted is None else mean / counted.mean().clamp_min(1 / math.prod(self.grid)))
+        return torch.stack(found)
 
     def labels(self, count: int) -> Tensor | None:
         """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""
         if not self.config.categories:
             return None
-        return torch.full((count,), self.config.categories.index(self.config.category), device=self.peak.device)
+        return torch.full((count,), self.config.categories.index(self.config.category), device=self.usual_scores.device)
 
     def in_full(self) -> None:
         """Inspect with the denoiser itself, in float32, in place of a fast copy."""
@@ -146,7 +154,7 @@ class Scale(nn.Module):
 
     def _fast_denoiser(self) -> LatentDenoiser:
         if not self._fast:
-            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.peak.device))]
+            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.usual_scores.device))]
         return self._fast[0]
 
 

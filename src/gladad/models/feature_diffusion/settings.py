@@ -69,6 +69,7 @@ class MapSettings:
 
     blur_sigma: Annotated[float, Field(gt=0)] = 0.5  # Gaussian blur of a scale's map, in its cells
     top_k: Annotated[int, Field(ge=1)] = 16  # cells averaged into a scale's score
+    whole: bool = True  # the mean of all cells is a score, too
 
 
 @validated

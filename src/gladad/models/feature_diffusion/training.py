@@ -177,7 +177,7 @@ def _train_denoiser(
 ) -> None:
     """Train the denoiser by the method, and keep the average of its weights."""
     denoiser, method, training = parts[0].scale.denoiser, parts[0].scale.method, parts[0].scale.config.settings.training
-    device = parts[0].scale.peak.device
+    device = parts[0].scale.usual_scores.device
     denoiser.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())
@@ -336,9 +336,9 @@ def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Te
     _inspect_by(model, settings)
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
-    scores = scale.score(scale.evidence(magnitude)).log()
-    scale.peak.copy_(torch.stack([scores.mean(), scores.std(correction=0).clamp_min(SMALLEST_SPREAD)]))
-    for name in ("residual_scale", "usual_energy", "peak"):
+    scores = scale.scores(scale.evidence(magnitude)).log()
+    scale.usual_scores.copy_(torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1))
+    for name in ("residual_scale", "usual_energy", "usual_scores"):
         if not getattr(scale, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
 
