@@ -7,8 +7,9 @@ latent that a memory of the good images holds: the memory knows rare normal deta
 What a residual counts depends on what it is a residual of: a smooth surface is rebuilt better than an edge. How those of similar normal
 latents vary is what it is measured by.
 
-All this is done at several scales, the image itself and its halves. How far a scale's score lies above those of normal images, in their
-standard deviations, is what scales are compared by: where a texture's grain makes the scores of the fine scale vary, it silences itself.
+All this is done at several scales, the image itself and its halves, and at each both the largest cells and the mean of all are a score. How
+far a score lies above those of normal images, in their standard deviations, is what scores are compared by: where a texture's grain makes
+those of the fine scale vary, it silences itself.
 The decoder serves people only: it shows what the model thinks the part should look like.
 """
 
