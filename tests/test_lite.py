@@ -399,7 +399,9 @@ def test_measuring_again_changes_nothing() -> None:
     before = base.digest()
     other = adjusted(base, small(reconstruction__adaptive=True).settings, images, no_progress)
     assert base.digest() == before != other.digest()
-    again = adjusted(other, SMALL.settings, images, no_progress)
+    largest = adjusted(other, small(scoring__whole=False).settings, images, no_progress)
+    assert largest.inspect(images[0]).score == fit(images, small(scoring__whole=False)).inspect(images[0]).score
+    again = adjusted(largest, SMALL.settings, images, no_progress)
     assert again.digest() == before and again.all_scales()[1].denoiser is base.all_scales()[1].denoiser
 
 

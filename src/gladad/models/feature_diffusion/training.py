@@ -337,7 +337,7 @@ def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Te
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
     scores = scale.scores(scale.evidence(magnitude)).log()
-    scale.usual_scores.copy_(torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1))
+    scale.usual_scores = torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1)
     for name in ("residual_scale", "usual_energy", "usual_scores"):
         if not getattr(scale, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
