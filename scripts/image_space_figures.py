@@ -49,15 +49,15 @@ class Listening:
     """The networks, keeping what the search compared last."""
 
     def __init__(self, networks: Any):
-        self.networks, self.pair = networks, []
+        self.networks, self.pair = networks, ()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.networks, name)
 
     def latent_features(self, latent: Tensor) -> Tensor:
-        """As the networks' own: first of the input's content, then of the generated."""
-        found = self.networks.latent_features(latent)
-        self.pair = [*self.pair[-1:], found]
+        """As the networks' own: of the input's content, and after it of the generated."""
+        found: Tensor = self.networks.latent_features(latent)
+        self.pair = found.chunk(2)
         return found
 
 
