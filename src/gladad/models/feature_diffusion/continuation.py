@@ -128,7 +128,7 @@ def _latents(scale: Scale, images: Sequence[Pixels]) -> Tensor:
     """``[N, D, h, w]`` float16 on the CPU."""
     if not images:
         return torch.empty(0, scale.dimensions, *scale.grid, dtype=torch.float16)
-    return torch.cat([scale.space(one[None].float().to(scale.usual_scores.device)).half().cpu() for one in features_of(scale, images)])
+    return torch.cat([scale.space(one[None].float().to(scale.device)).half().cpu() for one in features_of(scale, images)])
 
 
 def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learning) -> list[Past]:
@@ -163,7 +163,7 @@ def _remember(scale: Scale, new: Past, seed: int) -> None:
     rows = torch.cat([scale.memory.rows.cpu(), latents.permute(0, 2, 3, 1).flatten(0, 2)])
     owner = torch.cat([scale.memory.owner.cpu(), owner.int()])
     chosen = covering(rows, scale.capacity, torch.Generator().manual_seed(seed))
-    scale.memory.remember(rows[chosen].to(scale.usual_scores.device), owner[chosen].to(scale.usual_scores.device))
+    scale.memory.remember(rows[chosen].to(scale.device), owner[chosen].to(scale.device))
 
 
 def _part(scale: Scale, past: Past, old: int, progress: Progress) -> Part:

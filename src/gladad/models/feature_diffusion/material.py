@@ -146,7 +146,7 @@ def measured_of(apart: Tensor, originals: int) -> Tensor:
 @torch.no_grad()
 def features_of(scale: Scale, images: Sequence[Pixels]) -> Tensor:
     """Features ``[N, C, h, w]`` float16 of images, in bounded memory."""
-    device, found = scale.usual_scores.device, []
+    device, found = scale.device, []
     for start in range(0, len(images), ENCODE_BATCH):
         batch = torch.stack([to_tensor(pixels) for pixels in images[start : start + ENCODE_BATCH]]).to(device)
         found.append(scale.features(batch).half().cpu())
@@ -188,7 +188,7 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
 
 def _shown(scale: Scale, latents: Tensor, owner: Tensor, progress: Progress) -> Tensor:
     """What the memory shows for latents ``[N, D, h, w]`` float16 of images ``[N]``, their own vectors left out."""
-    device, found = scale.usual_scores.device, []
+    device, found = scale.device, []
     for start in range(0, len(latents), ENCODE_BATCH):
         part = slice(start, start + ENCODE_BATCH)
         found.append(scale.memory(latents[part].to(device), owner[part].to(device)).cpu())

@@ -153,7 +153,8 @@ class FeatureDiffusion(nn.Module):
 
     def summary(self, evidence: list[Tensor], counted: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales, and which cells of each count (all, if not given)."""
-        scales = zip_longest(self.all_scales(), evidence, counted)
+        everywhere: list[Tensor | None] = [None] * len(evidence)
+        scales = zip(self.all_scales(), evidence, counted or everywhere, strict=True)
         return self.anomaly_map(evidence), self.image_score([scale.scores(cells, where) for scale, cells, where in scales])
 
     def inspect(self, pixels: Pixels) -> Inspection:

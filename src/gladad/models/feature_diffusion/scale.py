@@ -66,6 +66,11 @@ class Scale(nn.Module):
         return self.config.settings.training.anomaly_oriented and self.method.uses_anomalies
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.usual_scores.device
+
+    @property
     def grid(self) -> tuple[int, int]:
         """``(h, w)`` of the latent."""
         return self.stack.grid
@@ -137,7 +142,7 @@ class Scale(nn.Module):
         """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""
         if not self.config.categories:
             return None
-        return torch.full((count,), self.config.categories.index(self.config.category), device=self.usual_scores.device)
+        return torch.full((count,), self.config.categories.index(self.config.category), device=self.device)
 
     def in_full(self) -> None:
         """Inspect with the denoiser itself, in float32, in place of a fast copy."""
@@ -154,7 +159,7 @@ class Scale(nn.Module):
 
     def _fast_denoiser(self) -> LatentDenoiser:
         if not self._fast:
-            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.usual_scores.device))]
+            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.device))]
         return self._fast[0]
 
 

@@ -177,7 +177,7 @@ def _train_denoiser(
 ) -> None:
     """Train the denoiser by the method, and keep the average of its weights."""
     denoiser, method, training = parts[0].scale.denoiser, parts[0].scale.method, parts[0].scale.config.settings.training
-    device = parts[0].scale.usual_scores.device
+    device = parts[0].scale.device
     denoiser.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())

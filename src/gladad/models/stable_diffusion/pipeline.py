@@ -291,11 +291,10 @@ class GladPipeline(DiffusionPipeline):
                 the extractor takes.
             foreground: ``[B, 1, H', W']`` in [0, 1]: how much each place counts (`gladad.algorithm.soft_foreground` of a mask).
         """
-        pair = [_resize(x.float(), feature_size) for x in (image, reconstruction)]
-        difference = (imagenet_normalise(pair[0]) - imagenet_normalise(pair[1])).abs().mean(dim=1, keepdim=True)
-        extractor: Any = self.scoring_features
-        size = extractor.nearest_size(feature_size)
-        layers = extractor(torch.cat([_resize(x.float(), size) for x in (image, reconstruction)]))
+        both, extractor = torch.cat([image, reconstruction]).float(), cast(Any, self.scoring_features)
+        one, other = imagenet_normalise(_resize(both, feature_size)).chunk(2)
+        difference = (one - other).abs().mean(dim=1, keepdim=True)
+        layers = extractor(_resize(both, extractor.nearest_size(feature_size)))
         ours, theirs = zip(*(layer.chunk(2) for layer in layers), strict=True)
         return anomaly_map(ours, theirs, feature_size, scoring, pixel_difference=difference, foreground=foreground)
 
