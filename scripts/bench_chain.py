@@ -2,6 +2,7 @@
 
     python scripts/bench_chain.py --base shared/golden --size 64 --images 4 --rounds 3
     python scripts/bench_chain.py --random sd14 --size 256 --images 1 --num-steps 1 --ways fast
+    python scripts/bench_chain.py --random sd14 --size 512 --images 1 --precision bfloat16
 
 ``published`` is the loop as METHOD says the authors' program runs it: guidance on, the whole batch decoded and compared at every step while
 one image is undecided, two decodes and two feature passes each. All get the same weights, images and noise. Work is what the networks were
@@ -119,22 +120,23 @@ class Outcome:
 def published(pipeline: GladPipeline, images: Tensor, noise: Tensor, chain: ReconstructionConfig, guidance: float) -> Outcome:
     """The published program on a batch ``[B, 3, H, W]`` in [0, 1] with noise ``[B, 4, h, w]``, restated."""
     vae, unet, extractor = pipeline.vae, pipeline.unet, pipeline.features
-    scale, alphas = vae.config.scaling_factor, pipeline.scheduler.alphas_cumprod
-    prompt, empty = (embeds.expand(len(images), -1, -1) for embeds in pipeline.prompt_embeds.chunk(2))
+    scale, alphas, dtype = vae.config.scaling_factor, pipeline.scheduler.alphas_cumprod, unet.dtype
+    prompt, empty = (embeds.to(dtype).expand(len(images), -1, -1) for embeds in pipeline.prompt_embeds.chunk(2))
 
     def decode(latent: Tensor) -> Tensor:
-        return vae.decode(latent / scale).sample / 2 + 0.5
+        return vae.decode((latent / scale).to(dtype)).sample.float() / 2 + 0.5
 
     def searched(latent: Tensor) -> Tensor:
         return extractor(decode(latent), layers=extractor.default_layers[-1:], imagenet=False)[0]
 
-    latent = vae.encode(images * 2 - 1).latent_dist.mean * scale
+    latent = vae.encode((images * 2 - 1).to(dtype)).latent_dist.mean.float() * scale
     stride = chain.max_step // chain.num_steps
     x = alphas[chain.max_step].sqrt() * latent + (1 - alphas[chain.max_step]).sqrt() * noise
     steps = [-1] * len(images)
     for t in range((chain.num_steps - 1) * stride + 1, 0, -stride):
         a, previous = alphas[t], alphas[max(t - stride, 0)]
-        without, given = unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([empty, prompt])).sample.chunk(2)
+        both = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=torch.cat([empty, prompt])).sample.float()
+        without, given = both.chunk(2)
         predicted = without + guidance * (given - without)
         x0 = (x - (1 - a).sqrt() * predicted) / a.sqrt()
         if -1 in steps:  # then all are decoded and compared
@@ -180,8 +182,8 @@ def ours(model: StableDiffusion, pixels: Sequence[Any]) -> Outcome:
     return Outcome([each.step for each in found], [each.score for each in found])
 
 
-def random_pipeline(configs: BaseConfigs) -> GladPipeline:
-    """Networks of these shapes with random weights, in float32."""
+def random_pipeline(configs: BaseConfigs, dtype: torch.dtype = torch.float32) -> GladPipeline:
+    """Networks of these shapes with random weights."""
     torch.manual_seed(0)
     vit = ViTModel(ViTConfig(**{key: value for key, value in configs.features.items() if key != "model_type"}), add_pooling_layer=False)
     scheduler = DDIMScheduler(
@@ -190,7 +192,7 @@ def random_pipeline(configs: BaseConfigs) -> GladPipeline:
     networks = Components(
         AutoencoderKL.from_config(configs.vae), UNet2DConditionModel.from_config(configs.unet), scheduler, DinoFeatures(vit)
     )
-    return GladPipeline.of(networks, torch.randn(2, 77, configs.unet["cross_attention_dim"]))
+    return GladPipeline.of(networks, torch.randn(2, 77, configs.unet["cross_attention_dim"])).to(dtype)
 
 
 def models(pipeline: GladPipeline, pixels: Sequence[Any], num_steps: int, reached: float) -> dict[str, StableDiffusion]:
@@ -238,10 +240,11 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=PAPER_STEPS)
     parser.add_argument("--reached", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of networks with random weights")
     parser.add_argument("--ways", nargs="+", help="only these")
     chosen = parser.parse_args()
     if chosen.base is None:
-        pipeline = random_pipeline({"sd14": SD14, "hollow": HOLLOW}[chosen.random])
+        pipeline = random_pipeline({"sd14": SD14, "hollow": HOLLOW}[chosen.random], getattr(torch, chosen.precision))
     else:
         pipeline = GladPipeline.from_base(chosen.base, local_files_only=True)
     pixels = list(np.random.default_rng(0).integers(0, 256, (chosen.images, chosen.size, chosen.size, 3), dtype=np.uint8))

@@ -142,6 +142,16 @@ def test_predict(gladad, model, detector, category, tmp_path):
     assert [int(line["regions"]) for line in table] == [len(row["regions"]) for row in rows]
 
 
+def test_parts_that_are_rejected_as_a_whole_are_told(gladad, model, category, tmp_path):
+    blind = shutil.copytree(model, tmp_path / "model")
+    calibration = json.loads((blind / "calibration.json").read_text())
+    (blind / "calibration.json").write_text(json.dumps(calibration | {"pixel_threshold": 1e6}))  # so no place is ever marked
+    for path, expected in ((model, False), (blind, True)):
+        result = gladad("predict", path, category / "test/hole", "-o", tmp_path / "out", "--no-pictures")
+        assert result.status == 0 and "4 rejected" in result.out
+        assert ("4 rejected as a whole" in result.out) == expected
+
+
 def test_predict_again_into_a_folder_inside_the_images(gladad, model, category, tmp_path):
     photos = shutil.copytree(category / "test/good", tmp_path / "photos")
     for _ in range(2):

@@ -126,6 +126,8 @@ def predict(
         rejected, skipped = sum(row.get("pred_label", 0) for row in rows), len(rows) - len(seconds)
         each = f"{median(seconds):.3f} s each (median)"
         print(f"{len(seconds)} inspected, {rejected} rejected, {len(seconds) - rejected} accepted, {skipped} skipped, {each}")
+        if whole := sum(row.get("pred_label", 0) and not row["regions"] for row in rows):
+            print(f"{whole} rejected as a whole: unusual all over, with no single place above the limit of the map")
         print(f"results in {output}")
 
 
