@@ -50,6 +50,9 @@ class Brightness:
         height, width = values.shape
         return Prediction(score, 0.5, score > 1, 300, values, values > 1, (), (height, width), None, None, 0.25)
 
+    def describe(self) -> dict[str, str | None]:
+        return {"caveat": None}
+
 
 def put(path: Path, value: int, spot: tuple[slice, slice] | None = None, size: tuple[int, int] = (32, 48)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

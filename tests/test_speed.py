@@ -177,8 +177,10 @@ def test_another_speed_than_that_of_the_thresholds_is_told(saved: Path, category
     assert main(["predict", str(saved), str(image), "-o", str(tmp_path / "out"), "--speed", "balanced", "--no-pictures"]) == 0
     assert told in capsys.readouterr().err
     report = ["-o", str(tmp_path / "report"), "--no-pictures", "--quiet"]
-    assert main(["evaluate", str(saved), str(category), *report, "--speed", "balanced"]) == 0
+    assert main(["evaluate", str(saved), str(category), *report, "--speed", "balanced", "--keep-maps"]) == 0
     assert told in (tmp_path / "report" / "report.md").read_text()
+    assert main(["rescore", str(tmp_path / "report"), "-o", str(tmp_path / "again"), "--quiet"]) == 0
+    assert told in (tmp_path / "again" / "report.md").read_text()
     unseen = sorted((category / "train" / "good").iterdir())[10:16]
     other.calibrate(unseen)
     assert other.provenance_["speed"] == "balanced" and other.describe()["caveat"] is None

@@ -74,8 +74,6 @@ def evaluate(
             folders = {"pictures": folder / PICTURES if pictures else None, "maps": folder / MAPS if keep_maps else None}
             report = measure(detector, samples, collect=items.append, progress=progress, processes=processes, **folders)
             if processes.main:
-                if (caveat := detector.describe()["caveat"]) is not None:
-                    report.details["notes"].append(caveat)
                 write_report(report, items, folder, title=f"{samples[0].category}: evaluation")
                 stale = leftovers(output, report)
     if not processes.main:

@@ -74,6 +74,7 @@ def rescore(
         here = output.resolve() == folder.resolve()
         folders = {kept_maps.FOLDER: here, gallery.FOLDER: here and details[gallery.FOLDER]}
         report = replace(report, details=details | report.details | folders)
+        report.details["notes"] += [caveat] if (caveat := details.get("caveat")) else []
         if calibration != before:
             rates = (calibration.threshold.false_reject_rate, before.threshold.false_reject_rate)
             note = f"decided again at {rates[0]:.2%} false rejects; outlines and regions are those of {rates[1]:.2%}"

@@ -55,6 +55,9 @@ class Inspector(Protocol):
     def inspect(self, image: Any, *, reconstruct: bool = True) -> Prediction:
         """Inspect one image ``[H, W, 3]`` uint8."""
 
+    def describe(self) -> dict[str, Any]:
+        """With ``caveat``: what is to be told of its thresholds, or None."""
+
 
 def evaluate(
     detector: Inspector,
@@ -113,7 +116,9 @@ def evaluate(
                     kept_maps.map_file(folder, number).unlink(missing_ok=True)
                 progress("reading maps", number + 1, total)
         report = processes.on_main(lambda: measure(rows, pixels, detector.calibration_, detector.workers))
-    report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None})
+    caveat = detector.describe()["caveat"]
+    report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None, "caveat": caveat})
+    report.details["notes"] += [caveat] if caveat else []
     return report
 
 
