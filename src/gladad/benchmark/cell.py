@@ -26,7 +26,7 @@ from gladad.core.storage import MODEL_FILE, read_json, write_json
 from gladad.data.corruptions import corrupt
 from gladad.data.layouts import read_dataset
 from gladad.detector.glad import Glad
-from gladad.evaluation.run import evaluate
+from gladad.evaluation.run import Inspector, evaluate
 
 FIT_FILE = "fit.json"
 MAX_MIXED = 0.5  # share of the defective images that is mixed into training at most, so that enough are left to be found
@@ -85,7 +85,7 @@ def _fitted(cell: Cell, folder: Path, train: Sequence[Path], extra: Sequence[Pat
     return detectors[cell.category], facts | {"fitted": True}
 
 
-def _judged(detector: Any, samples: Sequence[Sample], *, pixels: bool = False, **facts: Any) -> dict[str, Any]:
+def _judged(detector: Inspector, samples: Sequence[Sample], *, pixels: bool = False, **facts: Any) -> dict[str, Any]:
     """Metrics of one detector on some samples."""
     if not pixels:  # the masks of a moved image would have to move with it
         samples = [replace(sample, mask_path=None) for sample in samples]
@@ -105,6 +105,10 @@ class Corrupted:
         pixels = as_pixels(image)
         seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:4], "big")
         return self._detector.inspect(corrupt(pixels, self._corruption, self._severity, seed), reconstruct=reconstruct)
+
+    def describe(self) -> dict[str, Any]:
+        """That of the detector."""
+        return self._detector.describe()
 
 
 def _contaminated(cell: Cell, folder: Path, train: Sequence[Path], test: Sequence[Sample]) -> tuple[list[dict[str, Any]], list[str]]:
