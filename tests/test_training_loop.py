@@ -28,7 +28,7 @@ from gladad.core.threads import CancelToken
 from gladad.training import loop as training_loop
 from gladad.training.checkpoints import Checkpoints
 from gladad.training.loop import LoopConfig, TrainingRun, divided, draw_generator, seed_of, train
-from gladad.training.optimizers import make_optimizer
+from gladad.training.optimizers import Muon, make_optimizer, orthogonalized
 from gladad.training.trackers import tracker_name
 
 HERE = Path(__file__).parent
@@ -451,3 +451,49 @@ def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -
         torch.testing.assert_close(divided_weights[name], weights[name], rtol=0, atol=2e-4)
     newest = Checkpoints(tmp_path / "two-run", json.loads((tmp_path / "two-run" / "training.json").read_text())).newest()
     assert newest is not None and newest.step == 14
+
+
+@pytest.mark.parametrize("shape", [(8, 90), (90, 8), (30, 30)])
+def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
+    left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=torch.Generator().manual_seed(0)))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=torch.Generator().manual_seed(1)))
+    before = torch.logspace(0, -2, min(shape))
+    after = orthogonalized(left * before @ right.T)
+    found = torch.diag(left.T @ after @ right)  # its singular vectors stay
+    assert found.min() > 0.6 and found.max() < 1.25
+    torch.testing.assert_close(left * found @ right.T, after, atol=1e-4, rtol=0)
+    assert not orthogonalized(torch.zeros(shape)).any()
+
+
+def test_muon_changes_every_entry_by_about_the_learning_rate() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 8, 3)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    optimizer = Muon(list(layer.parameters()), weight_decay=0.0)
+    layer(torch.randn(2, 6, 5, 5)).square().mean().backward()
+    optimizer.step(1e-3)
+    weight, bias = (parameter.detach() - old for parameter, old in zip(layer.parameters(), before, strict=True))
+    assert 0.6e-3 < weight.square().mean().sqrt() < 1.25e-3
+    torch.testing.assert_close(bias.abs(), torch.full_like(bias, 1e-3), rtol=1e-3, atol=0)  # as the first step of AdamW
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_muon_learns_all_directions_of_a_badly_scaled_problem_at_one_pace() -> None:
+    scales = torch.logspace(0, -2, 12)  # of the inputs, so that gradients differ by their squares
+    target = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+
+    def left_over(layer: torch.nn.Linear, step: Callable[[float], object], forget: Callable[[], object]) -> float:
+        torch.nn.init.zeros_(layer.weight)
+        for number in range(100):
+            forget()
+            (((layer.weight - target) * scales).square().sum() + layer.bias.square().sum()).backward()
+            step(0.2 * (1 - number / 100))
+        return float((layer.weight - target).detach().square().mean())
+
+    ours, theirs = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+    muon, momentum = (
+        Muon(list(ours.parameters()), weight_decay=0.0),
+        torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.9, nesterov=True),
+    )
+    assert left_over(ours, muon.step, muon.zero_grad) < 0.1 * left_over(theirs, lambda _: momentum.step(), momentum.zero_grad)

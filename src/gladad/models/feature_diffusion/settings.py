@@ -43,8 +43,8 @@ class FeatureTrainingSettings:
     steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps of each denoiser; None = 500, divided where folds are trained too
     minutes: Annotated[float, Field(gt=0)] | None = None  # wall-clock budget of the whole fit instead; then a second run may differ
     batch_size: Annotated[int, Field(ge=1)] = 16  # latents per step; fewer of those above 1536 cells
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3  # peak, of AdamW; warm-up over 50 steps, then a cosine to 0
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3  # of AdamW
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3  # peak, of Muon; warm-up over 50 steps, then a cosine to 0
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3  # decoupled
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995  # decay of the averaged weights, which are the ones kept
     timesteps: tuple[int, int] = (200, 700)  # drawn from here to below there, around those of inspection
     anomaly_oriented: bool = True  # ATP: synthetic anomalies in, normal latent as the target; False = plain diffusion

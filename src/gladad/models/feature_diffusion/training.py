@@ -33,6 +33,7 @@ from gladad.models.feature_diffusion.settings import (
     FeatureTrainingSettings,
 )
 from gladad.models.feature_diffusion.watching import UNSEEN, Losses, show_drawn, show_mended
+from gladad.training.optimizers import Muon
 
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -179,14 +180,11 @@ def _train_denoiser(
     denoiser, method, training = parts[0].scale.denoiser, parts[0].scale.method, parts[0].scale.config.settings.training
     device = parts[0].scale.device
     denoiser.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     parameters = list(denoiser.parameters())
+    optimizer = Muon(parameters, training.weight_decay)
     averaged = [p.detach().clone() for p in parameters]
     step, steps, times = 0, planned.steps, [time.monotonic()]
     while step < steps:
-        warmup = min(1.0, (step + 1) / 50)
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * warmup * _cosine(step / steps)
         z_normal, z_input, shown, timestep, label = _draw_batch(parts, training, generator, device)
         x_t, target, weight = method.example(z_normal, z_input, timestep, generator, training)
         with fast_autocast(device):
@@ -197,7 +195,7 @@ def _train_denoiser(
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizer.step(training.learning_rate * min(1.0, (step + 1) / 50) * _cosine(step / steps))
         with torch.no_grad():
             torch._foreach_lerp_(averaged, [p.data for p in parameters], 1 - min(training.ema, (1 + step) / (10 + step)))
         step += 1
