@@ -15,8 +15,9 @@ from gladad.core.errors import MissingExtraError
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Of the quintic whose five iterations bring singular values from 0.002 to 1 between 0.7 and 1.2 (Jordan et al., see `Muon`)."""
-ITERATIONS = 5
+"""Of the quintic whose iterations bring singular values between 0.7 and 1.2 (Jordan et al., see `Muon`)."""
+ITERATIONS = 3
+"""Those of Jordan et al. are 5; a training gets as far with 3, which bring values there that are at least a fiftieth of the norm."""
 
 
 def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> Any:
@@ -76,18 +77,25 @@ class Muon:
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """A matrix ``[R, C]`` with its singular values brought near 1, between 0.7 and 1.2 unless they are tiny.
+    """A matrix ``[R, C]`` with its singular values brought near 1, the more nearly the larger they are.
 
     Newton-Schulz iterations, on the smaller Gram matrix: they are polynomials of it, which commute, so the matrix itself is needed at the
     start and at the end only.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / wide.norm().clamp_min(1e-7)
-    gram, product = wide @ wide.T, torch.eye(len(wide), device=wide.device, dtype=wide.dtype)
-    linear, cubic, quintic = NEWTON_SCHULZ
-    for _ in range(ITERATIONS):
-        factor = cubic * gram + quintic * (gram @ gram)
-        factor.diagonal().add_(linear)
-        product, gram = factor @ product, factor @ gram @ factor
+    gram = wide @ wide.T
+    product = factor = _newton_schulz(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
+        factor = _newton_schulz(gram)
+        product = factor @ product
     found: Tensor = product @ wide
     return found if matrix.shape[0] <= matrix.shape[1] else found.T
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    linear, cubic, quintic = NEWTON_SCHULZ
+    factor: Tensor = cubic * gram + quintic * (gram @ gram)
+    factor.diagonal().add_(linear)
+    return factor

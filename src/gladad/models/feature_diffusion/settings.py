@@ -14,7 +14,7 @@ from gladad.data.synthesis import LITE, SynthesisConfig
 from gladad.features.extractor import DEFAULT_EXTRACTOR, Identity
 from gladad.models.settings import DenoisingSettings
 
-DEFAULT_STEPS = 500
+DEFAULT_STEPS = 400
 
 
 @validated
@@ -40,7 +40,7 @@ class LatentSettings:
 class FeatureTrainingSettings:
     """Budget and recipe of the training."""
 
-    steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps of each denoiser; None = 500, divided where folds are trained too
+    steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps of each denoiser; None = 400, divided where folds are trained too
     minutes: Annotated[float, Field(gt=0)] | None = None  # wall-clock budget of the whole fit instead; then a second run may differ
     batch_size: Annotated[int, Field(ge=1)] = 16  # latents per step; fewer of those above 1536 cells
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3  # peak, of Muon; warm-up over 50 steps, then a cosine to 0
