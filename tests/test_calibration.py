@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gladad.core.errors import ConfigError, DataError, ModelFormatError
-from gladad.decision.conformal import Calibration, Threshold, calibrate, conformal_threshold, required_images
+from gladad.decision.conformal import Calibration, Threshold, calibrate, conformal_threshold, images_to_hold_out, required_images
 
 
 @pytest.mark.parametrize("draw", ["lognormal", "standard_cauchy", "integers"])
@@ -48,6 +48,31 @@ def test_needed_images(rate, needed):
     assert conformal_threshold(np.arange(1.0, enough + 1), rate).method == "conformal"
     threshold = conformal_threshold(np.arange(1.0, enough + 1), rate)
     assert threshold.promised_rate == pytest.approx(rate) and "would need" not in threshold.statement
+
+
+@pytest.mark.parametrize(
+    ("images", "rate", "held_out"),
+    [
+        (54, 0.01, 11),  # a fifth, with the best promise it allows
+        (298, 0.01, 98),  # what leaves 200 to learn from
+        (299, 0.01, 99),
+        (520, 0.01, 99),  # a fifth is 104, of which one is rejected as of 99
+        (599, 0.01, 199),  # two of 200, where 400 are left
+        (1000, 0.01, 199),
+        (5000, 0.01, 299),
+        (520, 0.05, 99),  # so that another rate needs no other fit
+        (100, 0.05, 20),
+        (16, 0.5, 3),
+        (398, 0.005, 198),
+        (700, 0.005, 199),
+    ],
+)
+def test_as_many_are_held_out_as_the_rate_uses(images: int, rate: float, held_out: int) -> None:
+    assert images_to_hold_out(images, rate) == held_out
+    if held_out >= 99:  # then the rate is all used: of n + 1 images, a whole number is rejected
+        scores = list(map(float, range(1, held_out + 1)))
+        above = 1 + sum(score > conformal_threshold(scores, rate).value for score in scores)
+        assert above == pytest.approx(max(1, rate * (held_out + 1)))
 
 
 def test_too_few_images_give_the_best_promise_that_they_can():

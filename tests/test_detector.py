@@ -535,7 +535,7 @@ def test_one_shot_has_the_whole_budget(good: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Glad.from_base("lite", settings=settings).fit(good, progress=told)
-    assert steps == {500}
+    assert steps == {400}
 
 
 # ------------------------------------------------------------------------------------------- what goes in and comes out

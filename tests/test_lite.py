@@ -390,7 +390,7 @@ def test_a_time_budget_sets_the_steps() -> None:
     seen: list[tuple[int, int]] = []
     config = small(training__steps=None, training__minutes=0.02)
     fit(parts(4), config, progress=lambda s, d, n: seen.append((d, n)) if s == "scale 2: denoiser" else None)
-    assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 500
+    assert seen[-1][0] == seen[-1][1] and 10 < seen[-1][1] < 400
 
 
 def test_measuring_again_changes_nothing() -> None:
@@ -410,7 +410,7 @@ def test_steps_that_were_set_are_those_of_each_training() -> None:
     training = SMALL.settings.training
     assert budget(training, 1, 3).steps == training.steps == 6
     default = small(training__steps=None).settings.training
-    assert (budget(default, 1, 1).steps, budget(default, 1, 3).steps, budget(default, 4, 1).steps) == (500, 166, 1000)
+    assert (budget(default, 1, 1).steps, budget(default, 1, 3).steps, budget(default, 4, 1).steps) == (400, 133, 800)
 
 
 def test_deviation_correction_is_trained_and_inspects(tmp_path) -> None:

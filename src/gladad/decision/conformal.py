@@ -23,6 +23,8 @@ from gladad.core.storage import content_digest
 
 MIN_HELD_OUT = 4
 """Fewest held-out normal images that a calibration is made from."""
+HELD_OUT_SHARE, MANY_IMAGES, MAX_HELD_OUT = 0.2, 200, 300
+"""See `images_to_hold_out`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class Threshold:
 def required_images(false_reject_rate: float) -> int:
     """Held-out normal images needed for the conformal guarantee: the smallest ``n`` with ``n >= 1/a - 1``."""
     return math.ceil(1 / false_reject_rate - 1 - 1e-9)
+
+
+def images_to_hold_out(images: int, false_reject_rate: float) -> int:
+    """How many of so many different good images to hold out, at most `MAX_HELD_OUT`; the same for all rates from 1 % on.
+
+    A fifth, or 99 where `MANY_IMAGES` are left to learn from, or 199, so that no single image sets a threshold of 1 %, where twice as many
+    are left. Of n + 1 images a threshold rejects a whole number. So n is one less than a multiple of 100 where it can be: with any more the
+    rate would be smaller than asked for, and the threshold higher. Rates below 1 % take multiples of what their guarantee needs.
+    """
+    multiple = max(100, required_images(false_reject_rate) + 1)
+    spared = (min(times * multiple - 1, images - times * MANY_IMAGES) for times in (1, 2))
+    most = min(max(images * HELD_OUT_SHARE, *spared), MAX_HELD_OUT)
+    return int(most + 1) // multiple * multiple - 1 if most + 1 >= multiple else round(most)
 
 
 def check_rate(false_reject_rate: float) -> None:

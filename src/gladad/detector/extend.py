@@ -11,8 +11,8 @@ import numpy as np
 from gladad.core.errors import ConfigError, DataError
 from gladad.core.records import Progress
 from gladad.data.samples import file_digest, fingerprint
-from gladad.decision.conformal import MIN_HELD_OUT
-from gladad.detector.fit import HELD_OUT_SHARE, Fitter, Images, distinct, listed, seen
+from gladad.decision.conformal import HELD_OUT_SHARE, MIN_HELD_OUT
+from gladad.detector.fit import Fitter, Images, distinct, listed, seen
 from gladad.detector.fitted import Fitted, SeenImages
 from gladad.models.family import Training
 from gladad.models.tiled import Tiled

@@ -22,7 +22,7 @@ from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
 from gladad.data.tolerance import mixture
-from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, required_images
+from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, images_to_hold_out
 from gladad.decision.scope import Scope
 from gladad.detector.fitted import Fitted, SeenImages
 from gladad.detector.view import read_pixels
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 Images = str | Path | Sequence[str | Path]
-HELD_OUT_SHARE = 0.2
-MANY_IMAGES, MAX_HELD_OUT = 200, 300
-"""Where so many are left to learn from, as many are held out as the rate's promise needs; never more than these."""
 FEW_IMAGES = 24
 """Below this many images none can be spared: the calibration is cross-fitted."""
 FOLDS = 2
@@ -243,8 +240,8 @@ class Fitter:
 
     def split(self, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         """Images to train on, and those held out for the calibration."""
-        wanted = max(HELD_OUT_SHARE * len(paths), min(required_images(self.settings.false_reject_rate), len(paths) - MANY_IMAGES))
-        return split_held_out(paths, min(wanted, MAX_HELD_OUT) / len(paths), MIN_HELD_OUT, self.settings.seed)
+        wanted = images_to_hold_out(len(paths), self.settings.false_reject_rate)
+        return split_held_out(paths, wanted / len(paths), MIN_HELD_OUT, self.settings.seed)
 
     def split_of(self, fitted: Fitted, images: Images, what: str) -> tuple[list[Path], list[Path]]:
         """`split` of the images of an earlier fit.
