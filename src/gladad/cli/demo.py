@@ -25,9 +25,8 @@ from gladad.report.gallery import GalleryItem
 
 SEED = 0
 TRAIN, TEST = 400, 150  # good cells to learn from, and cells of each kind to judge, at most
-# Fewer steps than the default, so that all of it takes some five minutes on two cores. A fifth of the 400 cells is held out, and 80 are
-# enough for a guarantee down to 1.3 %, but not for the usual 1 %.
-DEFAULTS = {"seed": SEED, "training.steps": 400, "false_reject_rate": 0.05}
+# Fewer steps than the default, so that all of it takes some four minutes on two cores. Of the 400 cells 99 are held out.
+DEFAULTS = {"seed": SEED, "training.steps": 300, "false_reject_rate": 0.05}
 
 
 def solar_cells(folder: Path | None = None, seed: int = SEED) -> tuple[list[Path], list[Sample]]:
