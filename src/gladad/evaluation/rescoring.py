@@ -14,7 +14,7 @@ from gladad.core.errors import ConfigError, DataError, ModelFormatError
 from gladad.core.records import Progress, Report, no_progress
 from gladad.decision.conformal import Calibration, Threshold, conformal_threshold
 from gladad.evaluation import stored_maps as kept_maps
-from gladad.evaluation.run import REPORT_FILE, SCHEMA, SCHEMA_VERSION, measure, take
+from gladad.evaluation.run import REPORT_FILE, SCHEMA, SCHEMA_VERSION, measure, take, with_caveat
 from gladad.metrics.pixel import PixelMetrics
 from gladad.report import gallery
 from gladad.report.files import OLD_NAMES
@@ -70,11 +70,10 @@ def rescore(
             for done, (number, row) in enumerate(seen, start=1):
                 take(row, kept_maps.load_map(folder / kept_maps.FOLDER, number), wanted, items.append)
                 progress("reading maps", done, len(seen))
-            report = measure(rows, pixels, calibration, details["workers"], limit)
+            report = with_caveat(measure(rows, pixels, calibration, details["workers"], limit), details.get("caveat"))
         here = output.resolve() == folder.resolve()
         folders = {kept_maps.FOLDER: here, gallery.FOLDER: here and details[gallery.FOLDER]}
         report = replace(report, details=details | report.details | folders)
-        report.details["notes"] += [caveat] if (caveat := details.get("caveat")) else []
         if calibration != before:
             rates = (calibration.threshold.false_reject_rate, before.threshold.false_reject_rate)
             note = f"decided again at {rates[0]:.2%} false rejects; outlines and regions are those of {rates[1]:.2%}"

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,10 +116,15 @@ def evaluate(
                     kept_maps.map_file(folder, number).unlink(missing_ok=True)
                 progress("reading maps", number + 1, total)
         report = processes.on_main(lambda: measure(rows, pixels, detector.calibration_, detector.workers))
-    caveat = detector.describe()["caveat"]
-    report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None, "caveat": caveat})
-    report.details["notes"] += [caveat] if caveat else []
+    report = with_caveat(report, detector.describe()["caveat"])
+    report.details.update({kept_maps.FOLDER: maps is not None, FOLDER: pictures is not None})
     return report
+
+
+def with_caveat(report: Report, caveat: str | None) -> Report:
+    """The report with what is to be told of the thresholds, if anything, among its notes."""
+    notes = [*report.details["notes"], *([caveat] if caveat else [])]
+    return replace(report, details=report.details | {"notes": notes, "caveat": caveat})
 
 
 def _look(
