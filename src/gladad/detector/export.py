@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gladad.core.errors import ConfigError, DataError, GladError
+from gladad.core.inference import FLOAT32
 from gladad.core.records import Progress
 from gladad.core.settings import to_json
 from gladad.core.storage import check_target
@@ -147,7 +148,10 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     ]
     if differing:
         some = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; choose another precision")
+        advice = (
+            f"choose another precision, or fit the model with {FLOAT32}=1 in the environment: then it computes in float32, as graphs do"
+        )
+        raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; {advice}")
     largest = max(abs(new / old - 1) for old, new in zip(before, after, strict=True))
     return Comparison(len(shown), len(defects), largest)
 
