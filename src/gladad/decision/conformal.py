@@ -74,7 +74,8 @@ def images_to_hold_out(images: int, false_reject_rate: float) -> int:
     multiple = max(100, required_images(false_reject_rate) + 1)
     spared = (min(times * multiple - 1, images - times * MANY_IMAGES) for times in (1, 2))
     most = min(max(images * HELD_OUT_SHARE, *spared), MAX_HELD_OUT)
-    return int(most + 1) // multiple * multiple - 1 if most + 1 >= multiple else round(most)
+    used = int(most + 1) // multiple * multiple
+    return used - 1 if used else round(most)
 
 
 def check_rate(false_reject_rate: float) -> None:

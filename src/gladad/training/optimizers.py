@@ -82,7 +82,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     Newton-Schulz iterations, on the smaller Gram matrix: they are polynomials of it, which commute, so the matrix itself is needed at the
     start and at the end only.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    turned = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if turned else matrix
     wide = wide / wide.norm().clamp_min(1e-7)
     gram = wide @ wide.T
     product = factor = _newton_schulz(gram)
@@ -91,7 +92,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         factor = _newton_schulz(gram)
         product = factor @ product
     found: Tensor = product @ wide
-    return found if matrix.shape[0] <= matrix.shape[1] else found.T
+    return found.T if turned else found
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:
