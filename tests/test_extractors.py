@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import gladad
 from gladad.core.errors import ConfigError, GladError, MissingExtraError, ModelFormatError
-from gladad.core.inference import fast_autocast, fast_dtype, inference_copy
+from gladad.core.inference import fast_autocast, fast_dtype
 from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import Extractor, Identity, Level, load_extractor
 from gladad.features.space import FeatureSpace
@@ -122,16 +122,6 @@ def test_weights_that_are_not_installed_are_asked_for(monkeypatch: pytest.Monkey
         load_extractor("efficientnet-lite1")
 
 
-@torch.no_grad()
-def test_the_fast_copy_is_the_one_of_inspection() -> None:
-    extractor, image = load_extractor(), images(1, (64, 64))
-    before, fast = extractor(image), extractor.fast()
-    assert fast.identity == extractor.identity
-    for maps, expected in zip(fast(image), inference_copy(pretrained(), EfficientNetLite())(image), strict=True):
-        assert maps.dtype == fast_dtype(image.device) and torch.equal(maps, expected)
-    assert all(torch.equal(x, y) for x, y in zip(extractor(image), before, strict=True))
-
-
 @pytest.mark.parametrize(
     ("machine", "possible", "avx512_bf16", "amx", "dtype"),
     [
@@ -142,19 +132,15 @@ def test_the_fast_copy_is_the_one_of_inspection() -> None:
         ("aarch64", True, False, False, torch.bfloat16),
     ],
 )
-@torch.no_grad()
-def test_copies_are_in_bfloat16_only_where_the_processor_computes_in_it(
+def test_bfloat16_is_used_only_where_the_processor_computes_in_it(
     machine: str, possible: bool, avx512_bf16: bool, amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: possible)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    extractor, image = load_extractor(), images(1, (64, 64))
-    for exact, maps in zip(extractor(image), extractor.fast()(image), strict=True):
-        assert maps.dtype == dtype
-        assert F.cosine_similarity(maps.float().flatten(), exact.flatten(), dim=0) > 0.99
-    with fast_autocast(image.device):
+    assert fast_dtype(torch.device("cpu")) == dtype
+    with fast_autocast(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
@@ -316,13 +302,13 @@ def test_a_name_without_weights_is_refused(name: str) -> None:
 @torch.no_grad()
 def test_the_stack_of_efficientnet(size: tuple[int, int]) -> None:
     image, grid = images(2, size), (size[0] // 8, size[1] // 8)
-    for extractor in (load_extractor(), load_extractor().fast()):
-        stack = FeatureStack(extractor, size)
-        assert (stack.cell, stack.grid, stack.channels, size_multiple(extractor)) == (8, grid, 176, 16)
-        features = stack(image)
-        levels = [F.avg_pool2d(level.float(), 3, 1, 1, count_include_pad=False) for level in extractor(image)]
-        assert torch.equal(features[:, :24], F.adaptive_avg_pool2d(levels[0], grid)) and torch.equal(features[:, 24:64], levels[1])
-        assert torch.equal(features[:, 64:], F.interpolate(levels[2], grid, mode="bilinear"))
+    extractor = load_extractor()
+    stack = FeatureStack(extractor, size)
+    assert (stack.cell, stack.grid, stack.channels, size_multiple(extractor)) == (8, grid, 176, 16)
+    features = stack(image)
+    levels = [F.avg_pool2d(level, 3, 1, 1, count_include_pad=False) for level in extractor(image)]
+    assert torch.equal(features[:, :24], F.adaptive_avg_pool2d(levels[0], grid)) and torch.equal(features[:, 24:64], levels[1])
+    assert torch.equal(features[:, 64:], F.interpolate(levels[2], grid, mode="bilinear"))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +364,7 @@ class Flat(Extractor):
 
 def test_everything_stays_on_the_device_of_the_images() -> None:
     image = images(1, (64, 64)).to("meta")
-    for extractor in (EfficientNetLite().to("meta"), EfficientNetLite().to("meta").fast(), Flat()):
+    for extractor in (EfficientNetLite().to("meta"), Flat()):
         features = FeatureStack(extractor, (64, 64))(image)
         assert features.device.type == "meta" and features.shape[-2:] == (8, 8)
     space = FeatureSpace(features.shape[1], 2, 0.5).to("meta")

@@ -1,18 +1,15 @@
-"""How networks run at inspection: from copies in channels-last order, in bfloat16 where the machine computes in it."""
+"""How networks run: in which arithmetic, and in channels-last order."""
 
 from __future__ import annotations
 
 import os
 import platform
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-Network = TypeVar("Network", bound=nn.Module)
-
-
-FLOAT32 = "GLADAD_FLOAT32"  # variable of the environment: if it is set, machines of both kinds agree up to rounding
+FLOAT32 = "GLADAD_FLOAT32"  # variable of the environment: if it is set, nothing computes in bfloat16 that is not told to
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -38,21 +35,6 @@ def _emulated() -> bool:
 def fast_autocast(device: torch.device) -> torch.autocast:
     """Training in `fast_dtype`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) is torch.bfloat16)
-
-
-def inference_copy(network: Network, copy: Network) -> Network:
-    """A copy in `fast_dtype` for inference: in bfloat16 about half the time of autocast, which converts the weights at every call.
-
-    Args:
-        network: Whose weights are taken.
-        copy: Another of the same shape, which takes them.
-    """
-    copy.load_state_dict(network.state_dict())
-    for parameter in (*copy.parameters(), *copy.buffers()):
-        parameter.data = parameter.data.to(fast_dtype(parameter.device))
-    copy = copy.eval().requires_grad_(False)
-    channels_last(copy)
-    return copy
 
 
 def channels_last(network: nn.Module) -> None:

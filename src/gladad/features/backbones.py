@@ -62,7 +62,7 @@ class TransformersBackbone(Extractor):
         return list(self.network(pixels.to(self.network.dtype)).feature_maps)
 
     def fast(self) -> Self:
-        """A copy for inference; read again, because transformers knows what has to stay float32."""
+        """A copy in `gladad.core.inference.fast_dtype`; read again, because transformers knows what has to stay float32."""
         return type(self)(self._folder, self.identity, fast_dtype(self.mean.device)).to(self.mean.device)
 
 

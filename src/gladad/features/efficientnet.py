@@ -14,14 +14,14 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.core.errors import MissingExtraError, ModelFormatError
-from gladad.core.inference import inference_copy
+from gladad.core.inference import channels_last
 from gladad.features.extractor import DEFAULT_EXTRACTOR, PACKAGED, Extractor, Identity, Level, files_sha256
 
 VARIANTS = dict(zip(PACKAGED, ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2)), strict=True))
@@ -93,6 +93,7 @@ class EfficientNetLite(Extractor):
             if index in TAPS:
                 self.taps.add(len(blocks) - 1)
         self.blocks = nn.ModuleList(blocks)
+        channels_last(self)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -106,10 +107,6 @@ class EfficientNetLite(Extractor):
             if index in self.taps:
                 taps.append(x)
         return taps
-
-    def fast(self) -> Self:
-        """A copy for inference, see `gladad.core.inference`."""
-        return inference_copy(self, copy.deepcopy(self))
 
 
 def pretrained(name: str = DEFAULT_EXTRACTOR) -> EfficientNetLite:

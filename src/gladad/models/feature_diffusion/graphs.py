@@ -141,14 +141,12 @@ class Decoder(nn.Module):
 
 
 def _in_float32(model: FeatureDiffusion) -> FeatureDiffusion:
-    """A copy whose extractor and denoisers compute in float32, on the CPU."""
+    """A copy whose extractor computes in float32, on the CPU."""
     copy = FeatureDiffusion(model.config, load_extractor(model.config.settings.features))
     for own, scale in zip(copy.all_scales(), model.all_scales(), strict=True):
         own.memory.remember(scale.memory.rows.cpu(), scale.memory.owner.cpu())
         own.gaussians.hold(*(buffer.cpu() for buffer in scale.gaussians.buffers()))
     copy.load_state_dict(model.state_dict())
-    for scale in copy.all_scales():
-        scale.in_full()
     return copy.eval().requires_grad_(False)
 
 

@@ -105,7 +105,6 @@ class FeatureDiffusion(nn.Module):
         """The model itself, with all its networks moved to a device."""
         self.extractor.to(device)
         for scale in self.all_scales():
-            scale.refresh()
             scale.memory.remember(scale.memory.rows, scale.memory.owner)
         return self.to(device)
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
-from gladad.core.inference import inference_copy
 from gladad.features.extractor import Extractor
 from gladad.features.memory import ClusterGaussians, Memory
 from gladad.features.space import FeatureSpace
@@ -49,11 +48,11 @@ class Scale(nn.Module):
         self.space = FeatureSpace(self.stack.channels, self.dimensions, latent.whitening)
         self.memory = Memory(self.dimensions)
         self.gaussians = ClusterGaussians(self.dimensions)
-        self.denoiser = self._empty_denoiser()
+        shown = self.dimensions if config.settings.memory else 0
+        self.denoiser = LatentDenoiser(self.dimensions, self.grid, config.settings.widths, len(config.categories), shown)
         self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
         self.register_buffer("usual_scores", torch.tensor([[0.0, 1.0]]).repeat(1 + config.settings.scoring.whole, 1))
-        self._fast: list[LatentDenoiser] = []  # a bfloat16 copy; in a list so that it is no part of the saved state
 
     def configure(self, config: FeatureDiffusionConfig) -> None:
         """Inspect as other settings say."""
@@ -94,8 +93,7 @@ class Scale(nn.Module):
     def predict_noise(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """What the method makes of the denoiser's output."""
         noisy = latent[:, : self.dimensions]
-        denoiser = self._fast_denoiser()
-        output = denoiser(latent.to(next(denoiser.parameters()).dtype), timestep, self.labels(latent.shape[0]))
+        output = self.denoiser(latent, timestep, self.labels(latent.shape[0]))
         return self.method.prediction(noisy, output, timestep)
 
     def latent_features(self, latent: Tensor) -> Tensor:
@@ -143,24 +141,6 @@ class Scale(nn.Module):
         if not self.config.categories:
             return None
         return torch.full((count,), self.config.categories.index(self.config.category), device=self.device)
-
-    def in_full(self) -> None:
-        """Inspect with the denoiser itself, in float32, in place of a fast copy."""
-        self._fast = [self.denoiser]
-
-    def refresh(self) -> None:
-        """Drop the fast copy of the denoiser; to be called after its weights changed."""
-        self._fast = []
-
-    def _empty_denoiser(self) -> LatentDenoiser:
-        settings = self.config.settings
-        shown = self.dimensions if settings.memory else 0
-        return LatentDenoiser(self.dimensions, self.grid, settings.widths, len(self.config.categories), shown)
-
-    def _fast_denoiser(self) -> LatentDenoiser:
-        if not self._fast:
-            self._fast = [inference_copy(self.denoiser, self._empty_denoiser().to(self.device))]
-        return self._fast[0]
 
 
 @lru_cache(maxsize=8)

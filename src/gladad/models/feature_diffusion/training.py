@@ -206,11 +206,10 @@ def _train_denoiser(
         seen.add("denoiser", step, loss)
     with torch.no_grad():
         for parameter, average in zip(parameters, averaged, strict=True):
-            parameter.copy_(average.bfloat16())  # as inspection uses and files keep them
+            parameter.copy_(average.bfloat16())  # as files keep them
     denoiser.eval().requires_grad_(False)
     for part in parts:
         part.scale.denoiser = denoiser
-        part.scale.refresh()
 
 
 def _cosine(progress: float) -> float:
