@@ -28,7 +28,7 @@ from gladad.core.threads import CancelToken
 from gladad.training import loop as training_loop
 from gladad.training.checkpoints import Checkpoints
 from gladad.training.loop import LoopConfig, TrainingRun, divided, draw_generator, seed_of, train
-from gladad.training.optimizers import Muon, make_optimizer, orthogonalized
+from gladad.training.optimizers import Muon, OptimizerName, make_optimizer, orthogonalized
 from gladad.training.trackers import tracker_name
 
 HERE = Path(__file__).parent
@@ -83,29 +83,31 @@ def same(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_it_learns() -> None:
-    losses = train(Regression(), replace(CONFIG, steps=200, ema=0.0), stage="line")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_it_learns(optimizer: OptimizerName) -> None:
+    losses = train(Regression(), replace(CONFIG, steps=200, ema=0.0, optimizer=optimizer), stage="line")
     assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("every", [3, 1000])
-def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path, every: int) -> None:
-    whole = Regression()
-    losses = train(whole, CONFIG, stage="line")
+def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path, every: int, optimizer: OptimizerName) -> None:
+    config, whole = replace(CONFIG, optimizer=optimizer), Regression()
+    losses = train(whole, config, stage="line")
     run = TrainingRun(folder=tmp_path / "run", checkpoint_every=every, tracker="none")
     for step in (4, 11):
         with pytest.raises(Interrupted, match=rf"stopped after step {step} of 20; saved in .*run") as stop:
-            train(Regression(), CONFIG, run, stage="line", progress=stop_at(step))
+            train(Regression(), config, run, stage="line", progress=stop_at(step))
         assert stop.value.signal == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     told: list[str] = []
     last = Regression()
-    assert train(last, CONFIG, replace(run, tell=told.append), stage="line") == losses
+    assert train(last, config, replace(run, tell=told.append), stage="line") == losses
     assert told == ["going on after step 11 of 20"]
     assert {step for step, _ in last.seen} == set(range(11, 20))
     assert same(last.weights(), whole.weights())
     again = Regression()  # finished already: nothing is trained, and the weights are there
-    assert train(again, CONFIG, run, stage="line") == losses and not again.seen
+    assert train(again, config, run, stage="line") == losses and not again.seen
     assert same(again.weights(), whole.weights())
 
 
@@ -467,33 +469,31 @@ def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
 
 def test_muon_changes_every_entry_by_about_the_learning_rate() -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Conv2d(6, 8, 3)
+    layer = nn.Conv2d(6, 8, 3)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
-    optimizer = Muon(list(layer.parameters()), weight_decay=0.0)
+    optimizer = Muon(list(layer.parameters()), lr=1e-3, weight_decay=0.0)
     layer(torch.randn(2, 6, 5, 5)).square().mean().backward()
-    optimizer.step(1e-3)
+    optimizer.step()
     weight, bias = (parameter.detach() - old for parameter, old in zip(layer.parameters(), before, strict=True))
     assert 0.6e-3 < weight.square().mean().sqrt() < 1.25e-3
     torch.testing.assert_close(bias.abs(), torch.full_like(bias, 1e-3), rtol=1e-3, atol=0)  # as the first step of AdamW
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in layer.parameters())
 
 
 def test_muon_learns_all_directions_of_a_badly_scaled_problem_at_one_pace() -> None:
     scales = torch.logspace(0, -2, 12)  # of the inputs, so that gradients differ by their squares
     target = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
 
-    def left_over(layer: torch.nn.Linear, step: Callable[[float], object], forget: Callable[[], object]) -> float:
-        torch.nn.init.zeros_(layer.weight)
+    def left_over(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
+        layer = nn.Linear(12, 12)
+        nn.init.zeros_(layer.weight)
+        optimizer = make(list(layer.parameters()))
         for number in range(100):
-            forget()
+            optimizer.zero_grad()
             (((layer.weight - target) * scales).square().sum() + layer.bias.square().sum()).backward()
-            step(0.2 * (1 - number / 100))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.2 * (1 - number / 100)
+            optimizer.step()
         return float((layer.weight - target).detach().square().mean())
 
-    ours, theirs = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
-    muon, momentum = (
-        Muon(list(ours.parameters()), weight_decay=0.0),
-        torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.9, nesterov=True),
-    )
-    assert left_over(ours, muon.step, muon.zero_grad) < 0.1 * left_over(theirs, lambda _: momentum.step(), momentum.zero_grad)
+    momentum = left_over(lambda parameters: torch.optim.SGD(parameters, lr=0.2, momentum=0.9, nesterov=True))
+    assert left_over(lambda parameters: Muon(parameters, lr=0.2, weight_decay=0.0)) < 0.1 * momentum

@@ -51,7 +51,7 @@ class LoopConfig:
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # samples at a time; gradients are accumulated; None = all of a process's share
     learning_rate: Annotated[float, Field(gt=0)]  # constant, after the warm-up
     warmup: Annotated[int, Field(ge=0)] = 0  # steps over which the rate rises linearly
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2  # of AdamW
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2  # decoupled
     optimizer: OptimizerName = "adamw"  # 8 bit moments need a package of their own
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
     precision: Precision = "float32"  # of the networks' arithmetic; trained weights and moments are float32
@@ -244,6 +244,8 @@ class _Loop:
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.sharded = any(isinstance(parameter, DTensor) for _, parameter in self._trained())
+        if self.sharded and config.optimizer == "muon":
+            raise ConfigError("the optimizer muon needs whole matrices, and the weights are sharded; choose adamw")
         if self.sharded and config.batch_size % count:
             raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}

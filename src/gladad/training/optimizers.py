@@ -9,27 +9,33 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from gladad.core.errors import MissingExtraError
 
-OptimizerName = Literal["adamw", "adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iterations bring singular values between 0.7 and 1.2 (Jordan et al., see `Muon`)."""
 ITERATIONS = 3
 """Those of Jordan et al. are 5; a training gets as far with 3, which bring values there that are at least a fiftieth of the norm."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
+
 
 def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> Any:
-    """AdamW with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101) over float32 parameters.
+    """An optimiser of float32 parameters; weight decay is decoupled (Loshchilov & Hutter, arXiv 1711.05101).
 
-    ``adamw`` holds 8 bytes of moments per weight, ``adamw8bit`` 2, through bitsandbytes.
+    ``adamw`` holds 8 bytes of moments per weight, ``adamw8bit`` 2, through bitsandbytes, ``muon`` (`Muon`) 4.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "muon":
+        return Muon(parameters, learning_rate, weight_decay)
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -37,7 +43,7 @@ def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], lear
     return bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal for matrices, AdamW for vectors.
 
     A layer learns in all directions at the same pace, not only in those of the largest gradients, so that a short training gets further.
@@ -46,34 +52,42 @@ class Muon:
     no convolutions, and came with torch 2.9.
 
     Args:
-        parameters: Those of two dimensions or more are matrices, a convolution's of ``[out, in * height * width]``.
+        parameters: Those of two dimensions or more are matrices, a convolution's of ``[out, in * height * width]``. They are whole: those
+            of a sharded network are not.
+        lr: Learning rate.
         weight_decay: Decoupled.
         momentum: Of the gradients of matrices, by Nesterov.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], weight_decay: float, momentum: float = 0.9):
-        self._matrices = [(each, torch.zeros_like(each)) for each in parameters if each.ndim > 1]
-        self._vectors = torch.optim.AdamW([each for each in parameters if each.ndim < 2], weight_decay=weight_decay, fused=True)
-        self._weight_decay, self._momentum = weight_decay, momentum
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        self._vectors.zero_grad()
-        for matrix, _ in self._matrices:
-            matrix.grad = None
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Change the parameters by their gradients, which all have."""
-        for group in self._vectors.param_groups:
-            group["lr"] = learning_rate
-        self._vectors.step()
-        for matrix, average in self._matrices:
-            assert matrix.grad is not None
-            average.lerp_(matrix.grad, 1 - self._momentum)
-            flat = matrix.grad.lerp(average, self._momentum).flatten(1)
-            change = orthogonalized(flat) * math.sqrt(max(flat.shape))
-            matrix.mul_(1 - learning_rate * self._weight_decay).sub_(change.reshape(matrix.shape), alpha=learning_rate)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change the parameters that have gradients by them."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._change_vectors([parameter for parameter in parameters if parameter.ndim < 2], group)
+            for matrix in (parameter for parameter in parameters if parameter.ndim > 1):
+                if matrix not in self.state:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                average = self.state[matrix]["momentum_buffer"]
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                flat = matrix.grad.lerp(average, group["momentum"]).flatten(1)
+                change = orthogonalized(flat) * math.sqrt(max(flat.shape))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.reshape(matrix.shape), alpha=group["lr"])
+
+    def _change_vectors(self, vectors: list[Tensor], group: dict[str, Any]) -> None:
+        """A step of AdamW."""
+        for vector in vectors:
+            if vector not in self.state:
+                moments = {name: torch.zeros_like(vector) for name in MOMENTS}
+                self.state[vector] = {"step": torch.zeros((), device=vector.device), **moments}
+        states = [self.state[vector] for vector in vectors]
+        steps, first, second = ([state[name] for state in states] for name in ("step", *MOMENTS))
+        gradients = [vector.grad for vector in vectors if vector.grad is not None]
+        rates = {name: group[name] for name in ("lr", "weight_decay")}
+        adamw(vectors, gradients, first, second, [], steps, **rates, **ADAM)
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def _train_denoiser(
     device = parts[0].scale.device
     denoiser.train().requires_grad_(True)
     parameters = list(denoiser.parameters())
-    optimizer = Muon(parameters, training.weight_decay)
+    optimizer = Muon(parameters, training.learning_rate, training.weight_decay)
     averaged = [p.detach().clone() for p in parameters]
     step, steps, times = 0, planned.steps, [time.monotonic()]
     while step < steps:
@@ -195,7 +195,9 @@ def _train_denoiser(
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(training.learning_rate * min(1.0, (step + 1) / 50) * _cosine(step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * min(1.0, (step + 1) / 50) * _cosine(step / steps)
+        optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averaged, [p.data for p in parameters], 1 - min(training.ema, (1 + step) / (10 + step)))
         step += 1

@@ -29,6 +29,7 @@ from gladad.models.stable_diffusion.device import choose_device
 from gladad.models.stable_diffusion.folders import save_folder
 from gladad.models.stable_diffusion.training_inputs import check_images, image_of_sample, loop_config, sha256_of_images, sha256_of_weights
 from gladad.training.loop import FREE_OF_RESULT, LoopConfig, Precision, TrainingRun, draw_generator, train
+from gladad.training.optimizers import OptimizerName
 
 AUTOENCODER_FORMAT = "gladad-autoencoder"
 Weight = Annotated[float, Field(ge=0)]
@@ -42,7 +43,8 @@ class AutoencoderTuningConfig:
     minutes: Annotated[float, Field(gt=0)] | None = None  # after which the training ends before
     batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # of Adam; latent diffusion's, from nothing, is 4.5e-6 per image of a batch
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # latent diffusion's, from nothing, is 4.5e-6 per image of a batch (Adam)
+    optimizer: OptimizerName = "adamw"
     kl_weight: Weight = 1e-6  # of the latents' divergence from a standard normal, in nats over the image's number of values
     perceptual_weight: Weight = 1.0  # of the distance between patch features
     discriminator: bool = False  # train a discriminator of patches, too, and against it

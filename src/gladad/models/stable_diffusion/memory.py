@@ -27,7 +27,7 @@ Size = tuple[int, int]
 Plan = dict[str, int]
 """Bytes at the peak: weights, gradients, optimizer, averaged weights, activations (what there is beyond these), and their total."""
 TOKENS = 77  # of a prompt, in every Stable Diffusion 1.x and 2.x
-MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}  # bytes per trained weight; bitsandbytes has a scale per block of 256
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}  # bytes per trained weight; bitsandbytes has a scale per block of 256
 AT_ONCE = 5  # layers one after the other whose results are there at a time, between the ends of a residual connection
 SIDES = (512, 384, 256, 192, 128)  # pixels, of images that are suggested
 

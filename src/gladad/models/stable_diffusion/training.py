@@ -43,7 +43,7 @@ class FinetuneConfig:
     layers: Layers = "attention"  # that are adapted; "all" learns more per step, and its file is five times as large
     batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together; the paper's is 32
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; gradients are accumulated over them; None = all
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # of AdamW, constant; None = 1e-4 for adapters, else the paper's 5e-6
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # constant; None = 1e-4 for adapters, else the paper's 5e-6
     optimizer: OptimizerName = "adamw"  # adamw8bit needs bitsandbytes
     gradient_checkpointing: bool = True  # compute activations twice instead of keeping them: much less memory, a third more time
     precision: Precision = "bfloat16"  # of the networks' arithmetic, in training and at inspection
