@@ -208,9 +208,10 @@ def test_full_training_needs_more_than_lora_and_averages_a_copy(plan_of):
     assert plan_of(replace(LORA, layers="all"))["gradients"] > 2 * lora["gradients"]
 
 
-def test_moments_of_8_bits_are_a_quarter(plan_of):
+def test_moments_of_8_bits_are_a_quarter_and_muon_has_one_of_two(plan_of):
     ratio = plan_of(replace(FULL, optimizer="adamw8bit"))["optimizer"] / plan_of(FULL)["optimizer"]
     assert 0.25 < ratio < 0.26  # with a scale per block
+    assert 2 * plan_of(replace(FULL, optimizer="muon"))["optimizer"] == plan_of(FULL)["optimizer"]
 
 
 def test_a_gpu_keeps_norms_in_float32_and_steps_all_weights_at_once(plan_of):

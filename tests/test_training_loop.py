@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gladad.core.errors import ConfigError, Interrupted, MissingExtraError, TrainingError
+from gladad.core.inference import FLOAT32
 from gladad.core.threads import CancelToken
 from gladad.training import loop as training_loop
 from gladad.training.checkpoints import Checkpoints
@@ -455,15 +456,18 @@ def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -
     assert newest is not None and newest.step == 14
 
 
+@pytest.mark.parametrize("float32", [True, False])
 @pytest.mark.parametrize("shape", [(8, 90), (90, 8), (30, 30)])
-def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
+def test_singular_values_are_brought_near_one(shape: tuple[int, int], float32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FLOAT32, "1" if float32 else "")
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=torch.Generator().manual_seed(0)))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=torch.Generator().manual_seed(1)))
     before = torch.logspace(0, -1.3, min(shape))
     after = orthogonalized(left * before @ right.T)
-    found = torch.diag(left.T @ after @ right)  # its singular vectors stay
+    found = torch.diag(left.T @ after @ right)
     assert found.min() > 0.6 and found.max() < 1.25
-    torch.testing.assert_close(left * found @ right.T, after, atol=1e-4, rtol=0)
+    other = (left * found @ right.T - after).norm() / after.norm()  # its singular vectors stay, up to the rounding
+    assert other < (1e-5 if float32 else 0.05)
     assert not orthogonalized(torch.zeros(shape)).any()
 
 

@@ -148,7 +148,9 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     ]
     if differing:
         some = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        advice = f"choose precision float32, and fit models with features of transformers with {FLOAT32}=1 in the environment, as graphs compute"
+        advice = (
+            f"choose precision float32, and fit models with features of transformers with {FLOAT32}=1 in the environment, as graphs compute"
+        )
         raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; {advice}")
     largest = max(abs(new / old - 1) for old, new in zip(before, after, strict=True))
     return Comparison(len(shown), len(defects), largest)

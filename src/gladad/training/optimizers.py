@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from gladad.core.errors import MissingExtraError
+from gladad.core.inference import fast_dtype
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
@@ -94,18 +95,18 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     """A matrix ``[R, C]`` with its singular values brought near 1, the more nearly the larger they are.
 
     Newton-Schulz iterations, on the smaller Gram matrix: they are polynomials of it, which commute, so the matrix itself is needed at the
-    start and at the end only.
+    start and at the end only. In bfloat16 where the machine computes in it, as Jordan et al. do.
     """
     turned = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if turned else matrix
-    wide = wide / wide.norm().clamp_min(1e-7)
+    wide = (wide / wide.norm().clamp_min(1e-7)).to(fast_dtype(matrix.device))
     gram = wide @ wide.T
     product = factor = _newton_schulz(gram)
     for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
         factor = _newton_schulz(gram)
         product = factor @ product
-    found: Tensor = product @ wide
+    found = (product @ wide).to(matrix.dtype)
     return found.T if turned else found
 
 
