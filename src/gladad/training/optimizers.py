@@ -106,7 +106,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         gram = factor @ gram @ factor
         factor = _newton_schulz(gram)
         product = factor @ product
-    found = (product @ wide).to(matrix.dtype)
+    found: Tensor = (product @ wide).to(matrix.dtype)
     return found.T if turned else found
 
 
