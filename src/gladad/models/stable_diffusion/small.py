@@ -59,10 +59,10 @@ def default_settings() -> StableDiffusionSettings:
     """Those of Stable Diffusion, but for the size, for trainings that start from nothing, and for the precision, which is the machine's."""
     precision: Precision = "bfloat16" if fast_dtype(choose_device()) is torch.bfloat16 else "float32"
     training = DenoiserSettings(
-        method="full", batch_size=8, learning_rate=2e-4, ema=0.999, gradient_checkpointing=False, precision=precision
+        method="full", batch_size=8, learning_rate=2e-4, optimizer="muon", ema=0.999, gradient_checkpointing=False, precision=precision
     )
     autoencoder = AutoencoderTuningConfig(
-        steps=2000, batch_size=4, learning_rate=4e-4, ema=0.995, gradient_checkpointing=False, precision=precision
+        steps=2000, batch_size=4, learning_rate=4e-4, optimizer="muon", ema=0.995, gradient_checkpointing=False, precision=precision
     )
     return StableDiffusionSettings(image_size=256, training=training, autoencoder=autoencoder)
 
