@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import gladad
 from gladad.core.errors import ConfigError, GladError, MissingExtraError, ModelFormatError
 from gladad.core.inference import fast_autocast, fast_dtype
+from gladad.core.threads import one_thread
 from gladad.features.efficientnet import EfficientNetLite, pretrained
 from gladad.features.extractor import Extractor, Identity, Level, load_extractor
 from gladad.features.space import FeatureSpace
@@ -103,6 +104,16 @@ def test_the_default_is_efficientnet_with_its_weights() -> None:
     for maps, level, expected in zip(extractor(image), extractor.levels, pretrained()(image), strict=True):
         assert maps.shape == (2, level.channels, 64 // level.stride, 96 // level.stride)
         assert torch.equal(maps, expected)
+
+
+def test_inspection_convolves_as_training_does() -> None:
+    """Without gradients on one thread it asks oneDNN, where torch would not."""
+    extractor, image = load_extractor(), images(1, (64, 96))
+    with one_thread():
+        alone, learning = extractor(image), extractor(image.clone().requires_grad_())
+    for maps, other in zip(alone, learning, strict=True):
+        assert other.requires_grad and not maps.requires_grad
+        torch.testing.assert_close(maps, other.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "depth", "widths"), [("efficientnet-lite2", 15, (24, 48, 120))])
