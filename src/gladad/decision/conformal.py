@@ -11,7 +11,7 @@ largest or the quantile of a normal law fitted to the logarithm of the scores, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -48,7 +48,9 @@ class Threshold:
         short = self.promised_rate > self.false_reject_rate * (1 + 1e-9)
         more = f"; {self.false_reject_rate:.2%} would need {self.needed} of them" if short else ""
         if self.method == "conformal":
-            return f"at most {rate} of {good} are rejected (split-conformal, finite-sample guarantee{more})"
+            low, high = self.likely_rates
+            drawn = f"in the mean over such sets of images; with nine of ten of them it is {low:.2%} to {high:.2%}"
+            return f"at most {rate} of {good} are rejected (split-conformal, finite-sample guarantee{more}), {drawn}"
         if self.method == "cross-fitted":
             return f"about {rate} of {good} are rejected, or fewer (cross-fitted: an approximation, no guarantee{more})"
         return f"no guarantee: the threshold is extrapolated from the scores of copies of {self.n} image{'s' if self.n > 1 else ''}"
@@ -57,6 +59,35 @@ class Threshold:
     def promised_rate(self) -> float:
         """Of false rejects: the rate asked for, or the smallest that so many images can promise; 1 where they are copies."""
         return 1.0 if self.method == "copies" else max(self.false_reject_rate, 1 / (self.n + 1))
+
+    @property
+    def likely_rates(self) -> tuple[float, float]:
+        """Between which the rate of false rejects lies with nine of ten draws of the held-out images (5 % and 95 % quantiles).
+
+        A promised rate is a mean over draws. That of one draw has a beta distribution (Vovk, "Conditional validity of inductive conformal
+        predictors", 2012), if scores are continuous: the threshold is an order statistic.
+        """
+        above = self.n + 1 - rank_of(self.n, self.false_reject_rate)
+
+        def exceeds(rate: float) -> float:
+            """Probability that so many of the scores or more lie in the upper part of this rate: that the threshold lies in it."""
+            return 1 - sum(math.comb(self.n, count) * rate**count * (1 - rate) ** (self.n - count) for count in range(above))
+
+        return _root(exceeds, 0.05), _root(exceeds, 0.95)
+
+
+def _root(rising: Callable[[float], float], value: float) -> float:
+    """Where in [0, 1] a rising function has a value."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return low
+
+
+def rank_of(count: int, false_reject_rate: float) -> int:
+    """Which of so many scores, from the smallest on, is the threshold; the largest where they are too few for the rate."""
+    return min(math.ceil((count + 1) * (1 - false_reject_rate) - 1e-9), count)
 
 
 def required_images(false_reject_rate: float) -> int:
@@ -108,9 +139,9 @@ def conformal_threshold(
         raise DataError("a held-out good image has a score that is not finite; the model is of no use, train it anew")
     copies = images is not None and images < n
     needed = required_images(false_reject_rate)
-    rank = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)
     if not copies:
-        return Threshold(float(scores[min(rank, n) - 1]), false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
+        value = float(scores[rank_of(n, false_reject_rate) - 1])
+        return Threshold(value, false_reject_rate, n, "cross-fitted" if cross_fitted else "conformal", needed)
     logs = np.log(np.maximum(scores, 1e-12))
     fitted = math.exp(float(logs.mean()) + NormalDist().inv_cdf(1 - false_reject_rate) * float(logs.std(ddof=1)))
     return Threshold(max(float(scores[-1]), fitted), false_reject_rate, images or n, "copies", needed)
