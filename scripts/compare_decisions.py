@@ -1,10 +1,10 @@
 """Scores and decisions of several models on the same images: those of an exported model beside the one that it was made from, above all.
 
-    GLADAD_FLOAT32=1 python scripts/compare_decisions.py MODEL OTHER [OTHER ...] --images FOLDER [FOLDER ...] [--most 500]
+    python scripts/compare_decisions.py MODEL OTHER [OTHER ...] --images FOLDER [FOLDER ...] [--most 500]
 
 Images are taken evenly from all that lie below the folders. For every other model: the median and the largest relative difference of its
 scores from the first model's, and the images that are decided otherwise, each model by its own threshold. It ends with 1 if there are any.
-With ``GLADAD_FLOAT32=1`` models of torch compute in float32, as exported ones do.
+With ``GLADAD_FLOAT32=1`` features of transformers are computed in float32, as exported models do.
 """
 
 from __future__ import annotations

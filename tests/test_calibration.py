@@ -89,13 +89,13 @@ def test_too_few_images_give_the_best_promise_that_they_can():
     assert rejected == pytest.approx(1 / 42, abs=4 * math.sqrt(1 / 42 / 4000))  # kept, and no more careful than it must be
 
 
-@pytest.mark.parametrize(("count", "rate"), [(11, 0.01), (99, 0.01), (199, 0.01), (60, 0.2), (299, 0.5)])
+@pytest.mark.parametrize(("count", "rate"), [(11, 0.01), (99, 0.01), (199, 0.01), (60, 0.2), (299, 0.5), (2300, 0.1)])
 def test_the_rate_of_one_draw_of_held_out_images_lies_where_it_says_nine_times_of_ten(count, rate):
     rows = np.random.default_rng(1).uniform(size=(4000, count))  # the share of good parts above a score is 1 - score
     rates = 1 - np.array([conformal_threshold(row, rate).value for row in rows])
     low, high = conformal_threshold(rows[0], rate).likely_rates
     assert np.mean(rates < low) == pytest.approx(0.05, abs=0.015) and np.mean(rates > high) == pytest.approx(0.05, abs=0.015)
-    assert f"with nine of ten of them it is {low:.2%} to {high:.2%}" in conformal_threshold(rows[0], rate).statement
+    assert f"with nine draws of ten the rate lies between {low:.2%} and {high:.2%}" in conformal_threshold(rows[0], rate).statement
 
 
 def test_scores_that_do_not_vary():

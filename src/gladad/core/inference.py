@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-FLOAT32 = "GLADAD_FLOAT32"  # variable of the environment: if it is set, nothing computes in bfloat16 that is not told to
+FLOAT32 = "GLADAD_FLOAT32"  # variable of the environment: if it is set, float32 is taken where the machine would choose bfloat16
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

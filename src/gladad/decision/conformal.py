@@ -11,7 +11,7 @@ largest or the quantile of a normal law fitted to the logarithm of the scores, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -49,7 +49,7 @@ class Threshold:
         more = f"; {self.false_reject_rate:.2%} would need {self.needed} of them" if short else ""
         if self.method == "conformal":
             low, high = self.likely_rates
-            drawn = f"in the mean over such sets of images; with nine of ten of them it is {low:.2%} to {high:.2%}"
+            drawn = f"on average over draws of such images; with nine draws of ten the rate lies between {low:.2%} and {high:.2%}"
             return f"at most {rate} of {good} are rejected (split-conformal, finite-sample guarantee{more}), {drawn}"
         if self.method == "cross-fitted":
             return f"about {rate} of {good} are rejected, or fewer (cross-fitted: an approximation, no guarantee{more})"
@@ -67,22 +67,11 @@ class Threshold:
         A promised rate is a mean over draws. That of one draw has a beta distribution (Vovk, "Conditional validity of inductive conformal
         predictors", 2012), if scores are continuous: the threshold is an order statistic.
         """
+        from scipy.special import betaincinv  # late: inspection does without
+
         above = self.n + 1 - rank_of(self.n, self.false_reject_rate)
-
-        def exceeds(rate: float) -> float:
-            """Probability that so many of the scores or more lie in the upper part of this rate: that the threshold lies in it."""
-            return 1 - sum(math.comb(self.n, count) * rate**count * (1 - rate) ** (self.n - count) for count in range(above))
-
-        return _root(exceeds, 0.05), _root(exceeds, 0.95)
-
-
-def _root(rising: Callable[[float], float], value: float) -> float:
-    """Where in [0, 1] a rising function has a value."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < value else (low, middle)
-    return low
+        low, high = (float(betaincinv(above, self.n + 1 - above, share)) for share in (0.05, 0.95))
+        return low, high
 
 
 def rank_of(count: int, false_reject_rate: float) -> int:

@@ -22,6 +22,7 @@ from gladad.data.synthesis import LITE, Draw, synthesise
 from gladad.detector.files import Saved, save_model
 from gladad.detector.fit import Fitter, Images, distinct, listed
 from gladad.detector.fitted import Fitted
+from gladad.features.extractor import PACKAGED
 from gladad.models.exported.engines import ExportPrecision, Format
 from gladad.models.exported.model import Exported, ExportedConfig
 from gladad.models.settings import FitSettings
@@ -148,12 +149,19 @@ def compare(fitted: Fitted, exported: Fitted, paths: Sequence[Path], pixels: Seq
     ]
     if differing:
         some = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        advice = (
-            f"choose precision float32, and fit models with features of transformers with {FLOAT32}=1 in the environment, as graphs compute"
-        )
-        raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; {advice}")
+        raise ExportError(f"{len(differing)} of {len(names)} images would be decided otherwise: {some}; {_advice(exported)}")
     largest = max(abs(new / old - 1) for old, new in zip(before, after, strict=True))
     return Comparison(len(shown), len(defects), largest)
+
+
+def _advice(exported: Fitted) -> str:
+    """What may keep its scores closer to the original's."""
+    config = exported.of_tile.describe()["config"]
+    if config["precision"] != "float32":
+        return "choose precision float32"
+    if config["settings"]["features"] not in PACKAGED:
+        return f"fit the model with {FLOAT32}=1 in the environment, as its features are else computed in bfloat16"
+    return "their scores lie too near the threshold; calibrate the model with more good images"
 
 
 def _scores(fitted: Fitted, images: Sequence[Pixels], progress: Progress) -> list[float]:

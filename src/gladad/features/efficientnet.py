@@ -62,7 +62,9 @@ class _Conv(nn.Module):
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """By oneDNN where there is one: on one thread torch does not ask it for kernels of 1x1, and the network takes 1.4 times as long."""
-    if x.device.type != "cpu" or x.requires_grad or not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling():
+    other = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    learns = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    if other or learns or not torch.backends.mkldnn.is_available():
         y: Tensor = conv(x)
         return y
     padding = cast(tuple[int, int], conv.padding)

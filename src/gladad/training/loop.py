@@ -240,12 +240,13 @@ class _Loop:
         trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
         if not trained or any(parameter.dtype != torch.float32 for parameter in trained):
             raise ConfigError("training needs weights to train, and them in float32: in half precision updates this small vanish")
-        optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay)
+        short = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay, short)
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.sharded = any(isinstance(parameter, DTensor) for _, parameter in self._trained())
         if self.sharded and config.optimizer == "muon":
-            raise ConfigError("the optimizer muon needs whole matrices, and the weights are sharded; choose adamw")
+            raise ConfigError("optimizer: muon needs whole matrices, and these weights are sharded; set it to adamw")
         if self.sharded and config.batch_size % count:
             raise ConfigError(f"over sharded weights batch_size must be a multiple of the number of processes, {count}")
         self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained()} if config.ema else {}

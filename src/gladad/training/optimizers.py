@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from gladad.core.errors import MissingExtraError
-from gladad.core.inference import fast_dtype
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
@@ -22,13 +21,15 @@ ITERATIONS = 3
 """Those of Jordan et al. are 5; a training gets as far with 3, which bring values there that are at least a fiftieth of the norm."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
+ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 
 
-def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> Any:
+def make_optimizer(
+    name: OptimizerName, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float, dtype: torch.dtype = torch.float32
+) -> Any:
     """An optimiser of float32 parameters; weight decay is decoupled (Loshchilov & Hutter, arXiv 1711.05101).
 
-    ``adamw`` holds 8 bytes of moments per weight, ``adamw8bit`` 2, through bitsandbytes, ``muon`` (`Muon`) 4.
+    ``adamw`` holds 8 bytes of moments per weight, ``adamw8bit`` 2, through bitsandbytes, ``muon`` (`Muon`, which computes in ``dtype``) 4.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -36,7 +37,7 @@ def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], lear
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     if name == "muon":
-        return Muon(parameters, learning_rate, weight_decay)
+        return Muon(parameters, learning_rate, weight_decay, dtype=dtype)
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -58,10 +59,20 @@ class Muon(torch.optim.Optimizer):
         lr: Learning rate.
         weight_decay: Decoupled.
         momentum: Of the gradients of matrices, by Nesterov.
+        dtype: In which they are made orthogonal.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.9,
+        dtype: torch.dtype = torch.float32,
+    ):
+        # by "fused" torch knows that a state that is loaded belongs onto the device of its parameter, the number of steps too
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "fused": True})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -75,7 +86,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[matrix]["momentum_buffer"]
                 average.lerp_(matrix.grad, 1 - group["momentum"])
                 flat = matrix.grad.lerp(average, group["momentum"]).flatten(1)
-                change = orthogonalized(flat) * math.sqrt(max(flat.shape))
+                change = orthogonalized(flat, self._dtype) * math.sqrt(max(flat.shape))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.reshape(matrix.shape), alpha=group["lr"])
 
     def _change_vectors(self, vectors: list[Tensor], group: dict[str, Any]) -> None:
@@ -87,19 +98,19 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[vector] for vector in vectors]
         steps, first, second = ([state[name] for state in states] for name in ("step", *MOMENTS))
         gradients = [vector.grad for vector in vectors if vector.grad is not None]
-        rates = {name: group[name] for name in ("lr", "weight_decay")}
+        rates = {name: group[name] for name in ("lr", "weight_decay", "fused")}
         adamw(vectors, gradients, first, second, [], steps, **rates, **ADAM)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """A matrix ``[R, C]`` with its singular values brought near 1, the more nearly the larger they are.
 
     Newton-Schulz iterations, on the smaller Gram matrix: they are polynomials of it, which commute, so the matrix itself is needed at the
-    start and at the end only. In bfloat16 where the machine computes in it, as Jordan et al. do.
+    start and at the end only. Jordan et al. compute them in bfloat16.
     """
     turned = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if turned else matrix
-    wide = (wide / wide.norm().clamp_min(1e-7)).to(fast_dtype(matrix.device))
+    wide = (wide / wide.norm().clamp_min(1e-7)).to(dtype)
     gram = wide @ wide.T
     product = factor = _newton_schulz(gram)
     for _ in range(ITERATIONS - 1):

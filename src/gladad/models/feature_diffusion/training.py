@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gladad.core.errors import DataError, TrainingError
-from gladad.core.inference import fast_autocast
+from gladad.core.inference import fast_autocast, fast_dtype
 from gladad.core.records import Progress, Watch, no_progress, prefixed
 from gladad.core.tensors import to_tensor
 from gladad.data.foreground import Foreground
@@ -181,7 +181,7 @@ def _train_denoiser(
     device = parts[0].scale.device
     denoiser.train().requires_grad_(True)
     parameters = list(denoiser.parameters())
-    optimizer = Muon(parameters, training.learning_rate, training.weight_decay)
+    optimizer = Muon(parameters, training.learning_rate, training.weight_decay, dtype=fast_dtype(device))
     averaged = [p.detach().clone() for p in parameters]
     step, steps, times = 0, planned.steps, [time.monotonic()]
     while step < steps:

@@ -44,7 +44,7 @@ class AutoencoderTuningConfig:
     batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # latent diffusion's, from nothing, is 4.5e-6 per image of a batch (Adam)
-    optimizer: OptimizerName = "adamw"
+    optimizer: OptimizerName = "adamw"  # as of the denoiser
     kl_weight: Weight = 1e-6  # of the latents' divergence from a standard normal, in nats over the image's number of values
     perceptual_weight: Weight = 1.0  # of the distance between patch features
     discriminator: bool = False  # train a discriminator of patches, too, and against it
@@ -131,7 +131,7 @@ class TrainedAutoencoder(nn.Module):
         rebuilt = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         generator_loss = discriminator_loss = rebuilt.new_zeros(())
         if self.discriminator is not None:
-            # One optimiser trains both, because each one's loss sees the other as a constant; AdamW keeps its moments per weight.
+            # One optimiser trains both, because each one's loss sees the other as a constant, and it takes each layer by itself.
             if guided:
                 constant = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
                 generator_loss = -torch.func.functional_call(self.discriminator, constant, (rebuilt,)).float().mean()
