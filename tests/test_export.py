@@ -190,7 +190,7 @@ def test_a_planted_difference_is_caught(original, category, same_graphs, tmp_pat
     fitted = original._require_fit()
     path = images(category)[-1]
     dark = load_image(path)
-    with pytest.raises(ExportError, match="decided otherwise: .*; their scores lie too near the threshold"):
+    with pytest.raises(ExportError, match=r"decided otherwise: .*; their scores lie too near the threshold"):
         other = replace(fitted, model=Glad.from_pretrained(_exported(original, category, tmp_path)).model_)
         limit = replace(fitted.calibration, threshold=replace(fitted.calibration.threshold, value=1.5 * fitted.model.inspect(dark).score))
         compare(replace(fitted, calibration=limit), replace(other, calibration=limit), [path], [dark], 0, lambda *_: None)
