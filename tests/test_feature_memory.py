@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import faiss
 import numpy as np
 import pytest
 import torch
 
 from gladad.features import gaussians
-from gladad.features.index import CLUSTERED
+from gladad.features.index import CLUSTERED, VectorIndex
 from gladad.features.memory import ClusterGaussians, Index, Memory, covering
 
 
@@ -160,3 +161,16 @@ def test_distances_depend_on_the_image_alone() -> None:
     together = found(rebuilt, residual)
     assert len(found.centres) > 1
     assert all(torch.equal(found(rebuilt[i : i + 1], residual[i : i + 1])[0], together[i]) for i in range(3))
+
+
+def test_a_search_leaves_the_number_of_threads_to_others() -> None:
+    """torch reads the number that faiss sets, and would work on one thread from then on."""
+    own, before = vectors(3000, 4).numpy(), faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    try:
+        VectorIndex(own).nearest(own[:5])
+        found = gaussians.Gaussians(*gaussians.fit_gaussians(own, own, np.arange(3000) // 100, seed=0))
+        found.distances(own[:5], own[:5])
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -13,6 +13,8 @@ import faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 from numpy.typing import NDArray
 
+from gladad.features.index import faiss_threads
+
 Array = NDArray[np.float32]
 
 CLUSTERS = 256
@@ -49,14 +51,14 @@ class Gaussians:
 
     def distances(self, vectors: Array, residuals: Array, threads: int = 1) -> Array:
         """Mahalanobis distance ``[Q]`` over the root of D, of residuals ``[Q, D]`` in the clusters of the vectors ``[Q, D]``."""
-        faiss.omp_set_num_threads(threads)
-        cluster = self._coarse.search(vectors, 1)[1][:, 0]
-        order = cluster.argsort(kind="stable")  # those of a cluster lie together
-        ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1))
-        sorted_residuals, found = residuals[order], np.full(len(vectors), np.nan, np.float32)  # what is not finite has no cluster
-        for number in np.flatnonzero(np.diff(ends)):
-            own = slice(ends[number], ends[number + 1])
-            found[order[own]] = np.square(self._maps[number].apply(sorted_residuals[own])).mean(1)
+        with faiss_threads(threads):
+            cluster = self._coarse.search(vectors, 1)[1][:, 0]
+            order = cluster.argsort(kind="stable")  # those of a cluster lie together
+            ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1))
+            sorted_residuals, found = residuals[order], np.full(len(vectors), np.nan, np.float32)  # what is not finite has no cluster
+            for number in np.flatnonzero(np.diff(ends)):
+                own = slice(ends[number], ends[number + 1])
+                found[order[own]] = np.square(self._maps[number].apply(sorted_residuals[own])).mean(1)
         return np.sqrt(found)
 
 
@@ -73,12 +75,12 @@ def fit_gaussians(vectors: Array, residuals: Array, images: NDArray[np.integer[A
         images: ``[N]`` number of the image that each is of.
         seed: Of the clusters.
     """
-    faiss.omp_set_num_threads(1)
     count, dimensions = vectors.shape
     clusters = max(1, min(CLUSTERS, count // (PER_DIMENSION * dimensions)))
     search = faiss.Kmeans(dimensions, clusters, niter=10, seed=1 + seed % 2**30, max_points_per_centroid=SAMPLED, min_points_per_centroid=1)
-    search.train(vectors)
-    cluster = search.index.search(vectors, 1)[1][:, 0]
+    with faiss_threads(1):
+        search.train(vectors)
+        cluster = search.index.search(vectors, 1)[1][:, 0]
     means, scatters = np.zeros((clusters, dimensions), np.float32), np.zeros((clusters, dimensions, dimensions))
     seen = np.zeros((clusters, 1, 1))  # images of each cluster
     for number in range(clusters):

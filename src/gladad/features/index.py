@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
@@ -19,6 +20,17 @@ Numbers = NDArray[np.int64]
 faiss.cvar.distance_compute_blas_threshold = 1  # queries from which on distances are a matrix product; faiss's 20 is slower here
 
 
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """Let faiss use so many threads. OpenMP keeps one number for each thread that calls, and torch may read the same: it is put back."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 class VectorIndex:
     """The nearest of some vectors ``[M, D]``, by squared Euclidean distance.
 
@@ -30,16 +42,16 @@ class VectorIndex:
     """
 
     def __init__(self, vectors: Array, centres: Array | None = None):
-        faiss.omp_set_num_threads(1)
         clusters = int(math.sqrt(len(vectors) / 2)) if len(vectors) > CLUSTERED else 1
         self._coarse = faiss.IndexFlatL2(vectors.shape[1])
-        if centres is not None:
-            self._coarse.add(centres)
-        elif clusters > 1:
-            faiss.IndexIVFFlat(self._coarse, vectors.shape[1], clusters).train(vectors)
-        else:
-            self._coarse.add(vectors[:1])
-        owner = self._coarse.search(vectors, 1)[1][:, 0]
+        with faiss_threads(1):
+            if centres is not None:
+                self._coarse.add(centres)
+            elif clusters > 1:
+                faiss.IndexIVFFlat(self._coarse, vectors.shape[1], clusters).train(vectors)
+            else:
+                self._coarse.add(vectors[:1])
+            owner = self._coarse.search(vectors, 1)[1][:, 0]
         self._numbers: Numbers = owner.argsort(kind="stable")  # vectors of a cluster lie together, by rising numbers
         self._vectors = np.ascontiguousarray(vectors[self._numbers])
         self._starts = owner[self._numbers].searchsorted(np.arange(clusters + 1))
@@ -55,13 +67,13 @@ class VectorIndex:
 
         Vectors with numbers from the first to below the second of ``barred`` are left out.
         """
-        faiss.omp_set_num_threads(threads)
-        clusters = self._coarse.search(queries, min(PROBES, self._coarse.ntotal))[1]
-        distances, numbers = self._searched(queries, clusters, barred)
-        lost = numbers < 0  # all vectors of the clusters searched are barred
-        if lost.any():
-            everywhere = np.tile(np.arange(self._coarse.ntotal), (int(lost.sum()), 1))
-            distances[lost], numbers[lost] = self._searched(queries[lost], everywhere, barred)
+        with faiss_threads(threads):
+            clusters = self._coarse.search(queries, min(PROBES, self._coarse.ntotal))[1]
+            distances, numbers = self._searched(queries, clusters, barred)
+            lost = numbers < 0  # all vectors of the clusters searched are barred
+            if lost.any():
+                everywhere = np.tile(np.arange(self._coarse.ntotal), (int(lost.sum()), 1))
+                distances[lost], numbers[lost] = self._searched(queries[lost], everywhere, barred)
         return distances, numbers
 
     def _searched(self, queries: Array, clusters: Numbers, barred: tuple[int, int]) -> tuple[Array, Numbers]:
