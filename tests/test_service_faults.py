@@ -109,7 +109,7 @@ class Load:
 
         But for those whose commit was ``under_way`` when the disk failed: it may be there although nobody could be told so. It may be
         missing if it was answered while the kernel was still ``failing`` the disk, from one time to another: then fsync may have said
-        that all is written (Linux 6.18: in 3 of 37 runs, in which the abort took 20 ms).
+        that all is written (Linux 6.18: in 3 of 40 runs, in which the abort took 20 ms).
         """
         with station.record.read() as connection:
             kept = set(connection.execute(select(table.c.id)).scalars())
