@@ -12,7 +12,7 @@ pytest.importorskip("elpv_dataset", reason="the solar cells are not installed (p
 
 
 def test_broken_solar_cells_are_told_from_working_ones() -> None:
-    """Measured: .931 and .929 with the seeds 0 and 1, and .939 by the demo, with five times the cells."""
+    """Measured: .926 with the seeds 0 and 1, and .943 by the demo, with five times the cells."""
     train, test = (part[::step] for part, step in zip(solar_cells(), (5, 3), strict=True))
     settings = {"image_size": 128, "training": {"steps": 60, "pool": 200, "decoder_steps": 1}}
     report = evaluate(Glad.from_base("lite", settings=settings).fit(train), test)

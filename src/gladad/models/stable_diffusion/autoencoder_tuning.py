@@ -44,7 +44,7 @@ class AutoencoderTuningConfig:
     batch_size: Annotated[int, Field(ge=1)] = 4  # images per step, of all processes together
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # images at a time; None = all of a process's share
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5  # latent diffusion's, from nothing, is 4.5e-6 per image of a batch (Adam)
-    optimizer: OptimizerName = "adamw"  # as of the denoiser
+    optimizer: OptimizerName = "adamw"  # of the discriminator, too; adamw8bit needs bitsandbytes
     kl_weight: Weight = 1e-6  # of the latents' divergence from a standard normal, in nats over the image's number of values
     perceptual_weight: Weight = 1.0  # of the distance between patch features
     discriminator: bool = False  # train a discriminator of patches, too, and against it
