@@ -111,24 +111,30 @@ def table(title: str, names: Sequence[str], times: Sequence[Sequence[float]], sh
 
 
 def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None:
-    """Time of an exported model's parts, each alone, and of an inspection by all of them."""
+    """Time of an exported model's parts, each alone and all scales one after the other, and of an inspection by all of them."""
     batches = [resize_pixels(each, model.image_size)[None] for each in pixels]
-    latents = [model._encoder([each]) for each in batches]
+
+    def encode() -> list[list[Any]]:
+        return [[encoder([each])[0] for encoder in model._encoders] for each in batches]
 
     def search() -> list[list[Any]]:
         return [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
 
     def rebuild() -> list[list[Any]]:
-        return [model._denoiser([*own, *shown])[1:] for own, shown in zip(latents, nearest, strict=True)]
+        found = []
+        for own, shown in zip(latents, nearest, strict=True):
+            found.append([denoiser(pair)[0] for denoiser, pair in zip(model._denoisers, zip(own, shown, strict=True), strict=True)])
+        return found
 
     def measure() -> list[list[Any]]:
         return [list(map(model._magnitude, range(len(own)), own, found)) for own, found in zip(latents, rebuilt, strict=True)]
 
+    latents = encode()
     nearest = search()
     rebuilt = rebuild()
     magnitudes = measure()
     parts = {
-        "encoder": lambda: [model._encoder([each]) for each in batches],
+        "encoder": encode,
         "search": search,
         "denoiser": rebuild,
         "residuals": measure,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gladad.core.errors import Interrupted
-from gladad.core.threads import CancelToken, cancelled_by_signals, in_order, interrupted_by_sigterm, one_thread
+from gladad.core.threads import CancelToken, cancelled_by_signals, in_order, interrupted_by_sigterm, one_thread, side_by_side
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -161,3 +161,37 @@ def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) ->
             assert signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_side_by_side_takes_a_thread_for_each_item() -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def meet(item: int) -> tuple[int, int]:
+        together.wait()
+        return item, torch.get_num_threads() if threading.current_thread() is not threading.main_thread() else 1
+
+    assert side_by_side(meet, [3, 4], 2) == [(3, 1), (4, 1)]
+    assert side_by_side(meet, [5, 6], 2) == [(5, 1), (6, 1)]  # by the same helper
+    assert side_by_side(lambda item: item**2, range(5), 2) == [0, 1, 4, 9, 16]
+
+
+def test_side_by_side_works_alone_beside_other_work() -> None:
+    def threads_of(_: object) -> set[str]:
+        return set(side_by_side(lambda _: threading.current_thread().name, range(3), 2))
+
+    own = {threading.current_thread().name}
+    assert set(side_by_side(lambda _: threading.current_thread().name, range(3), 1)) == own
+    assert [len(names) for names in in_order(threads_of, range(4), 2)] == [2, 1, 1, 1]  # the first item has all cores
+    inside = side_by_side(threads_of, range(2), 2)  # the helper is taken
+    assert [len(names) for names in inside] == [1, 1] and inside[0] == own
+
+
+def test_errors_of_side_by_side_are_raised_and_leave_it_usable() -> None:
+    def fails_at_one(item: int) -> int:
+        if item == 1:
+            raise ValueError("item 1")
+        return item
+
+    with pytest.raises(ValueError, match="item 1"):
+        side_by_side(fails_at_one, range(3), 2)
+    assert len(set(side_by_side(lambda _: threading.current_thread().name, range(2), 2))) == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gladad.core.errors import Interrupted
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 T = TypeVar("T")
 _setting_threads = threading.Lock()
+_alone = threading.Lock()  # held by the call of `side_by_side` that uses the helper
+_thread = threading.local()
 
 
 class CancelToken:
@@ -78,7 +83,7 @@ def in_order(
         yield function(item)
         if workers > 1:
             break
-    with ThreadPoolExecutor(max_workers=workers) as executor:
+    with ThreadPoolExecutor(workers, initializer=setattr, initargs=(_thread, "one_of_several", workers > 1)) as executor:
         waiting: deque[Future[T]] = deque()
         try:
             for item in remaining:
@@ -94,26 +99,55 @@ def in_order(
                 future.cancel()
 
 
+def side_by_side(function: Callable[[Item], T], items: Sequence[Item], cores: int) -> list[T]:
+    """Apply a function to every item, on a thread each as far as there are cores, the first on the calling thread; results in order.
+
+    Where several calls may run at the same time, in `in_order` or because others have not ended, the calling thread does everything.
+
+    Args:
+        function: May run on any thread, with its tensor operations on that alone. Its exceptions are raised here.
+        items: At least one; the longest work first.
+        cores: That there are for all calls.
+    """
+    if cores < 2 or getattr(_thread, "one_of_several", False) or not _alone.acquire(blocking=False):
+        return [function(item) for item in items]
+    try:
+        helped = [_helper(os.getpid()).submit(function, item) for item in items[1:]]
+        return [function(items[0]), *(each.result() for each in helped)]
+    finally:
+        _alone.release()
+
+
+@lru_cache(maxsize=1)
+def _helper(process: int) -> ThreadPoolExecutor:
+    """One thread for `side_by_side`, kept, as to start one takes longer than some work; a forked process does not have its parent's."""
+    # where there is no torch, nothing is to be set
+    return ThreadPoolExecutor(1, "gladad-helper", lambda: _set_own_threads(1) if "torch" in sys.modules else None)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run the block's tensor operations on the calling thread alone. Other threads, and those that start later, keep their number."""
-    before = _set_own_threads(1)
+    import torch  # late: the command line imports this module to show its help
+
+    before = torch.get_num_threads()
+    if before != 1:
+        _set_own_threads(1)
     try:
         yield
     finally:
-        _set_own_threads(before)
+        if before != 1:
+            _set_own_threads(before)
 
 
-def _set_own_threads(count: int) -> int:
-    """`torch.set_num_threads` for this thread only: by itself it also sets what later threads start with. Returns what it was."""
-    import torch  # late: the command line imports this module to show its help
+def _set_own_threads(count: int) -> None:
+    """`torch.set_num_threads` for this thread only: by itself it also sets what later threads start with."""
+    import torch
 
     with _setting_threads, ThreadPoolExecutor(1) as fresh:
         default = fresh.submit(torch.get_num_threads).result()
-        before = torch.get_num_threads()
         torch.set_num_threads(count)
         fresh.submit(torch.set_num_threads, default).result()
-    return before
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from gladad.core.errors import MissingExtraError
-from gladad.models.exported.model import GRAPHS
 
 
 def to_openvino(folder: Path) -> None:
@@ -14,7 +13,6 @@ def to_openvino(folder: Path) -> None:
         import openvino
     except ImportError as error:
         raise MissingExtraError("export to OpenVINO", "openvino") from error
-    for name in GRAPHS:
-        path = folder / f"{name}.onnx"
-        openvino.save_model(openvino.convert_model(path), folder / f"{name}.xml", compress_to_fp16=False)
+    for path in sorted(folder.glob("*.onnx")):
+        openvino.save_model(openvino.convert_model(path), path.with_suffix(".xml"), compress_to_fp16=False)
         path.unlink()

@@ -41,7 +41,8 @@ def open_graph(folder: Path, name: str, form: Format, precision: ExportPrecision
     """
     for suffix in SUFFIXES[form]:
         if not (folder / f"{name}{suffix}").is_file():
-            raise ModelFormatError(f"{folder / name}{suffix}: missing; the model folder is incomplete")
+            reason = "the folder is incomplete, or an earlier version wrote it; export the model again"
+            raise ModelFormatError(f"{folder / name}{suffix}: missing; {reason}")
     return _onnx(folder / f"{name}.onnx") if form == "onnx" else _openvino(folder / f"{name}.xml", precision)
 
 

@@ -1,7 +1,7 @@
-"""A ``lite`` model as four graphs, a memory and Gaussians.
+"""A ``lite`` model as graphs, a memory and Gaussians.
 
-``encoder`` makes latents of pixels; the memory finds the nearest normal latent of every cell; ``denoiser`` rebuilds them; the Gaussians say
-how large the residuals are; ``scorer`` makes map and score of that; ``decoder`` draws what is rebuilt for people.
+At each scale ``encoder`` makes latents of pixels; the memory finds the nearest normal latent of every cell; ``denoiser`` rebuilds them; the
+Gaussians say how large the residuals are. ``scorer`` makes map and score of that; ``decoder`` draws what is rebuilt for people.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json, validated
 from gladad.core.storage import content_digest, load_arrays
+from gladad.core.threads import side_by_side
 from gladad.features.gaussians import Gaussians
 from gladad.features.index import VectorIndex
 from gladad.models.exported.engines import SUFFIXES, ExportPrecision, Format, cores, open_graph
@@ -26,7 +27,8 @@ from gladad.models.pictures import where_anomalous
 
 Pixels = NDArray[np.uint8]
 MEMORY_FILE = "memory.safetensors"
-GRAPHS = ("encoder", "denoiser", "scorer", "decoder")
+BY_SCALE, OF_ALL = ("encoder", "denoiser"), ("scorer", "decoder")
+"""Graphs of each scale, their numbers behind the names, and those of the model."""
 
 
 @validated
@@ -48,9 +50,9 @@ class Exported:
 
     def __init__(self, folder: Path, config: ExportedConfig):
         self.folder, self.config = folder, config
-        self._encoder, self._denoiser, self._scorer, self._decoder = (
-            open_graph(folder, name, config.form, config.precision) for name in GRAPHS
-        )
+        graphs = {name: open_graph(folder, name, config.form, config.precision) for name in self._graphs()}
+        self._encoders, self._denoisers = ([graphs[f"{name}_{scale}"] for scale in range(config.scales)] for name in BY_SCALE)
+        self._scorer, self._decoder = (graphs[name] for name in OF_ALL)
         arrays = load_arrays(folder / MEMORY_FILE)
         self._rows: list[NDArray[np.float32]] = []  # of the memory of each scale; none where there is no memory
         self._indices = []
@@ -75,10 +77,18 @@ class Exported:
 
     def inspect(self, pixels: Pixels) -> Inspection:
         """Map and score of one image ``[H, W, 3]`` uint8 of any size, in the model's own units."""
-        latents = self._encoder([resize_pixels(pixels, self.image_size)[None]])
-        step, *rebuilt = self._denoiser([*latents, *map(self._nearest, range(len(self._rows)), latents)])
-        maps, score = self._scorer(list(map(self._magnitude, range(self.config.scales), latents, rebuilt)))
-        return Inspection(map=maps[0], score=float(score[0]), step=int(step[0]), latent=rebuilt[0])
+        batch = resize_pixels(pixels, self.image_size)[None]
+        rebuilt, steps, magnitudes = zip(
+            *side_by_side(lambda scale: self._rebuilt(scale, batch), range(self.config.scales), self.workers), strict=True
+        )
+        maps, score = self._scorer(magnitudes)
+        return Inspection(map=maps[0], score=float(score[0]), step=int(steps[0][0]), latent=rebuilt[0])
+
+    def _rebuilt(self, scale: int, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]], NDArray[np.float32]]:
+        """What a scale makes of ``[1, H, W, 3]``: the latent rebuilt, the step ``[1]`` and the magnitude of the residual."""
+        latent = self._encoders[scale]([pixels])[0]
+        rebuilt, step = self._denoisers[scale]([latent, self._nearest(scale, latent)] if self._rows else [latent])
+        return rebuilt, step, self._magnitude(scale, latent, rebuilt)
 
     def _magnitude(self, scale: int, latent: NDArray[np.float32], rebuilt: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of the residual in every cell, ``[1, D, h, w] -> [1, 1, h, w]``."""
@@ -116,7 +126,12 @@ class Exported:
         return content_digest({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._files()} | to_json(self.config))
 
     def _files(self) -> list[Path]:
-        return [self.folder / f"{name}{suffix}" for name in GRAPHS for suffix in SUFFIXES[self.config.form]] + [self.folder / MEMORY_FILE]
+        graphs = [self.folder / f"{name}{suffix}" for name in self._graphs() for suffix in SUFFIXES[self.config.form]]
+        return [*graphs, self.folder / MEMORY_FILE]
+
+    def _graphs(self) -> list[str]:
+        """Names of all graphs."""
+        return [f"{name}_{scale}" for name in BY_SCALE for scale in range(self.config.scales)] + list(OF_ALL)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Exported:

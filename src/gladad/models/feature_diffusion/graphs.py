@@ -20,13 +20,14 @@ from gladad.core.errors import MissingExtraError
 from gladad.core.tensors import save_tensors
 from gladad.features.extractor import load_extractor
 from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.scale import Scale
 
 LARGEST_BATCH = 63  # of calls: from 64 on the denoiser copies memory in another order, which is another graph
 EXAMPLES = 2  # images that graphs are traced with
 
 
 def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
-    """Write ``encoder.onnx``, ``denoiser.onnx``, ``scorer.onnx``, ``decoder.onnx`` and ``memory.safetensors``.
+    """Write ``encoder_N.onnx`` and ``denoiser_N.onnx`` of each scale, ``scorer.onnx``, ``decoder.onnx`` and ``memory.safetensors``.
 
     Raises:
         MissingExtraError: The package that writes ONNX is not installed.
@@ -43,21 +44,19 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
     many = {0: torch.export.Dim("batch", min=1, max=largest)}
     pixels = torch.zeros(EXAMPLES, *model.image_size, 3, dtype=torch.uint8)
     latents = [torch.zeros(EXAMPLES, scale.dimensions, *scale.grid) for scale in scales]
-    names = [f"latent_{number}" for number in range(len(scales))]
-    remembers = model.config.settings.memory > 0
-    nearest = [latent.clone() for latent in latents] if remembers else []  # the tracer would take the same tensors for one input
-    shown = [f"nearest_{number}" for number, _ in enumerate(nearest)]
-    found = ["step", *(f"rebuilt_{number}" for number in range(len(scales)))]
-    write_graph(Encoder(model), (pixels,), (many,), ["pixels"], names, folder / "encoder.onnx")
-    dynamic = ([many] * len(latents), [many] * len(nearest))
-    write_graph(Denoiser(model), (latents, nearest), dynamic, [*names, *shown], found, folder / "denoiser.onnx")
+    inputs = ["latent", "nearest"] if model.config.settings.memory else ["latent"]
+    for number, latent in enumerate(latents):
+        write_graph(Encoder(model, number), (pixels,), (many,), ["pixels"], ["latent"], folder / f"encoder_{number}.onnx")
+        shown = [latent.clone() for _ in inputs]  # the tracer would take the same tensor for one input
+        found = ["rebuilt", "step"]
+        write_graph(Denoiser(scales[number]), tuple(shown), (many,) * len(shown), inputs, found, folder / f"denoiser_{number}.onnx")
     magnitudes = [latent[:, :1].clone() for latent in latents]
     sizes = [f"magnitude_{number}" for number in range(len(scales))]
     write_graph(Scorer(model), (magnitudes,), ([many] * len(scales),), sizes, ["map", "score"], folder / "scorer.onnx")
     write_graph(Decoder(model), (latents[0],), (many,), ["rebuilt"], ["pixels"], folder / "decoder.onnx")
     memory = {}
     for number, (own, scale) in enumerate(zip(memories, scales, strict=True)):
-        if remembers:
+        if model.config.settings.memory:
             memory[f"rows.{number}"] = own.rows.cpu()
             memory[f"centres.{number}"] = torch.from_numpy(own.index.vectors.centres)
         if model.config.settings.gaussians:
@@ -66,18 +65,16 @@ def write_graphs(model: FeatureDiffusion, folder: Path) -> None:
 
 
 class Encoder(nn.Module):
-    """Pixels to latents."""
+    """Pixels to the latents of a scale."""
 
-    def __init__(self, model: FeatureDiffusion):
+    def __init__(self, model: FeatureDiffusion, number: int):
         super().__init__()
-        self.model, self.extractor = model, model.extractor
-        self.smaller = nn.ModuleList(Smaller(model.image_size, 1 << number) for number in range(1, len(model.scales)))
+        self.scale, self.extractor = model.all_scales()[number], model.extractor
+        self.smaller = Smaller(model.image_size, 1 << number) if number else nn.Identity()
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """``[B, H, W, 3]`` uint8 -> the latent ``[B, D, h, w]`` of each scale."""
-        image = pixels.permute(0, 3, 1, 2).float() / 255
-        images = [image, *(smaller(image) for smaller in self.smaller)]
-        return [scale.encode(own) for scale, own in zip(self.model.all_scales(), images, strict=True)]
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``[B, H, W, 3]`` uint8 -> ``[B, D, h, w]``."""
+        return self.scale.encode(self.smaller(pixels.permute(0, 3, 1, 2).float() / 255))
 
 
 class Smaller(nn.Module):
@@ -102,16 +99,16 @@ class Smaller(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Latents to what is rebuilt of them."""
+    """Latents of a scale to what is rebuilt of them."""
 
-    def __init__(self, model: FeatureDiffusion):
+    def __init__(self, scale: Scale):
         super().__init__()
-        self.model = model
+        self.scale = scale
 
-    def forward(self, latents: Sequence[Tensor], nearest: Sequence[Tensor]) -> list[Tensor]:
-        """Latents, and what the memory holds nearest to them -> step ``[B]``, and what is rebuilt at each scale ``[B, D, h, w]``."""
-        rebuilt = self.model.rebuild(latents, nearest)
-        return [rebuilt[0].step, *(each.latent for each in rebuilt)]
+    def forward(self, latent: Tensor, nearest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents, and what the memory holds nearest to them -> what is rebuilt ``[B, D, h, w]``, and the step ``[B]``."""
+        rebuilt = self.scale.rebuild(latent, nearest=nearest)
+        return rebuilt.latent, rebuilt.step
 
 
 class Scorer(nn.Module):

@@ -16,7 +16,6 @@ The decoder serves people only: it shows what the model thinks the part should l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gladad.algorithm import Reconstruction
 from gladad.core.errors import ConfigError, ModelFormatError
 from gladad.core.images import resize_pixels
 from gladad.core.records import Inspection
 from gladad.core.settings import from_json, to_json
 from gladad.core.tensors import load_tensors, save_tensors, tensors_digest, to_pixels, to_tensor
-from gladad.core.threads import one_thread
+from gladad.core.threads import one_thread, side_by_side
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.stack import size_multiple
 from gladad.models.feature_diffusion.networks import LatentDecoder
@@ -115,7 +113,7 @@ class FeatureDiffusion(nn.Module):
         """Images that are best inspected at the same time: one per core, because each runs on one thread; one on a GPU."""
         return max(1, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
-    def anomaly_map(self, evidence: list[Tensor]) -> Tensor:
+    def anomaly_map(self, evidence: Sequence[Tensor]) -> Tensor:
         """Evidence ``[B, 1, h, w]`` of every scale as one map ``[B, 1, H, W]``.
 
         Energies add up, each shared among the cells of the finest scale that its own cell covers.
@@ -135,22 +133,7 @@ class FeatureDiffusion(nn.Module):
         power = spread / usual[:, 1]
         return ((torch.cat(list(scores)).clamp_min(1e-12).log() - usual[:, :1]) * power[:, None]).amax(0).exp()
 
-    def rebuild(self, latents: Sequence[Tensor], nearest: Sequence[Tensor] = ()) -> list[Reconstruction]:
-        """Anomaly-free latents at each scale.
-
-        Args:
-            latents: ``[B, D, h, w]`` of each scale.
-            nearest: What the memory holds nearest to them, where it has been asked before.
-        """
-        scales = self.all_scales()
-        return [scale.rebuild(latent, nearest=shown) for scale, latent, shown in zip_longest(scales, latents, nearest)]
-
-    def evidence(self, latents: Sequence[Tensor], rebuilt: Sequence[Reconstruction]) -> list[Tensor]:
-        """That of each scale ``[B, 1, h, w]``."""
-        pairs = zip(self.all_scales(), latents, rebuilt, strict=True)
-        return [scale.evidence(scale.magnitude(latent, found.latent)) for scale, latent, found in pairs]
-
-    def summary(self, evidence: list[Tensor], counted: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    def summary(self, evidence: Sequence[Tensor], counted: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Map ``[B, 1, H, W]`` and score ``[B]`` from the evidence of all scales, and which cells of each count (all, if not given)."""
         everywhere: list[Tensor | None] = [None] * len(evidence)
         scales = zip(self.all_scales(), evidence, counted or everywhere, strict=True)
@@ -160,12 +143,12 @@ class FeatureDiffusion(nn.Module):
         """Inspect one image, see `inspect_where`; everything counts."""
         return self.inspect_where(pixels, None)
 
-    @torch.inference_mode()
     def inspect_where(self, pixels: Pixels, counted: NDArray[np.bool_] | None) -> Inspection:
         """Inspect one image where it counts.
 
-        Images go through the networks one at a time and on one thread: neither the shapes nor the order of a sum, and so no bit of the
-        result, depends on the batch or on the number of cores. Several images are best inspected by as many threads, see `Glad.predict`.
+        Images go through the networks one at a time and each scale on one thread: neither the shapes nor the order of a sum, and so no bit
+        of the result, depends on the batch or on the number of cores. The scales of an image are inspected side by side where cores are
+        free; several images are best inspected by as many threads, see `Glad.predict`.
 
         Args:
             pixels: ``[H, W, 3]`` uint8 of any size.
@@ -175,16 +158,14 @@ class FeatureDiffusion(nn.Module):
         Returns:
             Map and score in the model's own units, and what is needed for a picture of the reconstruction.
         """
-        with one_thread():
-            image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
-            latents = [scale.encode(image) for scale in self.all_scales()]
-            rebuilt = self.rebuild(latents)
-            evidence = self.evidence(latents, rebuilt)
+        image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
+        rebuilt, evidence = zip(*side_by_side(lambda scale: scale.inspect(image), self.all_scales(), self.workers), strict=True)
+        with torch.inference_mode(), one_thread():
             far: list[Tensor] = []
             if counted is not None:
                 where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
                 far = [self._far_enough(where, cells) for cells in evidence]
-                evidence = [cells * own for cells, own in zip(evidence, far, strict=True)]
+                evidence = tuple(cells * own for cells, own in zip(evidence, far, strict=True))
             maps, score = self.summary(evidence, far)
         return Inspection(map=maps[0, 0].cpu().numpy(), score=float(score), step=int(rebuilt[0].step), latent=rebuilt[0].latent)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gladad.algorithm import Reconstruction, gaussian_blur, image_noise, top_k_mean
+from gladad.core.threads import one_thread
 from gladad.features.extractor import Extractor
 from gladad.features.memory import ClusterGaussians, Memory
 from gladad.features.space import FeatureSpace
@@ -99,6 +100,14 @@ class Scale(nn.Module):
     def latent_features(self, latent: Tensor) -> Tensor:
         """The latent itself: it is made of features."""
         return latent
+
+    @torch.inference_mode()
+    def inspect(self, image: Tensor) -> tuple[Reconstruction, Tensor]:
+        """What is rebuilt of images ``[B, 3, H, W]`` in [0, 1], and the evidence ``[B, 1, h, w]``; on the calling thread alone."""
+        with one_thread():
+            latent = self.encode(image)
+            rebuilt = self.rebuild(latent)
+            return rebuilt, self.evidence(self.magnitude(latent, rebuilt.latent))
 
     def rebuild(self, latent: Tensor, owners: Tensor | None = None, nearest: Tensor | None = None) -> Reconstruction:
         """Anomaly-free latents of ``[B, D, h, w]``; with ``owners`` ``[B]``, as if the memory did not know these images.
