@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, draw_part
 
 from gladad.core.errors import ConfigError
@@ -57,13 +58,43 @@ def test_a_mixture_holds_images_as_they_are_and_changed_ones():
     assert all(np.array_equal(a, b) for a, b in zip(mixture(images, [], 0), images, strict=True))
 
 
-def test_a_fit_that_tolerates_noise_rejects_less_of_it(category: Path):
+@pytest.fixture(scope="module")
+def fits(category: Path) -> list[Glad]:
+    """Without and with tolerance."""
+    changes = [{"calibration": "held-out"}, {"calibration": "held-out", "tolerate": ["noise"]}]
+    return [Glad.from_base("lite", settings=NARROW | {"false_reject_rate": 0.1} | each).fit(category) for each in changes]
+
+
+def test_a_fit_that_tolerates_noise_rejects_less_of_it(fits: list[Glad]):
     noisy = [SHIFTS["gaussian_noise"][0](np.asarray(draw_part(seed)[0]), 0.05, np.random.default_rng(seed)) for seed in range(700, 712)]
-    rejected = []
-    for tolerate in ([], ["noise"]):
-        detector = Glad.from_base("lite", settings=NARROW | {"false_reject_rate": 0.1, "tolerate": tolerate}).fit(category)
-        rejected.append(sum(detector.inspect(pixels, reconstruct=False).pred_label for pixels in noisy))
+    rejected = [sum(each.inspect(pixels, reconstruct=False).pred_label for pixels in noisy) for each in fits]
     assert rejected[1] < rejected[0]
+
+
+def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
+    strict, tolerant = ([scale for scale in each.model_.all_scales()] for each in fits)
+    for one, other in zip(strict, tolerant, strict=True):
+        assert float(one.level_slope) == 0 and float(other.level_slope) > 0
+        assert float(other.usual_scores[1, 1]) > 1.5 * float(one.usual_scores[1, 1])  # the mean of all cells varies with the noise
+    scale = tolerant[0]
+    evidence = 1 + torch.rand(2, 1, *scale.grid)
+    evidence[..., :4, :4] += 3
+    louder = scale.scores(2 * evidence) / scale.scores(evidence)
+    torch.testing.assert_close(louder[0], torch.full((2,), 2 ** (1 - float(scale.level_slope))))
+    torch.testing.assert_close(louder[1], torch.full((2,), 2.0))
+
+
+def test_an_adjusted_tolerant_detector_measures_as_its_fit_did(fits: list[Glad], category: Path, tmp_path: Path):
+    fits[1].save_pretrained(tmp_path / "model")
+    adjusted = Glad.from_pretrained(tmp_path / "model")
+    adjusted.adjust(
+        category, {**NARROW, "false_reject_rate": 0.1, "calibration": "held-out", "tolerate": ["noise"], "reconstruction.timesteps": [300]}
+    )
+    assert not torch.equal(adjusted.model_.all_scales()[0].usual_scores, fits[1].model_.all_scales()[0].usual_scores)
+    adjusted.adjust(category, fits[1].settings)
+    for one, other in zip(adjusted.model_.all_scales(), fits[1].model_.all_scales(), strict=True):
+        for name in ("level_slope", "usual_scores", "usual_energy", "residual_scale"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
 def test_what_cannot_be_tolerated():

@@ -7,6 +7,7 @@ Gaussian of the features for each place of the image, which needs parts that lie
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import faiss  # type: ignore[import-untyped, unused-ignore]
@@ -54,12 +55,15 @@ class Gaussians:
         with faiss_threads(threads):
             cluster = self._coarse.search(vectors, 1)[1][:, 0]
             order = cluster.argsort(kind="stable")  # those of a cluster lie together
-            ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1))
-            sorted_residuals, found = residuals[order], np.full(len(vectors), np.nan, np.float32)  # what is not finite has no cluster
-            for number in np.flatnonzero(np.diff(ends)):
-                own = slice(ends[number], ends[number + 1])
-                found[order[own]] = np.square(self._maps[number].apply(sorted_residuals[own])).mean(1)
-        return np.sqrt(found)
+            ends = cluster[order].searchsorted(np.arange(len(self._maps) + 1)).tolist()
+            ordered, white = residuals[order], np.full(residuals.shape, np.nan, np.float32)  # what is not finite has no cluster
+            for whitening, (first, last) in zip(self._maps, pairwise(ends), strict=True):
+                if first < last:
+                    own, to = faiss.swig_ptr(ordered[first:last]), faiss.swig_ptr(white[first:last])
+                    whitening.apply_noalloc(last - first, own, to)  # type: ignore[attr-defined, unused-ignore]
+        found = np.empty(len(vectors), np.float32)
+        found[order] = np.sqrt(np.square(white).mean(1))
+        return found
 
 
 def fit_gaussians(vectors: Array, residuals: Array, images: NDArray[np.integer[Any]], seed: int) -> tuple[Array, Array, Array]:

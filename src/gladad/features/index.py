@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
@@ -54,7 +55,7 @@ class VectorIndex:
             owner = self._coarse.search(vectors, 1)[1][:, 0]
         self._numbers: Numbers = owner.argsort(kind="stable")  # vectors of a cluster lie together, by rising numbers
         self._vectors = np.ascontiguousarray(vectors[self._numbers])
-        self._starts = owner[self._numbers].searchsorted(np.arange(clusters + 1))
+        self._starts: list[int] = owner[self._numbers].searchsorted(np.arange(clusters + 1)).tolist()
 
     @property
     def centres(self) -> Array:
@@ -78,23 +79,31 @@ class VectorIndex:
 
     def _searched(self, queries: Array, clusters: Numbers, barred: tuple[int, int]) -> tuple[Array, Numbers]:
         """The nearest in clusters ``[Q, P]``; infinitely far and of number -1 where these hold none."""
-        distances, numbers = np.full(len(queries), np.inf, np.float32), np.full(len(queries), -1)
         wanted = clusters.ravel()
-        order = wanted.argsort(kind="stable")
-        ends = wanted[order].searchsorted(np.arange(self._coarse.ntotal + 1))
-        for cluster in np.unique(wanted):
-            asking = order[ends[cluster] : ends[cluster + 1]] // clusters.shape[1]
-            for start, end in self._parts(cluster, barred):
-                found, place = faiss.knn(queries[asking], self._vectors[start:end], 1)
-                closer = found[:, 0] < distances[asking]
-                distances[asking[closer]] = found[closer, 0]
-                numbers[asking[closer]] = self._numbers[start + place[closer, 0]]
-        return distances, numbers
+        order = wanted.argsort(kind="stable")  # queries of a cluster lie together
+        asking, ends = queries[order // clusters.shape[1]], wanted[order].searchsorted(np.arange(self._coarse.ntotal + 1)).tolist()
+        # a cluster has two parts where vectors in its midst are barred
+        distances, places = np.full((2, len(order)), np.inf, np.float32), np.full((2, len(order)), -1)
+        for cluster, (first, last) in enumerate(pairwise(ends)):
+            if first == last:
+                continue
+            for side, (start, end) in enumerate(self._parts(cluster, barred)):
+                own = [asking[first:last], self._vectors[start:end], distances[side, first:last], places[side, first:last]]
+                asked, known, nearest, place = map(faiss.swig_ptr, own)
+                # `faiss.knn` without what it does in Python, for which other threads would wait
+                faiss.knn_L2sqr(asked, known, queries.shape[1], last - first, end - start, 1, nearest, place)
+                own[3] += start
+        found, place = (np.empty_like(each) for each in (distances, places))
+        found[:, order], place[:, order] = distances, places  # by query again
+        by_query = [each.reshape(2, *clusters.shape).swapaxes(0, 1).reshape(len(queries), -1) for each in (found, place)]
+        best = by_query[0].argmin(1)[:, None]
+        nearest, place = (np.take_along_axis(each, best, 1)[:, 0] for each in by_query)
+        return nearest, np.where(place < 0, -1, self._numbers[place])
 
     def _parts(self, cluster: int, barred: tuple[int, int]) -> Iterator[tuple[int, int]]:
         """Where the vectors of a cluster lie, without those barred."""
         start, end = self._starts[cluster : cluster + 2]
-        first, last = start + self._numbers[start:end].searchsorted(barred)
-        for part in ((start, first), (last, end)) if first < last else ((start, end),):
+        first, last = (start + self._numbers[start:end].searchsorted(barred)).tolist() if barred[0] < barred[1] else (end, end)
+        for part in ((start, first), (last, end)):
             if part[0] < part[1]:
                 yield part

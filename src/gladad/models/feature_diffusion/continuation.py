@@ -110,15 +110,17 @@ def _encoded(
     trained = [pixels for pixels, out in zip(images, apart.tolist(), strict=True) if not out]
     measured = [pixels for pixels, out in zip(images, apart.tolist(), strict=True) if out]
     settings = learning.settings
-    shown, of = with_variants(trained, replace(model.config, settings=settings))
+    config = replace(model.config, settings=settings)
+    shown, of, _ = with_variants(trained, config)
+    usual_shown, usual_of, _ = with_variants(measured, replace(config, turned=None))
     draws = [Draw((settings.seed, int(owners[0]), index)) for index in range(count)]
     synthetic, places = with_defects(
         shown, range(len(shown)), draws, settings.training.synthesis, learning.textures, learning.place, learning.progress
     )
-    own, found = owners[~apart][torch.tensor(of)], []
+    own, usual_own, found = owners[~apart][of], owners[apart][usual_of], []
     for number, scale in enumerate(model.all_scales()):
-        normal, usual, anomalous = (_latents(scale, each) for each in (shown, measured, synthetic))
-        found.append(Past(normal, own, usual, owners[apart], anomalous, places))
+        normal, usual, anomalous = (_latents(scale, each) for each in (shown, usual_shown, synthetic))
+        found.append(Past(normal, own, usual, usual_own, anomalous, places))
         learning.progress("features", number + 1, settings.scales)
     return found
 
@@ -134,20 +136,20 @@ def _latents(scale: Scale, images: Sequence[Pixels]) -> Tensor:
 def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learning) -> list[Past]:
     """What a training would have kept of its images, made anew."""
     apart = torch.from_numpy(apart_of(len(images), learning.settings.training.apart))
-    measured = spread(measured_of(apart, len(images)), KEPT)
+    measured = spread(measured_of(apart, torch.ones_like(apart)), KEPT)
     trained = spread(torch.nonzero(~apart).flatten(), KEPT)
     chosen = torch.cat([trained, measured])  # where none is apart, they are the same
     out = torch.arange(len(chosen)) >= len(trained)
     count = KEPT if model.all_scales()[0].learns_repairs else 0
     found = _encoded(model, [images[place] for place in chosen.tolist()], chosen, out, count, learning)
     for scale, past in zip(model.all_scales(), found, strict=True):
-        _check_owners(scale, past)
+        _check_owners(scale, past.usual[: len(measured)], past.usual_owner)
     return found
 
 
-def _check_owners(scale: Scale, past: Past) -> None:
+def _check_owners(scale: Scale, latents: Tensor, owners: Tensor) -> None:
     """Refuse images in another order than that of the training: the memory's numbers would mean others."""
-    for latent, owner in zip(past.usual, past.usual_owner, strict=True):
+    for latent, owner in zip(latents, owners, strict=False):  # the rest are owners of variants
         rows = scale.memory.rows[scale.memory.owner == int(owner)].float().cpu()
         cells = latent.float().flatten(1).T
         if len(rows) and float(torch.cdist(rows, cells).amin(1).median()) ** 2 > SAME * scale.dimensions:
@@ -174,5 +176,5 @@ def _part(scale: Scale, past: Past, old: int, progress: Progress) -> Part:
         anomalous_shown = _shown(scale, past.anomalous, past.owner[past.source], progress)
     new = torch.arange(old, len(past.normal))
     trained = torch.cat([torch.arange(old), new.repeat(max(1, old // max(1, len(new))))])
-    measured = torch.empty(0, dtype=torch.int64)
-    return Part(scale, [], past.owner, 0, past.normal, shown, trained, measured, past.anomalous, anomalous_shown, past.source)
+    none = torch.empty(0, dtype=torch.int64)
+    return Part(scale, [], past.owner, none, past.normal, shown, trained, none, past.anomalous, anomalous_shown, past.source)

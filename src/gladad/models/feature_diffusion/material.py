@@ -34,7 +34,7 @@ class Material:
         images: ``[H, W, 3]`` uint8 normal images, then copies of them.
         owner: ``[N]`` the photograph that each is, or is a copy or a tile of.
         apart: ``[N]`` bool, those that the denoisers are not shown.
-        originals: Number of images, the first ones, that are no copies.
+        judged: ``[N]`` bool, those that are as an image to be inspected may be: no copies, but tolerated variants of others.
         synthetic: Images with synthetic anomalies.
         source: ``[P]`` the normal image of each.
     """
@@ -42,7 +42,7 @@ class Material:
     images: list[Pixels]
     owner: Tensor
     apart: Tensor
-    originals: int
+    judged: Tensor
     synthetic: list[Pixels]
     source: Tensor
 
@@ -53,7 +53,7 @@ class Part:
 
     Attributes:
         scale: The product's own.
-        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` and ``originals`` likewise.
+        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` and ``judged`` likewise.
         latents: ``[N, D, h, w]`` float16 of the normal images.
         shown: What the memory shows for them.
         trained: Numbers of those that the denoiser is shown.
@@ -66,7 +66,7 @@ class Part:
     scale: Scale
     images: list[Pixels]
     owner: Tensor
-    originals: int
+    judged: Tensor
     latents: Tensor
     shown: Tensor
     trained: Tensor
@@ -100,24 +100,34 @@ def make_material(
         progress("trying turned copies", 1, 1)
         ratio = round(ratio, 4)  # what is stored is what was decided by
         model.config = replace(model.config, turned=ratio)
-    shown, of = with_variants(images, model.config)
-    places = torch.tensor(of)
+    shown, places, judged = with_variants(images, model.config, copies)
     owner, apart = owner[places], apart[places]
     usable = torch.nonzero(~apart).flatten().tolist()
     draws = [Draw((settings.seed, index)) for index in range(count)]
     synthetic, source = with_defects(shown, usable, draws, settings.training.synthesis, textures, foreground, progress)
-    return Material(shown, owner, apart, len(images) - copies, synthetic, source)
+    return Material(shown, owner, apart, judged, synthetic, source)
 
 
-def with_variants(images: Sequence[Pixels], config: FeatureDiffusionConfig) -> tuple[list[Pixels], list[int]]:
-    """Images, the copies and variants of them that a model learns, too, and the number of the image that each is of."""
+def with_variants(images: Sequence[Pixels], config: FeatureDiffusionConfig, copies: int = 0) -> tuple[list[Pixels], Tensor, Tensor]:
+    """Images with the turned copies and tolerated variants that a model learns, too.
+
+    Args:
+        images: The last ``copies`` of them are copies of others.
+        config: What the model learns.
+        copies: See there.
+
+    Returns:
+        All of them; ``[N]`` the number of the image that each is of; ``[N]`` `Material.judged`.
+    """
     turned = config.turned is not None and pays(config.turned)
     shown, of = with_turned(images) if turned else (list(images), list(range(len(images))))
+    judged = [number < len(images) - copies for number in range(len(shown))]
     if config.settings.tolerate:
         for pixels, number in variants(images, config.settings.tolerate, config.settings.seed):
             shown.append(pixels)
             of.append(number)
-    return shown, of
+            judged.append(judged[number])
+    return shown, torch.tensor(of, dtype=torch.int64), torch.tensor(judged, dtype=torch.bool)
 
 
 def with_defects(
@@ -138,9 +148,9 @@ def with_defects(
     return synthetic, torch.tensor(source, dtype=torch.int64)
 
 
-def measured_of(apart: Tensor, originals: int) -> Tensor:
-    """Numbers of the images by which is measured what is usual, none of them copies: those apart, or if there are none, all."""
-    return torch.nonzero(apart[:originals] | ~apart.any()).flatten()
+def measured_of(apart: Tensor, judged: Tensor) -> Tensor:
+    """Numbers of the images by which is measured what is usual, see `Material`: the judged ones apart, or if there are none, all judged."""
+    return torch.nonzero(judged & (apart | ~apart.any())).flatten()
 
 
 @torch.no_grad()
@@ -179,9 +189,9 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
         scale.memory.remember(rows[kept].to(device), owner[kept].to(device))
         shown = _shown(scale, latents, material.owner, progress)
         synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)
-    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.originals)
+    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.judged)
     return Part(
-        scale, material.images, material.owner, material.originals, latents, shown, trained, measured,
+        scale, material.images, material.owner, material.judged, latents, shown, trained, measured,
         synthetic, synthetic_shown, material.source,
     )  # fmt: skip
 

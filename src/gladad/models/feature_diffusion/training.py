@@ -22,7 +22,7 @@ from gladad.data.foreground import Foreground
 from gladad.data.samples import apart_of
 from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.memory import ClusterGaussians
-from gladad.models.feature_diffusion.material import Part, fit_scale, make_material, measured_of
+from gladad.models.feature_diffusion.material import Part, fit_scale, make_material, measured_of, with_variants
 from gladad.models.feature_diffusion.model import FeatureDiffusion
 from gladad.models.feature_diffusion.past import Past, spread
 from gladad.models.feature_diffusion.scale import Scale
@@ -102,7 +102,7 @@ def train_models(
         for model, part in zip(models.values(), learnt, strict=True):
             if number == 0:
                 _train_decoder(model, part, generator, progress, Losses(watch))
-            _measure(model, number, part.images, part.owner, part.measured, part.trained[part.trained < part.originals])
+            _measure(model, number, part.images, part.owner, part.measured, part.trained[part.judged[part.trained]])
             _keep(model, part)
         if number == 0 and watch is not None:
             show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
@@ -166,9 +166,10 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
     other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
-    apart, owner = torch.from_numpy(apart_of(len(images), settings.training.apart)), torch.arange(len(images))
+    shown, owner, judged = with_variants(images, replace(other.config, turned=None))  # turned copies are not judged
+    apart = torch.from_numpy(apart_of(len(images), settings.training.apart))[owner]
     for number in range(settings.scales):
-        _measure(other, number, images, owner, measured_of(apart, len(images)), torch.nonzero(~apart).flatten())
+        _measure(other, number, shown, owner, measured_of(apart, judged), torch.nonzero(~apart & judged).flatten())
         progress("usual residuals", number + 1, settings.scales)
     return other
 
@@ -335,9 +336,15 @@ def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Te
     _inspect_by(model, settings)
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
-    scores = scale.scores(scale.evidence(magnitude)).log()
+    evidence = scale.evidence(magnitude)
+    scale.level_slope.zero_()
+    if settings.tolerate:
+        level = evidence.mean((1, 2, 3)).log()
+        deviation = level - level.mean()
+        scale.level_slope.copy_((deviation * scale.scores(evidence)[0].log()).sum() / deviation.square().sum().clamp_min(1e-12))
+    scores = scale.scores(evidence).log()
     scale.usual_scores = torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1)
-    for name in ("residual_scale", "usual_energy", "usual_scores"):
+    for name in ("residual_scale", "usual_energy", "level_slope", "usual_scores"):
         if not getattr(scale, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
 

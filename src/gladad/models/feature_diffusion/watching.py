@@ -46,7 +46,7 @@ def show_drawn(watch: Watch, step: int, model: FeatureDiffusion, part: Part) -> 
 @torch.no_grad()
 def show_mended(watch: Watch, model: FeatureDiffusion, material: Material) -> None:
     """Show made-up defects, or good parts where there are none, beside what the first scale makes of them."""
-    images = material.synthetic or material.images[: material.originals]
+    images = material.synthetic or [pixels for pixels, own in zip(material.images, material.judged.tolist(), strict=True) if own]
     scale, pictures = model.all_scales()[0], {}
     for number, place in enumerate(evenly(len(images), DEFECTS).tolist(), 1):
         latent = scale.encode(to_tensor(images[place])[None].to(model.device))
