@@ -173,7 +173,7 @@ def test_numbers_of_what_anomalies_are_of_survive_joining():
     def some(count: int, first: int) -> Past:
         rows = torch.arange(first, first + count).view(-1, 1, 1, 1).half()
         numbers = torch.arange(count)
-        return Past(rows, numbers + first, rows[:0], numbers[:0], rows, numbers)
+        return Past(rows, numbers + first, rows[:0], numbers[:0], numbers[:0] > 0, rows, numbers)
 
     joined = some(70, 0).joined(some(30, 70)).thinned()
     assert len(joined.normal) == 100 and len(joined.anomalous) == 64

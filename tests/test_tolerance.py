@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY, draw_part
 
+from gladad.algorithm import top_k_mean
 from gladad.core.errors import ConfigError
 from gladad.data.corruptions import SHIFTS
 from gladad.data.tolerance import GROUPS, VARIANTS, mixture, variant, variants
@@ -74,14 +76,20 @@ def test_a_fit_that_tolerates_noise_rejects_less_of_it(fits: list[Glad]):
 def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
     strict, tolerant = ([scale for scale in each.model_.all_scales()] for each in fits)
     for one, other in zip(strict, tolerant, strict=True):
-        assert float(one.level_slope) == 0 and float(other.level_slope) > 0
+        assert not one.usual_level.any() and float(other.usual_level[2]) > 0
         assert float(other.usual_scores[1, 1]) > 1.5 * float(one.usual_scores[1, 1])  # the mean of all cells varies with the noise
     scale = tolerant[0]
-    evidence = 1 + torch.rand(2, 1, *scale.grid)
-    evidence[..., :4, :4] += 3
-    louder = scale.scores(2 * evidence) / scale.scores(evidence)
-    torch.testing.assert_close(louder[0], torch.full((2,), 2 ** (1 - float(scale.level_slope))))
-    torch.testing.assert_close(louder[1], torch.full((2,), 2.0))
+    lowest, highest, slope = scale.usual_level.tolist()
+    assert lowest < highest
+    usual, loud = (torch.full((2, 1, *scale.grid), math.exp(level)) for level in ((lowest + highest) / 2, highest + 1))
+    for evidence, change in ((usual, 0.0), (loud, -slope)):
+        evidence[..., :4, :4] *= 3
+        largest, mean = scale.scores(evidence)
+        torch.testing.assert_close(largest, top_k_mean(evidence, 16) * math.exp(change))
+        torch.testing.assert_close(mean, evidence.mean((1, 2, 3)))
+    counted = torch.ones(1, 1, *scale.grid)
+    counted[..., 5:, :] = 0
+    torch.testing.assert_close(scale.level(loud * counted, int(counted.sum())), scale.level(loud[..., :5, :]))
 
 
 def test_an_adjusted_tolerant_detector_measures_as_its_fit_did(fits: list[Glad], category: Path, tmp_path: Path):
@@ -93,7 +101,7 @@ def test_an_adjusted_tolerant_detector_measures_as_its_fit_did(fits: list[Glad],
     assert not torch.equal(adjusted.model_.all_scales()[0].usual_scores, fits[1].model_.all_scales()[0].usual_scores)
     adjusted.adjust(category, fits[1].settings)
     for one, other in zip(adjusted.model_.all_scales(), fits[1].model_.all_scales(), strict=True):
-        for name in ("level_slope", "usual_scores", "usual_energy", "residual_scale"):
+        for name in ("usual_level", "usual_scores", "usual_energy", "residual_scale"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 

@@ -24,7 +24,7 @@ from gladad.data.synthesis import Draw
 from gladad.features.memory import covering
 from gladad.models.feature_diffusion.material import Part, _shown, features_of, measured_of, with_defects, with_variants
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.past import KEPT, Past, spread
+from gladad.models.feature_diffusion.past import IMAGE, KEPT, VARIANT, Past, spread
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionSettings
 from gladad.models.feature_diffusion.training import FITTED, MIN_STEPS, _measure_by, _train_denoiser, budget
@@ -97,7 +97,7 @@ def extended(model: FeatureDiffusion, new: Sequence[Pixels], old: Sequence[Pixel
         own = joined[number]
         fitted = spread(torch.arange(len(own.normal)), FITTED)
         usual, normal = (each.float().to(made.device) for each in (own.usual, own.normal[fitted]))
-        _measure_by(made, number, usual, own.usual_owner, normal, own.owner[fitted])
+        _measure_by(made, number, (usual, own.usual_owner, own.usual_varied), (normal, own.owner[fitted]))
         told("usual residuals", 1, 1)
     made.keep([each.thinned() for each in joined])
     return made.requires_grad_(False).eval()
@@ -112,7 +112,7 @@ def _encoded(
     settings = learning.settings
     config = replace(model.config, settings=settings)
     shown, of, _ = with_variants(trained, config)
-    usual_shown, usual_of, _ = with_variants(measured, replace(config, turned=None))
+    usual_shown, usual_of, usual_sort = with_variants(measured, replace(config, turned=None))
     draws = [Draw((settings.seed, int(owners[0]), index)) for index in range(count)]
     synthetic, places = with_defects(
         shown, range(len(shown)), draws, settings.training.synthesis, learning.textures, learning.place, learning.progress
@@ -120,7 +120,7 @@ def _encoded(
     own, usual_own, found = owners[~apart][of], owners[apart][usual_of], []
     for number, scale in enumerate(model.all_scales()):
         normal, usual, anomalous = (_latents(scale, each) for each in (shown, usual_shown, synthetic))
-        found.append(Past(normal, own, usual, usual_own, anomalous, places))
+        found.append(Past(normal, own, usual, usual_own, usual_sort == VARIANT, anomalous, places))
         learning.progress("features", number + 1, settings.scales)
     return found
 
@@ -136,7 +136,7 @@ def _latents(scale: Scale, images: Sequence[Pixels]) -> Tensor:
 def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learning) -> list[Past]:
     """What a training would have kept of its images, made anew."""
     apart = torch.from_numpy(apart_of(len(images), learning.settings.training.apart))
-    measured = spread(measured_of(apart, torch.ones_like(apart)), KEPT)
+    measured = spread(measured_of(apart, torch.full(apart.shape, IMAGE)), KEPT)
     trained = spread(torch.nonzero(~apart).flatten(), KEPT)
     chosen = torch.cat([trained, measured])  # where none is apart, they are the same
     out = torch.arange(len(chosen)) >= len(trained)

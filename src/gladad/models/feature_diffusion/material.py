@@ -18,6 +18,7 @@ from gladad.data.synthesis import Draw, SynthesisConfig, synthesise
 from gladad.data.tolerance import variants
 from gladad.features.memory import covering
 from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.past import COPY, IMAGE, VARIANT
 from gladad.models.feature_diffusion.placement import pays, try_turned, with_turned
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import FeatureDiffusionConfig
@@ -34,7 +35,7 @@ class Material:
         images: ``[H, W, 3]`` uint8 normal images, then copies of them.
         owner: ``[N]`` the photograph that each is, or is a copy or a tile of.
         apart: ``[N]`` bool, those that the denoisers are not shown.
-        judged: ``[N]`` bool, those that are as an image to be inspected may be: no copies, but tolerated variants of others.
+        sort: ``[N]`` int8, `IMAGE`, `COPY` of another or tolerated `VARIANT` of an image.
         synthetic: Images with synthetic anomalies.
         source: ``[P]`` the normal image of each.
     """
@@ -42,7 +43,7 @@ class Material:
     images: list[Pixels]
     owner: Tensor
     apart: Tensor
-    judged: Tensor
+    sort: Tensor
     synthetic: list[Pixels]
     source: Tensor
 
@@ -53,7 +54,7 @@ class Part:
 
     Attributes:
         scale: The product's own.
-        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` and ``judged`` likewise.
+        images: ``[H, W, 3]`` uint8, as in `Material`; ``owner`` and ``sort`` likewise.
         latents: ``[N, D, h, w]`` float16 of the normal images.
         shown: What the memory shows for them.
         trained: Numbers of those that the denoiser is shown.
@@ -66,7 +67,7 @@ class Part:
     scale: Scale
     images: list[Pixels]
     owner: Tensor
-    judged: Tensor
+    sort: Tensor
     latents: Tensor
     shown: Tensor
     trained: Tensor
@@ -100,12 +101,12 @@ def make_material(
         progress("trying turned copies", 1, 1)
         ratio = round(ratio, 4)  # what is stored is what was decided by
         model.config = replace(model.config, turned=ratio)
-    shown, places, judged = with_variants(images, model.config, copies)
+    shown, places, sort = with_variants(images, model.config, copies)
     owner, apart = owner[places], apart[places]
     usable = torch.nonzero(~apart).flatten().tolist()
     draws = [Draw((settings.seed, index)) for index in range(count)]
     synthetic, source = with_defects(shown, usable, draws, settings.training.synthesis, textures, foreground, progress)
-    return Material(shown, owner, apart, judged, synthetic, source)
+    return Material(shown, owner, apart, sort, synthetic, source)
 
 
 def with_variants(images: Sequence[Pixels], config: FeatureDiffusionConfig, copies: int = 0) -> tuple[list[Pixels], Tensor, Tensor]:
@@ -117,17 +118,17 @@ def with_variants(images: Sequence[Pixels], config: FeatureDiffusionConfig, copi
         copies: See there.
 
     Returns:
-        All of them; ``[N]`` the number of the image that each is of; ``[N]`` `Material.judged`.
+        All of them; ``[N]`` the number of the image that each is of; ``[N]`` `Material.sort`.
     """
     turned = config.turned is not None and pays(config.turned)
     shown, of = with_turned(images) if turned else (list(images), list(range(len(images))))
-    judged = [number < len(images) - copies for number in range(len(shown))]
+    sort = [IMAGE if number < len(images) - copies else COPY for number in range(len(shown))]
     if config.settings.tolerate:
         for pixels, number in variants(images, config.settings.tolerate, config.settings.seed):
             shown.append(pixels)
             of.append(number)
-            judged.append(judged[number])
-    return shown, torch.tensor(of, dtype=torch.int64), torch.tensor(judged, dtype=torch.bool)
+            sort.append(VARIANT if sort[number] == IMAGE else COPY)
+    return shown, torch.tensor(of, dtype=torch.int64), torch.tensor(sort, dtype=torch.int8)
 
 
 def with_defects(
@@ -148,9 +149,9 @@ def with_defects(
     return synthetic, torch.tensor(source, dtype=torch.int64)
 
 
-def measured_of(apart: Tensor, judged: Tensor) -> Tensor:
-    """Numbers of the images by which is measured what is usual, see `Material`: the judged ones apart, or if there are none, all judged."""
-    return torch.nonzero(judged & (apart | ~apart.any())).flatten()
+def measured_of(apart: Tensor, sort: Tensor) -> Tensor:
+    """Numbers of the images by which is measured what is usual, see `Material`, no copies: those apart, or if there are none, all."""
+    return torch.nonzero((sort != COPY) & (apart | ~apart.any())).flatten()
 
 
 @torch.no_grad()
@@ -189,9 +190,9 @@ def fit_scale(model: FeatureDiffusion, number: int, material: Material, progress
         scale.memory.remember(rows[kept].to(device), owner[kept].to(device))
         shown = _shown(scale, latents, material.owner, progress)
         synthetic_shown = _shown(scale, synthetic, material.owner[material.source], progress)
-    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.judged)
+    trained, measured = torch.nonzero(~material.apart).flatten(), measured_of(material.apart, material.sort)
     return Part(
-        scale, material.images, material.owner, material.judged, latents, shown, trained, measured,
+        scale, material.images, material.owner, material.sort, latents, shown, trained, measured,
         synthetic, synthetic_shown, material.source,
     )  # fmt: skip
 

@@ -242,7 +242,7 @@ class FeatureDiffusion(nn.Module):
             model = cls(parsed, extractor.fast())
             tensors = load_tensors(folder / WEIGHTS_FILE)
             for number, scale in enumerate(model.all_scales()):  # their sizes are what they are
-                tensors.setdefault(f"scales.{number}.level_slope", torch.zeros(()))  # an earlier version wrote none
+                tensors.setdefault(f"scales.{number}.usual_level", torch.zeros(3))  # an earlier version wrote none
                 scale.memory.remember(*(tensors[f"scales.{number}.memory.{name}"] for name in ("rows", "owner")))
                 scale.gaussians.hold(*(tensors[f"scales.{number}.gaussians.{name}"] for name in ("centres", "means", "whiteners")))
             model.load_state_dict(tensors)

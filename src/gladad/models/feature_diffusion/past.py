@@ -18,6 +18,8 @@ from gladad.data.samples import evenly
 if TYPE_CHECKING:
     from gladad.models.feature_diffusion.material import Part
 
+COPY, IMAGE, VARIANT = 0, 1, 2
+"""Sorts of what is learnt from."""
 PAST_FILE = "latents.safetensors"
 KEPT = 64
 """Latents that a training keeps of each sort and scale: at 256x256 pixels 0.2 MB each."""
@@ -34,6 +36,7 @@ class Past:
         owner: The photograph that each is of, as the memory numbers them.
         usual: Of images that no denoiser is shown: by them is measured what is usual.
         usual_owner: Likewise.
+        usual_varied: Which of them are tolerated variants of others.
         anomalous: Of synthetic anomalies.
         source: Number in ``normal`` of what each was made of.
     """
@@ -42,6 +45,7 @@ class Past:
     owner: Tensor
     usual: Tensor
     usual_owner: Tensor
+    usual_varied: Tensor
     anomalous: Tensor
     source: Tensor
 
@@ -51,7 +55,9 @@ class Past:
         normal, usual = spread(part.trained, KEPT), spread(part.measured, KEPT)
         chosen, place = _made_of(normal, part.source if len(part.anomalous) else part.source[:0])
         anomalous = part.anomalous[chosen] if len(chosen) else part.latents[:0]
-        return cls(part.latents[normal], part.owner[normal], part.latents[usual], part.owner[usual], anomalous, place)
+        return cls(
+            part.latents[normal], part.owner[normal], part.latents[usual], part.owner[usual], part.sort[usual] == VARIANT, anomalous, place
+        )
 
     def joined(self, new: Past) -> Past:
         """Both, this one first."""
@@ -62,7 +68,8 @@ class Past:
         """What is kept: at most `MOST` of either sort of normal ones, drawn at random, old and new alike, and `KEPT` anomalous ones."""
         normal, usual = _drawn(self.normal), _drawn(self.usual)
         chosen, place = _made_of(normal, self.source)
-        return Past(self.normal[normal], self.owner[normal], self.usual[usual], self.usual_owner[usual], self.anomalous[chosen], place)
+        kept = self.usual[usual], self.usual_owner[usual], self.usual_varied[usual]
+        return Past(self.normal[normal], self.owner[normal], *kept, self.anomalous[chosen], place)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,8 @@ def load_past(path: Path, scales: int) -> list[Past]:
     """
     found = load_tensors(path)
     try:
+        for number in range(scales):  # an earlier version kept no variants
+            found.setdefault(f"{number}.usual_varied", torch.zeros(len(found[f"{number}.usual"]), dtype=torch.bool))
         return [Past(**{f.name: found[f"{number}.{f.name}"] for f in fields(Past)}) for number in range(scales)]
     except KeyError as error:
         raise ModelFormatError(f"{path}: has no {error}; it is of another model") from error

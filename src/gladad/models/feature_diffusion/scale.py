@@ -29,7 +29,8 @@ class Scale(nn.Module):
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual.
         usual_energy: Scalar, mean squared magnitude.
-        level_slope: Scalar, how the logarithm of the largest cells' mean grows with that of all under tolerated changes; 0 if none are.
+        usual_level: ``[3]`` lowest and highest usual logarithm of `level`, and by how much that of the largest cells' mean grows with what
+            lies beyond these under tolerated changes; 0 where none are.
         usual_scores: ``[K, 2]`` mean and standard deviation of the logarithm of each of its scores.
 
     Raises:
@@ -38,7 +39,7 @@ class Scale(nn.Module):
 
     residual_scale: Tensor
     usual_energy: Tensor
-    level_slope: Tensor
+    usual_level: Tensor
     usual_scores: Tensor
 
     def __init__(self, config: FeatureDiffusionConfig, number: int, extractor: Extractor):
@@ -55,7 +56,7 @@ class Scale(nn.Module):
         self.denoiser = LatentDenoiser(self.dimensions, self.grid, config.settings.widths, len(config.categories), shown)
         self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
-        self.register_buffer("level_slope", torch.zeros(()))
+        self.register_buffer("usual_level", torch.zeros(3))
         self.register_buffer("usual_scores", torch.tensor([[0.0, 1.0]]).repeat(1 + config.settings.scoring.whole, 1))
 
     def configure(self, config: FeatureDiffusionConfig) -> None:
@@ -136,18 +137,28 @@ class Scale(nn.Module):
         sigma = self.config.settings.scoring.blur_sigma
         return gaussian_blur(magnitude / self.usual_energy.sqrt(), sigma, 2 * math.ceil(4 * sigma) + 1)
 
+    def level(self, evidence: Tensor, counted: int | None = None) -> Tensor:
+        """Median of the cells of each image, ``[B, 1, h, w] -> [B]``; of the ``counted`` ones, if in the others there is no evidence."""
+        cells = evidence.flatten(1).sort(1).values
+        count = cells.shape[1] if counted is None else counted
+        return cells[:, cells.shape[1] - (max(count, 1) + 1) // 2].clamp_min(1e-12)
+
     def scores(self, evidence: Tensor, counted: Tensor | None = None) -> Tensor:
         """Mean of the largest cells and, with ``scoring.whole``, of all that count: ``[B, 1, h, w] -> [K, B]``.
 
-        Where changes of a picture are tolerated, that of the largest is relative to what it is in images with that mean of all.
-        ``counted`` ``[1, 1, h, w]`` is 1 in cells that count and 0 in others, in which there is no evidence; None is all.
+        Where changes of a picture are tolerated, that of the largest is relative to what it is in pictures changed as much as the level
+        of this one says. ``counted`` ``[1, 1, h, w]`` is 1 in cells that count and 0 in others, in which there is no evidence; None is all.
         """
         scoring = self.config.settings.scoring
-        mean = evidence.mean((1, 2, 3))
-        if counted is not None:
-            mean = mean / counted.mean().clamp_min(1 / math.prod(self.grid))
-        largest = top_k_mean(evidence, min(scoring.top_k, math.prod(self.grid))) / mean.clamp_min(1e-12).pow(self.level_slope)
-        return torch.stack([largest, mean] if scoring.whole else [largest])
+        found = [top_k_mean(evidence, min(scoring.top_k, math.prod(self.grid)))]
+        if self.config.settings.tolerate:
+            level = self.level(evidence, None if counted is None else int(counted.sum())).log()
+            lowest, highest, slope = self.usual_level
+            found[0] = found[0] * (slope * (level.clamp(lowest, highest) - level)).exp()
+        if scoring.whole:
+            mean = evidence.mean((1, 2, 3))
+            found.append(mean if counted is None else mean / counted.mean().clamp_min(1 / math.prod(self.grid)))
+        return torch.stack(found)
 
     def labels(self, count: int) -> Tensor | None:
         """What the denoiser is told of the product, for that many latents: ``[count]`` int64, or None if it knows one only."""

@@ -24,7 +24,7 @@ from gladad.features.extractor import Extractor, load_extractor
 from gladad.features.memory import ClusterGaussians
 from gladad.models.feature_diffusion.material import Part, fit_scale, make_material, measured_of, with_variants
 from gladad.models.feature_diffusion.model import FeatureDiffusion
-from gladad.models.feature_diffusion.past import Past, spread
+from gladad.models.feature_diffusion.past import COPY, VARIANT, Past, spread
 from gladad.models.feature_diffusion.scale import Scale
 from gladad.models.feature_diffusion.settings import (
     DEFAULT_STEPS,
@@ -43,6 +43,8 @@ BATCH_CELLS = 1536
 """Of latents that are larger, fewer make a batch, so that a step takes little longer."""
 FITTED = 100
 """Images at most by which the Gaussians are fitted."""
+BAND = 2
+"""Standard deviations about the mean in which the level of an image is usual."""
 SMALLEST_SPREAD = 0.01
 """Of the logarithm of scores: images that are all but alike must not make a scale infinitely sure."""
 
@@ -102,7 +104,7 @@ def train_models(
         for model, part in zip(models.values(), learnt, strict=True):
             if number == 0:
                 _train_decoder(model, part, generator, progress, Losses(watch))
-            _measure(model, number, part.images, part.owner, part.measured, part.trained[part.judged[part.trained]])
+            _measure(model, number, part.images, part.owner, part.sort, part.measured, part.trained[part.sort[part.trained] != COPY])
             _keep(model, part)
         if number == 0 and watch is not None:
             show_mended(watch, *next(zip(models.values(), materials.values(), strict=True)))
@@ -166,10 +168,10 @@ def adjusted(model: FeatureDiffusion, settings: FeatureDiffusionSettings, images
     kept = [part for scale in model.all_scales() for part in (scale.stack, scale.denoiser, scale.memory)]
     other = copy.deepcopy(model, {id(part): part for part in (*kept, model.decoder, model.extractor)})
     other.config = replace(model.config, settings=settings)
-    shown, owner, judged = with_variants(images, replace(other.config, turned=None))  # turned copies are not judged
+    shown, owner, sort = with_variants(images, replace(other.config, turned=None))  # nothing is measured on turned copies
     apart = torch.from_numpy(apart_of(len(images), settings.training.apart))[owner]
     for number in range(settings.scales):
-        _measure(other, number, shown, owner, measured_of(apart, judged), torch.nonzero(~apart & judged).flatten())
+        _measure(other, number, shown, owner, sort, measured_of(apart, sort), torch.nonzero(~apart).flatten())
         progress("usual residuals", number + 1, settings.scales)
     return other
 
@@ -288,7 +290,9 @@ def _train_decoder(model: FeatureDiffusion, part: Part, generator: torch.Generat
 
 
 @torch.no_grad()
-def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor, measured: Tensor, trained: Tensor) -> None:
+def _measure(
+    model: FeatureDiffusion, number: int, images: Sequence[Pixels], owner: Tensor, sort: Tensor, measured: Tensor, trained: Tensor
+) -> None:
     """Measure at one scale how residuals vary and what is usual on normal images, as if the memory did not know them.
 
     The images held out for the decision threshold are not among them: its guarantee needs that.
@@ -298,24 +302,26 @@ def _measure(model: FeatureDiffusion, number: int, images: Sequence[Pixels], own
         number: Of the scale.
         images: ``[H, W, 3]`` uint8 normal images.
         owner: ``[N]`` the photograph that each is of.
+        sort: ``[N]``, see `Material`.
         measured: Numbers of the images by which is measured what is usual.
         trained: Numbers of the images by which the Gaussians are fitted, if they are not too many.
 
     Raises:
         TrainingError: A statistic is not finite.
     """
-    scale = model.all_scales()[number]
-    sides = []
-    for places in (measured, spread(trained, FITTED)):  # one by one, as in inspection
-        chosen = (to_tensor(images[place])[None].to(model.device) for place in places.tolist())
-        sides += [torch.cat([scale.encode(image) for image in chosen]), owner[places]]
-    _measure_by(model, number, *sides)
+    scale, fitted = model.all_scales()[number], spread(trained, FITTED)
+
+    def encoded(places: Tensor) -> Tensor:  # one by one, as in inspection
+        return torch.cat([scale.encode(to_tensor(images[place])[None].to(model.device)) for place in places.tolist()])
+
+    _measure_by(model, number, (encoded(measured), owner[measured], sort[measured] == VARIANT), (encoded(fitted), owner[fitted]))
 
 
 @torch.no_grad()
-def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Tensor, trained: Tensor, trained_owner: Tensor) -> None:
-    """`_measure` by latents ``[N, D, h, w]`` float32 of the two sorts of images and their owners ``[N]``."""
+def _measure_by(model: FeatureDiffusion, number: int, measured: tuple[Tensor, Tensor, Tensor], fitted: tuple[Tensor, Tensor]) -> None:
+    """`_measure` by latents ``[N, D, h, w]`` float32 of both choices of images, their owners ``[N]``, and which ``[N]`` are variants."""
     scale, settings = model.all_scales()[number], model.config.settings
+    (latents, owner, varied), (trained, trained_owner) = measured, fitted
     plain = replace(settings, reconstruction=scale.method.plain())
     _inspect_by(model, plain)
     scale.residual_scale.fill_(1.0)
@@ -337,16 +343,24 @@ def _measure_by(model: FeatureDiffusion, number: int, latents: Tensor, owner: Te
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
     evidence = scale.evidence(magnitude)
-    scale.level_slope.zero_()
-    if settings.tolerate:
-        level = evidence.mean((1, 2, 3)).log()
-        deviation = level - level.mean()
-        scale.level_slope.copy_((deviation * scale.scores(evidence)[0].log()).sum() / deviation.square().sum().clamp_min(1e-12))
+    scale.usual_level.copy_(_usual_level(scale, evidence, varied) if varied.any() else torch.zeros(3))
     scores = scale.scores(evidence).log()
     scale.usual_scores = torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1)
-    for name in ("residual_scale", "usual_energy", "level_slope", "usual_scores"):
+    for name in ("residual_scale", "usual_energy", "usual_level", "usual_scores"):
         if not getattr(scale, name).isfinite().all():
             raise TrainingError(f"the statistic {name} of normal residuals is not finite; are the good images all of one colour?")
+
+
+def _usual_level(scale: Scale, evidence: Tensor, varied: Tensor) -> Tensor:
+    """`Scale.usual_level` from the evidence ``[N, 1, h, w]`` of normal images, of which ``[N]`` are tolerated variants."""
+    level = scale.level(evidence).log()
+    plain = level[~varied]
+    lowest, highest = (plain.mean() + side * BAND * plain.std(correction=0) for side in (-1, 1))
+    scale.usual_level.copy_(torch.stack([lowest, highest, torch.zeros_like(lowest)]))
+    beyond, largest = level - level.clamp(lowest, highest), scale.scores(evidence)[0].log()
+    deviation = beyond - beyond.mean()
+    slope = (deviation * largest).sum() / deviation.square().sum().clamp_min(1e-12)
+    return torch.stack([lowest, highest, slope])
 
 
 def _rebuilt(scale: Scale, latents: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

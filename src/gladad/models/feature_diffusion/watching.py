@@ -14,6 +14,7 @@ from gladad.core.tensors import to_pixels, to_tensor
 from gladad.data.samples import evenly
 from gladad.models.feature_diffusion.material import Material, Part
 from gladad.models.feature_diffusion.model import FeatureDiffusion
+from gladad.models.feature_diffusion.past import COPY
 
 Pixels = NDArray[np.uint8]
 DEFECTS = 3  # pictures with made-up defects that are shown
@@ -46,7 +47,7 @@ def show_drawn(watch: Watch, step: int, model: FeatureDiffusion, part: Part) -> 
 @torch.no_grad()
 def show_mended(watch: Watch, model: FeatureDiffusion, material: Material) -> None:
     """Show made-up defects, or good parts where there are none, beside what the first scale makes of them."""
-    images = material.synthetic or [pixels for pixels, own in zip(material.images, material.judged.tolist(), strict=True) if own]
+    images = material.synthetic or [pixels for pixels, sort in zip(material.images, material.sort.tolist(), strict=True) if sort != COPY]
     scale, pictures = model.all_scales()[0], {}
     for number, place in enumerate(evenly(len(images), DEFECTS).tolist(), 1):
         latent = scale.encode(to_tensor(images[place])[None].to(model.device))
