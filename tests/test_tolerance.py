@@ -13,7 +13,7 @@ from conftest import TINY, draw_part
 from gladad.algorithm import top_k_mean
 from gladad.core.errors import ConfigError
 from gladad.data.corruptions import SHIFTS
-from gladad.data.tolerance import GROUPS, VARIANTS, mixture, variant, variants
+from gladad.data.tolerance import GROUPS, VARIANTS, variant, variants, versions
 from gladad.detector.glad import Glad
 from gladad.models.registry import make_settings
 
@@ -51,13 +51,12 @@ def test_every_image_is_varied_by_every_group_where_there_are_few():
     assert len(list(variants(many[:-1], groups, 0))) == VARIANTS
 
 
-def test_a_mixture_holds_images_as_they_are_and_changed_ones():
-    images = [PIXELS] * 60
-    found = mixture(images, ["light", "noise"], 0)
-    same = sum(np.array_equal(own, PIXELS) for own in found)
-    assert 8 < same < 35  # a third of them
-    assert all(np.array_equal(a, b) for a, b in zip(found, mixture(images, ["light", "noise"], 0), strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(mixture(images, [], 0), images, strict=True))
+def test_versions_are_the_image_and_every_change_in_severity_one():
+    found = list(versions(PIXELS, ["noise", "light"], (0, 2, 3)))
+    assert len(found) == 1 + 1 + 3 and found[0] is PIXELS
+    assert np.array_equal(found[1], SHIFTS["gaussian_noise"][0](PIXELS, 0.08, np.random.default_rng((0, 2, 3, 0))))
+    assert np.array_equal(found[4], SHIFTS["contrast"][0](PIXELS, 0.4, np.random.default_rng(0)))
+    assert list(versions(PIXELS, [], (0,))) == [PIXELS]
 
 
 @pytest.fixture(scope="module")

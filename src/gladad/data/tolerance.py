@@ -48,10 +48,12 @@ def variants(images: Sequence[Pixels], groups: Sequence[Tolerance], seed: int) -
             yield variant(pixels, [groups[(turn + number) % len(groups)]], np.random.default_rng((seed, 3, number, turn))), number
 
 
-def mixture(images: Sequence[Pixels], groups: Sequence[Tolerance], seed: int) -> list[Pixels]:
-    """Every image once: as it is, or as a `variant` of one of the groups, all of these equally likely."""
-    found = []
-    for number, pixels in enumerate(images):
-        rng = np.random.default_rng((seed, 2, number))
-        found.append(variant(pixels, groups, rng) if groups and rng.integers(1 + len(groups)) else pixels)
-    return found
+def versions(pixels: Pixels, groups: Sequence[Tolerance], seed: Sequence[int]) -> Iterator[Pixels]:
+    """An image ``[H, W, 3]`` uint8 as it is, and under every shift of the groups in severity 1."""
+    yield pixels
+    if groups:
+        from gladad.data.corruptions import SHIFTS  # late, with its scipy: inspection does without
+
+        for place, name in enumerate(name for group in groups for name in GROUPS[group]):
+            apply, strengths = SHIFTS[name]
+            yield apply(pixels, strengths[0], np.random.default_rng((*seed, place)))

@@ -21,7 +21,7 @@ from gladad.core.threads import in_order
 from gladad.data.few_shot import FEW, moved_copies, with_copies
 from gladad.data.foreground import Foreground, choose_foreground
 from gladad.data.samples import file_digest, fingerprint, good_images, split_held_out
-from gladad.data.tolerance import mixture
+from gladad.data.tolerance import versions
 from gladad.decision.conformal import MIN_HELD_OUT, Calibration, calibrate, images_to_hold_out
 from gladad.decision.scope import Scope
 from gladad.detector.fitted import Fitted, SeenImages
@@ -341,21 +341,20 @@ def evenly(paths: Sequence[Path], count: int) -> Sequence[Path]:
 def held_out_scores(
     judge: Model | Fitted, images: Sequence[Pixels], settings: FitSettings, progress: Progress
 ) -> tuple[list[float], list[float]]:
-    """Raw scores and map peaks of held-out normal images, changed as far as such changes are to be tolerated."""
+    """Raw scores and map peaks of held-out normal images: the largest, of each as it is and under all changes that are to be tolerated."""
     model = judge.model if isinstance(judge, Fitted) else judge
-    images = mixture(images, settings.tolerate, settings.seed)
 
-    def look(pixels: Pixels) -> tuple[float, float]:
-        inspection = judge.inspect(pixels)
-        return inspection.score, float(inspection.map.max())
+    def look(number: int) -> tuple[float, float]:
+        seen = [judge.inspect(pixels) for pixels in versions(images[number], settings.tolerate, (settings.seed, 2, number))]
+        return max(each.score for each in seen), max(float(each.map.max()) for each in seen)
 
     if family_of_kind(model.kind).LONG and process_count() > 1:
         from gladad.training.loop import divided
 
-        found = divided(lambda number: look(images[number]), len(images), lambda *done: progress("calibration", *done))
+        found = divided(look, len(images), lambda *done: progress("calibration", *done))
     else:
         found = []
-        for pair in in_order(look, images, model.workers):
+        for pair in in_order(look, range(len(images)), model.workers):
             found.append(pair)
             progress("calibration", len(found), len(images))
     return [score for score, _ in found], [peak for _, peak in found]
