@@ -31,7 +31,12 @@ from gladad.models.exported.model import Exported
 from gladad.models.feature_diffusion.graphs import Denoiser, Encoder, Scorer, Smaller, _in_float32
 
 SMALL = TINY | {"training.steps": 8, "false_reject_rate": 0.2, "calibration": "held-out", "widths": [32, 64], "memory": 3000}
-SEARCHING = {"reconstruction.timesteps": [400, 200], "reconstruction.adaptive": True, "reconstruction.noise": "drawn"}
+SEARCHING = {
+    "reconstruction.timesteps": [400, 200],
+    "reconstruction.adaptive": True,
+    "reconstruction.noise": "drawn",
+    "tolerate": ["noise"],
+}
 SETTINGS = {
     "no memory": {"scales": 1, "memory": 0, "reconstruction.fusion": "calibrated"},
     "deviation": {"reconstruction": {"method": "deviation"}},
@@ -41,7 +46,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def original(category: Path) -> Glad:
-    """It searches steps: of all methods the one that is hardest to trace."""
+    """It searches steps and tolerates noise: what is hardest to trace."""
     return Glad.from_base("lite", settings=SMALL | SEARCHING).fit(category)
 
 
