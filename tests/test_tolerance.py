@@ -72,6 +72,17 @@ def test_a_fit_that_tolerates_noise_rejects_less_of_it(fits: list[Glad]):
     assert rejected[1] < rejected[0]
 
 
+def test_the_promise_names_what_is_tolerated(fits: list[Glad], tmp_path: Path):
+    said = "as they are or under any one change of noise up to severity 1"
+    assert [said in each.calibration_.threshold.statement for each in fits] == [False, True]
+    assert "tolerated" not in fits[0].calibration_.to_json()["threshold"]
+    fits[1].save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    assert loaded.calibration_ == fits[1].calibration_ and loaded.calibration_id == fits[1].calibration_id
+    loaded.set_false_reject_rate(0.3)
+    assert said in loaded.calibration_.threshold.statement
+
+
 def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
     strict, tolerant = ([scale for scale in each.model_.all_scales()] for each in fits)
     for one, other in zip(strict, tolerant, strict=True):

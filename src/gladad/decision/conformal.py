@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -40,11 +40,14 @@ class Threshold:
     n: int  # held-out normal images it was made from
     method: str
     needed: int  # held-out images from which on the guarantee would hold
+    tolerated: tuple[str, ...] = ()  # changes of a picture: each score is the worst of an image as it is and under all of these
 
     @property
     def statement(self) -> str:
         """One sentence for people."""
         rate, good = f"{self.promised_rate:.2%}", f"good parts like the {self.n} held-out ones"
+        if self.tolerated:
+            good += f", as they are or under any one change of {', '.join(self.tolerated)} up to severity 1,"
         short = self.promised_rate > self.false_reject_rate * (1 + 1e-9)
         more = f"; {self.false_reject_rate:.2%} would need {self.needed} of them" if short else ""
         if self.method == "conformal":
@@ -164,7 +167,10 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return asdict(self) | {"statement": self.threshold.statement}
+        found = asdict(self) | {"statement": self.threshold.statement}
+        if not self.threshold.tolerated:
+            del found["threshold"]["tolerated"]  # as before there were any: what a calibration is called stays
+        return found
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Calibration:
@@ -175,7 +181,9 @@ class Calibration:
         """
         try:
             scores, pixel_threshold = tuple(map(float, value["scores"])), float(value["pixel_threshold"])
-            found = cls(scores, Threshold(**value["threshold"]), pixel_threshold, bool(value["cross_fitted"]))
+            threshold = Threshold(**value["threshold"])
+            threshold = replace(threshold, tolerated=tuple(threshold.tolerated))
+            found = cls(scores, threshold, pixel_threshold, bool(value["cross_fitted"]))
             numbers = (*found.scores, found.threshold.value, found.pixel_threshold)
             if not np.isfinite(numbers).all() or min(numbers[-2:]) <= 0:
                 raise ValueError("a score or threshold is not finite, or a threshold is not positive")
@@ -185,12 +193,19 @@ class Calibration:
 
 
 def calibrate(
-    scores: Sequence[float], peaks: Sequence[float], false_reject_rate: float, *, cross_fitted: bool = False, images: int | None = None
+    scores: Sequence[float],
+    peaks: Sequence[float],
+    false_reject_rate: float,
+    *,
+    cross_fitted: bool = False,
+    images: int | None = None,
+    tolerated: Sequence[str] = (),
 ) -> Calibration:
     """Fit the decision and the pixel threshold on held-out normal images.
 
     The pixel threshold is chosen the same way from the ``peaks``, the largest raw map value of each image, so that a normal image has any
-    masked pixel at all with about the requested probability. The other arguments are those of `conformal_threshold`.
+    masked pixel at all with about the requested probability. The other arguments are those of `conformal_threshold`, and what is told of
+    the threshold as ``tolerated``.
 
     Raises:
         DataError: As for `conformal_threshold`; or a threshold would be 0, in whose units nothing can be said.
@@ -200,4 +215,5 @@ def calibrate(
     )
     if min(threshold.value, pixel_threshold.value) <= 0:
         raise DataError("held-out good images score 0, so nothing can be measured against them; are they all the same picture?")
+    threshold = replace(threshold, tolerated=tuple(tolerated))
     return Calibration(tuple(sorted(map(float, scores))), threshold, pixel_threshold.value, cross_fitted)

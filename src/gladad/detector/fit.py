@@ -213,7 +213,9 @@ class Fitter:
     def at_rate(self, fitted: Fitted) -> Fitted:
         """With thresholds for the false-reject rate of the settings, from the scores that are there."""
         old = fitted.calibration
-        return replace(fitted, calibration=self.calibration(old.scores, fitted.peaks, old.threshold.n, cross_fitted=old.cross_fitted))
+        count, tolerated = old.threshold.n, old.threshold.tolerated
+        new = self.calibration(old.scores, fitted.peaks, count, cross_fitted=old.cross_fitted, tolerated=tolerated)
+        return replace(fitted, calibration=new)
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -297,9 +299,18 @@ class Fitter:
 
     # -- results ------------------------------------------------------------------------------------------------
 
-    def calibration(self, scores: Sequence[float], peaks: Sequence[float], images: int, *, cross_fitted: bool = False) -> Calibration:
-        """Thresholds from the scores and map peaks of so many images."""
-        return calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted, images=images)
+    def calibration(
+        self,
+        scores: Sequence[float],
+        peaks: Sequence[float],
+        images: int,
+        *,
+        cross_fitted: bool = False,
+        tolerated: Sequence[str] | None = None,
+    ) -> Calibration:
+        """Thresholds from the scores and map peaks of so many images; of changes ``tolerated`` in these, if not those of the settings."""
+        changes = self.settings.tolerate if tolerated is None else tolerated
+        return calibrate(scores, peaks, self.settings.false_reject_rate, cross_fitted=cross_fitted, images=images, tolerated=changes)
 
     def provenance(self, paths: Sequence[Path], held_out: int, foreground: Foreground, reason: str) -> dict[str, Any]:
         """What a fit is known again by."""
