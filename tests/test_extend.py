@@ -252,3 +252,14 @@ def test_the_command(folder, both, tmp_path, capsys):
     for other in (["--set", "training.steps=3"], ["--checkpoint-every", "5"], ["--multi-class"], ["--base", "sd14"]):
         assert main(["fit", str(both), "--continue", str(folder), "-o", str(tmp_path / "no"), *other]) == 1
         assert "leave out all options" in capsys.readouterr().err
+
+
+def test_what_is_tolerated_stays_so(old, both, tmp_path):
+    detector = Glad.from_base("lite", settings=SETTINGS | {"tolerate": ["noise", "shift"]}).fit(old)
+    detector.extend(both)
+    assert len(detector.provenance_["continued"]) == 1 and detector.calibration_.threshold.tolerated == ("noise", "shift")
+    for scale, past in zip(detector.model_.all_scales(), detector.model_.past(), strict=True):
+        assert past.usual_varied.any() and not past.usual_varied.all() and float(scale.usual_level[3]) > float(scale.usual_level[1])
+    detector.save_pretrained(tmp_path / "model")
+    loaded = Glad.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.model_.past()[0].usual_varied, detector.model_.past()[0].usual_varied)

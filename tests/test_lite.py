@@ -479,3 +479,16 @@ def test_a_step_search_among_one_step_is_refused() -> None:
 def test_one_image_is_not_enough() -> None:
     with pytest.raises(DataError, match="at least 2"):
         fit(parts(1))
+
+
+def test_scales_side_by_side_give_the_same_bits(base: FeatureDiffusion) -> None:
+    pixels, before = parts(1)[0], torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert base.workers == threads
+            found.append(base.inspect(pixels))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].score == found[1].score and np.array_equal(found[0].map, found[1].map)

@@ -14,7 +14,9 @@ from gladad.algorithm import top_k_mean
 from gladad.core.errors import ConfigError
 from gladad.data.corruptions import SHIFTS
 from gladad.data.tolerance import GROUPS, VARIANTS, variant, variants, versions
+from gladad.decision.drift import Drift
 from gladad.detector.glad import Glad
+from gladad.models.feature_diffusion.training import _usual_level
 from gladad.models.registry import make_settings
 
 PIXELS = np.asarray(draw_part(3)[0])
@@ -73,7 +75,7 @@ def test_a_fit_that_tolerates_noise_rejects_less_of_it(fits: list[Glad]):
 
 
 def test_the_promise_names_what_is_tolerated(fits: list[Glad], tmp_path: Path):
-    said = "as they are or under any one change of noise up to severity 1"
+    said = "as they are or under any one change of noise of severity 1,"
     assert [said in each.calibration_.threshold.statement for each in fits] == [False, True]
     assert "tolerated" not in fits[0].calibration_.to_json()["threshold"]
     fits[1].save_pretrained(tmp_path / "model")
@@ -86,20 +88,44 @@ def test_the_promise_names_what_is_tolerated(fits: list[Glad], tmp_path: Path):
 def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
     strict, tolerant = ([scale for scale in each.model_.all_scales()] for each in fits)
     for one, other in zip(strict, tolerant, strict=True):
-        assert not one.usual_level.any() and float(other.usual_level[2]) > 0
+        assert not one.usual_level.any() and 0 < float(other.usual_level[4]) <= 2
         assert float(other.usual_scores[1, 1]) > 1.5 * float(one.usual_scores[1, 1])  # the mean of all cells varies with the noise
     scale = tolerant[0]
-    lowest, highest, slope = scale.usual_level.tolist()
-    assert lowest < highest
-    usual, loud = (torch.full((2, 1, *scale.grid), math.exp(level)) for level in ((lowest + highest) / 2, highest + 1))
-    for evidence, change in ((usual, 0.0), (loud, -slope)):
+    lowest, highest, least, most, slope = scale.usual_level.tolist()
+    assert least <= lowest < highest < most
+    levels = (
+        ((lowest + highest) / 2, 0.0),
+        ((highest + most) / 2, (most - highest) / 2),
+        (most + 5, most - highest),
+    )  # no change beyond is known
+    for level, beyond in levels:
+        evidence = torch.full((2, 1, *scale.grid), math.exp(level))
         evidence[..., :4, :4] *= 3
         largest, mean = scale.scores(evidence)
-        torch.testing.assert_close(largest, top_k_mean(evidence, 16) * math.exp(change))
+        torch.testing.assert_close(largest, top_k_mean(evidence, 16) * math.exp(-slope * beyond))
         torch.testing.assert_close(mean, evidence.mean((1, 2, 3)))
+    nothing = scale.scores(0 * evidence, torch.zeros(1, 1, *scale.grid))
+    assert torch.equal(nothing, torch.zeros(2, 2))
     counted = torch.ones(1, 1, *scale.grid)
     counted[..., 5:, :] = 0
-    torch.testing.assert_close(scale.level(loud * counted, int(counted.sum())), scale.level(loud[..., :5, :]))
+    torch.testing.assert_close(scale.level(evidence * counted, int(counted.sum())), scale.level(evidence[..., :5, :]))
+
+
+def test_a_few_images_hardly_beyond_the_usual_do_not_decide_how_scores_grow(fits: list[Glad]):
+    scale = fits[1].model_.all_scales()[0]
+    before = scale.usual_level.clone()
+    random = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        level, own = (0.05 * torch.randn(40, 1, 1, 1, generator=random) for _ in range(2))
+        evidence = level.exp().expand(-1, 1, *scale.grid).clone()
+        evidence[..., :4, :4] = (1 + own).exp()  # the largest cells vary by themselves
+        assert 0 <= float(_usual_level(scale, evidence, torch.arange(40) >= 20)[4]) < 1
+    scale.usual_level.copy_(before)
+
+
+def test_scores_that_are_the_worst_of_changes_are_no_reference_for_drift(fits: list[Glad]):
+    plain, tolerant = (Drift.for_calibration(each.calibration_, learn=30) for each in fits)
+    assert (plain.learning, tolerant.learning) == (0, 30)
 
 
 def test_an_adjusted_tolerant_detector_measures_as_its_fit_did(fits: list[Glad], category: Path, tmp_path: Path):

@@ -100,21 +100,24 @@ def in_order(
 
 
 def side_by_side(function: Callable[[Item], T], items: Sequence[Item], cores: int) -> list[T]:
-    """Apply a function to every item, on a thread each as far as there are cores, the first on the calling thread; results in order.
+    """Apply a function to every item, to the first on the calling thread and, with two cores, to the rest on a helper; results in order.
 
     Where several calls may run at the same time, in `in_order` or because others have not ended, the calling thread does everything.
 
     Args:
         function: May run on any thread, with its tensor operations on that alone. Its exceptions are raised here.
-        items: At least one; the longest work first.
+        items: At least one; the first is about as much work as all the rest.
         cores: That there are for all calls.
     """
     if cores < 2 or getattr(_thread, "one_of_several", False) or not _alone.acquire(blocking=False):
         return [function(item) for item in items]
+    helped: list[Future[T]] = []
     try:
-        helped = [_helper(os.getpid()).submit(function, item) for item in items[1:]]
+        helped += [_helper(os.getpid()).submit(function, item) for item in items[1:]]
         return [function(items[0]), *(each.result() for each in helped)]
     finally:
+        for each in helped:  # after an error: do not start what is left
+            each.cancel()
         _alone.release()
 
 
@@ -145,6 +148,7 @@ def _set_own_threads(count: int) -> None:
     import torch
 
     with _setting_threads, ThreadPoolExecutor(1) as fresh:
+        torch.get_num_threads()  # a thread takes over the default at its first call, and must have done so
         default = fresh.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
         fresh.submit(torch.set_num_threads, default).result()

@@ -47,7 +47,7 @@ class Threshold:
         """One sentence for people."""
         rate, good = f"{self.promised_rate:.2%}", f"good parts like the {self.n} held-out ones"
         if self.tolerated:
-            good += f", as they are or under any one change of {', '.join(self.tolerated)} up to severity 1,"
+            good += f", as they are or under any one change of {', '.join(self.tolerated)} of severity 1,"
         short = self.promised_rate > self.false_reject_rate * (1 + 1e-9)
         more = f"; {self.false_reject_rate:.2%} would need {self.needed} of them" if short else ""
         if self.method == "conformal":
@@ -159,6 +159,11 @@ class Calibration:
         """
         above = len(self.scores) - int(np.searchsorted(self.scores, score, side="left"))
         return max((1 + above) / (len(self.scores) + 1), 1 / (self.threshold.n + 1))
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the scores are those of good parts as they come: by this model, not of copies, nor the worst of tolerated changes."""
+        return self.threshold.method == "conformal" and not self.threshold.tolerated
 
     @property
     def identity(self) -> str:

@@ -131,10 +131,10 @@ class Drift:
     def for_calibration(cls, calibration: Calibration, *, parts_per_false_alarm: float = 100_000, learn: int = 200, seed: int = 0) -> Drift:
         """The test of a calibration's scores.
 
-        Where they are of other models (cross-fitted) or of copies, they are no reference: the first ``learn`` accepted parts are.
+        Where they are of other models (cross-fitted), of copies or the worst of tolerated changes, they are no reference: the first
+        ``learn`` accepted parts are.
         """
-        conformal = calibration.threshold.method == "conformal"
-        reference, learn = (calibration.scores, 0) if conformal else ((), learn)
+        reference, learn = (calibration.scores, 0) if calibration.is_reference else ((), learn)
         return cls(reference, calibration.threshold.value, parts_per_false_alarm=parts_per_false_alarm, learn=learn, seed=seed)
 
     @property

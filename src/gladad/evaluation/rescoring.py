@@ -60,7 +60,7 @@ def rescore(
         calibration = before = Calibration.from_json(details["calibration"])
         if false_reject_rate is not None:
             threshold = conformal_threshold(before.scores, false_reject_rate, cross_fitted=before.cross_fitted, images=before.threshold.n)
-            calibration = replace(before, threshold=threshold)
+            calibration = replace(before, threshold=replace(threshold, tolerated=before.threshold.tolerated))
         rows = [_decided(row, calibration.threshold, before.threshold) for row in stored["rows"]]
         _relink(rows, folder, output)
         items: list[GalleryItem] = []

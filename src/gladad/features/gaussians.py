@@ -52,6 +52,7 @@ class Gaussians:
 
     def distances(self, vectors: Array, residuals: Array, threads: int = 1) -> Array:
         """Mahalanobis distance ``[Q]`` over the root of D, of residuals ``[Q, D]`` in the clusters of the vectors ``[Q, D]``."""
+        assert residuals.shape[1] == self._coarse.d, residuals.shape  # read by their addresses below
         with faiss_threads(threads):
             cluster = self._coarse.search(vectors, 1)[1][:, 0]
             order = cluster.argsort(kind="stable")  # those of a cluster lie together

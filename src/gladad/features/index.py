@@ -95,7 +95,7 @@ class VectorIndex:
                 own[3] += start
         found, place = (np.empty_like(each) for each in (distances, places))
         found[:, order], place[:, order] = distances, places  # by query again
-        by_query = [each.reshape(2, *clusters.shape).swapaxes(0, 1).reshape(len(queries), -1) for each in (found, place)]
+        by_query = [each.reshape(2, *clusters.shape).swapaxes(0, 1).reshape(len(queries), 2 * clusters.shape[1]) for each in (found, place)]
         best = by_query[0].argmin(1)[:, None]
         nearest, place = (np.take_along_axis(each, best, 1)[:, 0] for each in by_query)
         return nearest, np.where(place < 0, -1, self._numbers[place])

@@ -29,8 +29,7 @@ def new(calibration: Calibration, limit: float, parts_per_false_alarm: float) ->
         limit: Its reject limit.
         parts_per_false_alarm: Of each test.
     """
-    conformal = calibration.threshold.method == "conformal"
-    scores = [score / calibration.threshold.value for score in calibration.scores] if conformal else []
+    scores = [score / calibration.threshold.value for score in calibration.scores] if calibration.is_reference else []
     enough = sum(score < limit for score in scores) >= MIN_REFERENCE
     tests = {name: Drift((), parts_per_false_alarm=parts_per_false_alarm, learn=LEARN) for name in APPEARANCE}
     tests[SCORE] = Drift(scores if enough else (), limit, parts_per_false_alarm=parts_per_false_alarm, learn=0 if enough else LEARN)

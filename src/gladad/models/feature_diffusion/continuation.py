@@ -142,14 +142,15 @@ def _of_old(model: FeatureDiffusion, images: Sequence[Pixels], learning: Learnin
     out = torch.arange(len(chosen)) >= len(trained)
     count = KEPT if model.all_scales()[0].learns_repairs else 0
     found = _encoded(model, [images[place] for place in chosen.tolist()], chosen, out, count, learning)
-    for scale, past in zip(model.all_scales(), found, strict=True):
-        _check_owners(scale, past.usual[: len(measured)], past.usual_owner)
+    if not learning.settings.tolerate:  # then nearly all vectors of an image may be those of its variants
+        for scale, past in zip(model.all_scales(), found, strict=True):
+            _check_owners(scale, past)
     return found
 
 
-def _check_owners(scale: Scale, latents: Tensor, owners: Tensor) -> None:
+def _check_owners(scale: Scale, past: Past) -> None:
     """Refuse images in another order than that of the training: the memory's numbers would mean others."""
-    for latent, owner in zip(latents, owners, strict=False):  # the rest are owners of variants
+    for latent, owner in zip(past.usual, past.usual_owner, strict=True):
         rows = scale.memory.rows[scale.memory.owner == int(owner)].float().cpu()
         cells = latent.float().flatten(1).T
         if len(rows) and float(torch.cdist(rows, cells).amin(1).median()) ** 2 > SAME * scale.dimensions:

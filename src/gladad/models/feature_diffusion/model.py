@@ -158,9 +158,10 @@ class FeatureDiffusion(nn.Module):
         Returns:
             Map and score in the model's own units, and what is needed for a picture of the reconstruction.
         """
-        image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
-        rebuilt, evidence = zip(*side_by_side(lambda scale: scale.inspect(image), self.all_scales(), self.workers), strict=True)
+        cores = self.workers
         with torch.inference_mode(), one_thread():
+            image = to_tensor(resize_pixels(pixels, self.image_size))[None].to(self.device)
+            rebuilt, evidence = zip(*side_by_side(lambda scale: scale.inspect(image), self.all_scales(), cores), strict=True)
             far: list[Tensor] = []
             if counted is not None:
                 where = torch.from_numpy(counted.astype(np.float32)).to(self.device)[None, None]
@@ -242,7 +243,7 @@ class FeatureDiffusion(nn.Module):
             model = cls(parsed, extractor.fast())
             tensors = load_tensors(folder / WEIGHTS_FILE)
             for number, scale in enumerate(model.all_scales()):  # their sizes are what they are
-                tensors.setdefault(f"scales.{number}.usual_level", torch.zeros(3))  # an earlier version wrote none
+                tensors.setdefault(f"scales.{number}.usual_level", torch.zeros(5))  # an earlier version wrote none
                 scale.memory.remember(*(tensors[f"scales.{number}.memory.{name}"] for name in ("rows", "owner")))
                 scale.gaussians.hold(*(tensors[f"scales.{number}.gaussians.{name}"] for name in ("centres", "means", "whiteners")))
             model.load_state_dict(tensors)

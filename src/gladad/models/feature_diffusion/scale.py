@@ -29,8 +29,8 @@ class Scale(nn.Module):
     Buffers:
         residual_scale: ``[1, D, 1, 1]`` root mean square of the residual.
         usual_energy: Scalar, mean squared magnitude.
-        usual_level: ``[3]`` lowest and highest usual logarithm of `level`, and by how much that of the largest cells' mean grows with what
-            lies beyond these under tolerated changes; 0 where none are.
+        usual_level: ``[5]`` lowest and highest usual logarithm of `level`; least and most under tolerated changes; and by how much that of
+            the largest cells' mean grows with what lies between; 0 where none are.
         usual_scores: ``[K, 2]`` mean and standard deviation of the logarithm of each of its scores.
 
     Raises:
@@ -56,7 +56,7 @@ class Scale(nn.Module):
         self.denoiser = LatentDenoiser(self.dimensions, self.grid, config.settings.widths, len(config.categories), shown)
         self.register_buffer("residual_scale", torch.ones(1, self.dimensions, 1, 1))
         self.register_buffer("usual_energy", torch.ones(()))
-        self.register_buffer("usual_level", torch.zeros(3))
+        self.register_buffer("usual_level", torch.zeros(5))
         self.register_buffer("usual_scores", torch.tensor([[0.0, 1.0]]).repeat(1 + config.settings.scoring.whole, 1))
 
     def configure(self, config: FeatureDiffusionConfig) -> None:
@@ -153,8 +153,8 @@ class Scale(nn.Module):
         found = [top_k_mean(evidence, min(scoring.top_k, math.prod(self.grid)))]
         if self.config.settings.tolerate:
             level = self.level(evidence, None if counted is None else int(counted.sum())).log()
-            lowest, highest, slope = self.usual_level
-            found[0] = found[0] * (slope * (level.clamp(lowest, highest) - level)).exp()
+            lowest, highest, least, most, slope = self.usual_level
+            found[0] = found[0] * (slope * (level.clamp(lowest, highest) - level.clamp(least, most))).exp()
         if scoring.whole:
             mean = evidence.mean((1, 2, 3))
             found.append(mean if counted is None else mean / counted.mean().clamp_min(1 / math.prod(self.grid)))

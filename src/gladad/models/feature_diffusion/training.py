@@ -43,8 +43,8 @@ BATCH_CELLS = 1536
 """Of latents that are larger, fewer make a batch, so that a step takes little longer."""
 FITTED = 100
 """Images at most by which the Gaussians are fitted."""
-BAND = 2
-"""Standard deviations about the mean in which the level of an image is usual."""
+BAND, STEEPEST = 2, 2
+"""Standard deviations about the mean in which the level of an image is usual, and the most that the largest cells may grow with it."""
 SMALLEST_SPREAD = 0.01
 """Of the logarithm of scores: images that are all but alike must not make a scale infinitely sure."""
 
@@ -309,7 +309,10 @@ def _measure(
     Raises:
         TrainingError: A statistic is not finite.
     """
-    scale, fitted = model.all_scales()[number], spread(trained, FITTED)
+    scale = model.all_scales()[number]
+    if (sort[trained] == VARIANT).any():  # their sorts take turns, so an even choice might leave one out
+        trained = trained[torch.randperm(len(trained), generator=torch.Generator().manual_seed(model.config.settings.seed))]
+    fitted = spread(trained, FITTED)
 
     def encoded(places: Tensor) -> Tensor:  # one by one, as in inspection
         return torch.cat([scale.encode(to_tensor(images[place])[None].to(model.device)) for place in places.tolist()])
@@ -343,7 +346,7 @@ def _measure_by(model: FeatureDiffusion, number: int, measured: tuple[Tensor, Te
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
     evidence = scale.evidence(magnitude)
-    scale.usual_level.copy_(_usual_level(scale, evidence, varied) if varied.any() else torch.zeros(3))
+    scale.usual_level.copy_(_usual_level(scale, evidence, varied) if varied.any() else torch.zeros(5))
     scores = scale.scores(evidence).log()
     scale.usual_scores = torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1)
     for name in ("residual_scale", "usual_energy", "usual_level", "usual_scores"):
@@ -352,15 +355,21 @@ def _measure_by(model: FeatureDiffusion, number: int, measured: tuple[Tensor, Te
 
 
 def _usual_level(scale: Scale, evidence: Tensor, varied: Tensor) -> Tensor:
-    """`Scale.usual_level` from the evidence ``[N, 1, h, w]`` of normal images, of which ``[N]`` are tolerated variants."""
+    """`Scale.usual_level` from the evidence ``[N, 1, h, w]`` of normal images, of which ``[N]`` are tolerated variants.
+
+    The regression's penalty is that of as many images as far beyond the usual levels as these vary: without it a few that are hardly beyond
+    them would decide.
+    """
     level = scale.level(evidence).log()
     plain = level[~varied]
-    lowest, highest = (plain.mean() + side * BAND * plain.std(correction=0) for side in (-1, 1))
-    scale.usual_level.copy_(torch.stack([lowest, highest, torch.zeros_like(lowest)]))
+    spread_of_plain = plain.std(correction=0).clamp_min(SMALLEST_SPREAD)
+    lowest, highest = (plain.mean() + side * BAND * spread_of_plain for side in (-1, 1))
+    least, most = level.min().minimum(lowest), level.max().maximum(highest)
+    scale.usual_level.copy_(torch.stack([lowest, highest, least, most, torch.zeros_like(least)]))
     beyond, largest = level - level.clamp(lowest, highest), scale.scores(evidence)[0].log()
     deviation = beyond - beyond.mean()
-    slope = (deviation * largest).sum() / deviation.square().sum().clamp_min(1e-12)
-    return torch.stack([lowest, highest, slope])
+    slope = (deviation * largest).mean() / (deviation.square().mean() + spread_of_plain.square())
+    return torch.stack([lowest, highest, least, most, slope.clamp(0, STEEPEST)])
 
 
 def _rebuilt(scale: Scale, latents: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
