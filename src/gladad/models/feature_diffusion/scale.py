@@ -154,7 +154,9 @@ class Scale(nn.Module):
         if self.config.settings.tolerate:
             level = self.level(evidence, None if counted is None else int(counted.sum())).log()
             lowest, highest, least, most, slope = self.usual_level
-            found[0] = found[0] * (slope * (level.clamp(lowest, highest) - level.clamp(least, most))).exp()
+            # by ramps, as the exporter's optimiser breaks two clamps of one value
+            beyond = F.relu(level - highest) - F.relu(level - most) - F.relu(lowest - level) + F.relu(least - level)
+            found[0] = found[0] * (-slope * beyond).exp()
         if scoring.whole:
             mean = evidence.mean((1, 2, 3))
             found.append(mean if counted is None else mean / counted.mean().clamp_min(1 / math.prod(self.grid)))
