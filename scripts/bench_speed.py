@@ -121,10 +121,8 @@ def floor(name: str, model: Exported, pixels: Sequence[Any], turns: int) -> None
         return [[model._nearest(scale, latent) for scale, latent in enumerate(own)] for own in latents]
 
     def rebuild() -> list[list[Any]]:
-        found = []
-        for own, shown in zip(latents, nearest, strict=True):
-            found.append([denoiser(pair)[0] for denoiser, pair in zip(model._denoisers, zip(own, shown, strict=True), strict=True)])
-        return found
+        scales = (zip(model._denoisers, own, shown, strict=True) for own, shown in zip(latents, nearest, strict=True))
+        return [[denoiser([latent, near])[0] for denoiser, latent, near in each] for each in scales]
 
     def measure() -> list[list[Any]]:
         return [list(map(model._magnitude, range(len(own)), own, found)) for own, found in zip(latents, rebuilt, strict=True)]

@@ -96,8 +96,8 @@ def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
     levels = (
         ((lowest + highest) / 2, 0.0),
         ((highest + most) / 2, (most - highest) / 2),
-        (most + 5, most - highest),
-    )  # no change beyond is known
+        (most + 5, most - highest),  # no change beyond is known
+    )
     for level, beyond in levels:
         evidence = torch.full((2, 1, *scale.grid), math.exp(level))
         evidence[..., :4, :4] *= 3
@@ -114,6 +114,7 @@ def test_what_is_usual_is_measured_on_variants_too(fits: list[Glad]):
 def test_a_few_images_hardly_beyond_the_usual_do_not_decide_how_scores_grow(fits: list[Glad]):
     scale = fits[1].model_.all_scales()[0]
     before = scale.usual_level.clone()
+    scale.usual_level.zero_()
     random = torch.Generator().manual_seed(0)
     for _ in range(100):
         level, own = (0.05 * torch.randn(40, 1, 1, 1, generator=random) for _ in range(2))

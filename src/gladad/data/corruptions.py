@@ -26,14 +26,14 @@ SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIDE = 224  # shorter side in pixels for which the published lengths are meant
 
 
-def corrupt(pixels: Pixels, name: str, severity: int, seed: int) -> Pixels:
+def corrupt(pixels: Pixels, name: str, severity: int, seed: int | Sequence[int]) -> Pixels:
     """The image under one shift; the same arguments give the same result.
 
     Args:
         pixels: ``[H, W, 3]`` uint8, and so is the result, a new array.
         name: A key of `SHIFTS`.
         severity: 1 (mild) to 5 (heavy).
-        seed: >= 0; decides noise and directions. Give every image one of its own.
+        seed: One number >= 0 or several; decides noise and directions. Give every image one of its own.
 
     Raises:
         ConfigError: The name is unknown, or the severity is not 1...5.

@@ -52,8 +52,7 @@ def versions(pixels: Pixels, groups: Sequence[Tolerance], seed: Sequence[int]) -
     """An image ``[H, W, 3]`` uint8 as it is, and under every shift of the groups in severity 1."""
     yield pixels
     if groups:
-        from gladad.data.corruptions import SHIFTS  # late, with its scipy: inspection does without
+        from gladad.data.corruptions import corrupt  # late, with its scipy: inspection does without
 
         for place, name in enumerate(name for group in groups for name in GROUPS[group]):
-            apply, strengths = SHIFTS[name]
-            yield apply(pixels, strengths[0], np.random.default_rng((*seed, place)))
+            yield corrupt(pixels, name, 1, (*seed, place))

@@ -346,7 +346,9 @@ def _measure_by(model: FeatureDiffusion, number: int, measured: tuple[Tensor, Te
     if settings != plain:
         magnitude = _magnitude(scale, latents, _rebuilt(scale, latents, owner)[0], owner, learnt)
     evidence = scale.evidence(magnitude)
-    scale.usual_level.copy_(_usual_level(scale, evidence, varied) if varied.any() else torch.zeros(5))
+    scale.usual_level.zero_()
+    if varied.any():
+        scale.usual_level.copy_(_usual_level(scale, evidence, varied))
     scores = scale.scores(evidence).log()
     scale.usual_scores = torch.stack([scores.mean(1), scores.std(1, correction=0).clamp_min(SMALLEST_SPREAD)], dim=1)
     for name in ("residual_scale", "usual_energy", "usual_level", "usual_scores"):
@@ -355,7 +357,7 @@ def _measure_by(model: FeatureDiffusion, number: int, measured: tuple[Tensor, Te
 
 
 def _usual_level(scale: Scale, evidence: Tensor, varied: Tensor) -> Tensor:
-    """`Scale.usual_level` from the evidence ``[N, 1, h, w]`` of normal images, of which ``[N]`` are tolerated variants.
+    """`Scale.usual_level` from the evidence ``[N, 1, h, w]`` of normal images, of which ``[N]`` are tolerated variants; so far it has none.
 
     The regression's penalty is that of as many images as far beyond the usual levels as these vary: without it a few that are hardly beyond
     them would decide.
@@ -365,7 +367,6 @@ def _usual_level(scale: Scale, evidence: Tensor, varied: Tensor) -> Tensor:
     spread_of_plain = plain.std(correction=0).clamp_min(SMALLEST_SPREAD)
     lowest, highest = (plain.mean() + side * BAND * spread_of_plain for side in (-1, 1))
     least, most = level.min().minimum(lowest), level.max().maximum(highest)
-    scale.usual_level.copy_(torch.stack([lowest, highest, least, most, torch.zeros_like(least)]))
     beyond, largest = level - level.clamp(lowest, highest), scale.scores(evidence)[0].log()
     deviation = beyond - beyond.mean()
     slope = (deviation * largest).mean() / (deviation.square().mean() + spread_of_plain.square())
